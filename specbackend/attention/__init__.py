@@ -1,0 +1,1 @@
+"""Attention over the paged KV pool: plan() once a forward, run() per layer."""

@@ -1,0 +1,34 @@
+"""Plain torch attention: gather the columns, add a mask. The reference for every kernel, and the CPU's backend."""
+
+import torch
+import torch.nn.functional as F
+
+from specbackend.batch import ForwardBatch
+
+
+class TorchPlan:
+    """Column slots [B, L + W] and an additive mask [B, 1, Q, L + W], shared by all layers of a forward."""
+
+    def __init__(self, batch: ForwardBatch, dtype: torch.dtype):
+        B, Q, W = batch.window_mask_BQW.shape
+        L = batch.prefix_slot_BL.shape[1]
+        column_L = torch.arange(L, device=batch.prefix_len_B.device)
+        prefix_mask_BQL = (column_L < batch.prefix_len_B[:, None])[:, None, :].expand(B, Q, L)
+        hidden = torch.cat([prefix_mask_BQL, batch.window_mask_BQW], dim=2).logical_not_()
+        self._bias = torch.zeros(B, 1, Q, L + W, dtype=dtype, device=hidden.device)
+        self._bias.masked_fill_(hidden[:, None], float("-inf"))
+        self._slots = torch.cat([batch.prefix_slot_BL, batch.window_slot_BW], dim=1).flatten()
+
+    def run(self, q_BQHD: torch.Tensor, kv_S2GD: torch.Tensor) -> torch.Tensor:
+        B, Q, H, D = q_BQHD.shape
+        kv = kv_S2GD.index_select(0, self._slots).view(B, -1, 2, kv_S2GD.shape[2], D)
+        k_BGCD, v_BGCD = kv.permute(2, 0, 3, 1, 4)
+        out_BHQD = F.scaled_dot_product_attention(
+            q_BQHD.transpose(1, 2), k_BGCD, v_BGCD, attn_mask=self._bias, enable_gqa=True
+        )
+        return out_BHQD.transpose(1, 2).reshape(B, Q, H * D)
+
+
+class TorchAttention:
+    def plan(self, batch: ForwardBatch, dtype: torch.dtype) -> TorchPlan:
+        return TorchPlan(batch, dtype)

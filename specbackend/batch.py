@@ -1,0 +1,57 @@
+"""Nouns that cross from the scheduler to the decoders and from there to the networks."""
+
+from dataclasses import dataclass
+
+import torch
+
+from specbackend.request import Request
+
+
+@dataclass(frozen=True)
+class ExtendBatch:
+    """Prompt chunks to compute: `chunk_lens[i]` tokens of requests[i], from its `num_computed` on."""
+
+    requests: list[Request]
+    chunk_lens: list[int]
+
+    def is_final(self, index: int) -> bool:
+        """Whether this chunk completes the request's known tokens, so that a new one is sampled after it."""
+        request = self.requests[index]
+        return request.num_computed + self.chunk_lens[index] == request.num_tokens
+
+
+@dataclass(frozen=True)
+class DecodeBatch:
+    """Requests that take one decode step together."""
+
+    requests: list[Request]
+
+
+@dataclass(frozen=True)
+class ForwardBatch:
+    """Q new rows for each of B sequences, as every forward of target and draft sees them.
+
+    A row attends to the sequence's prefix and, within the window, to what `window_mask_BQW` shows it. Chunked prefill,
+    decoding, tree verification, drafting and draft extension differ in these tensors only.
+    """
+
+    token_BQ: torch.Tensor  # int64; padding rows hold any valid id
+    position_BQ: torch.Tensor  # int64 RoPE positions
+    slot_BQ: torch.Tensor  # int64, where each new row's K and V go; DUMMY_SLOT for padding
+    prefix_slot_BL: torch.Tensor  # int64; columns from prefix_len on are ignored
+    prefix_len_B: torch.Tensor  # int64
+    window_slot_BW: torch.Tensor  # int64
+    window_mask_BQW: torch.Tensor  # bool; every row sees at least itself
+
+
+@dataclass(frozen=True)
+class Accepted:
+    """What a step adds to each request: the first count_B[b] tokens of token_BP[b]."""
+
+    token_BP: torch.Tensor  # int64
+    count_B: torch.Tensor  # int64
+
+    def tolists(self) -> list[list[int]]:
+        """The step's one device-to-host copy."""
+        packed = torch.cat([self.count_B[:, None], self.token_BP], dim=1).tolist()
+        return [row[1 : 1 + row[0]] for row in packed]

@@ -1,0 +1,1 @@
+"""Slots, who owns them, and which prefixes they hold."""

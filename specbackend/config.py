@@ -1,0 +1,156 @@
+"""Server parameters under SGLang's names: one frozen dataclass, checked once, at load. No torch: the adapter imports this."""
+
+from __future__ import annotations  # field types stay text, which is what `_parse` reads
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+from specbackend.errors import ConfigError
+
+# Parameters of SGLang's page whose code is not here yet: accepted at the value that changes nothing, refused otherwise.
+NOT_SERVED = {"speculative_token_map": None, "tp_size": 1, "enable_torch_compile": False, "cuda_graph_max_bs": 0}
+
+DEFAULT_TREE = (5, 4, 8)  # SGLang's (steps, topk, draft tokens) for Llama when none of the three is given
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """Everything the engine needs to know before it loads. `from_params` is the way in; fields are what users may set."""
+
+    model_path: str
+    speculative_algorithm: str | None = None  # EAGLE3; None decodes plainly
+    speculative_draft_model_path: str | None = None
+    speculative_num_steps: int | None = None
+    speculative_eagle_topk: int | None = None
+    speculative_num_draft_tokens: int | None = None  # nodes of the tree verified per step, root included
+    dtype: str = "auto"  # auto: as the checkpoint says; else float32, bfloat16, float16
+    device: str = "auto"  # auto: cuda if there is one, else cpu
+    context_length: int | None = None  # None: the checkpoint's max_position_embeddings
+    max_running_requests: int = 48
+    max_queued_requests: int = 1024
+    max_total_tokens: int | None = None  # slots in the KV pool; None: from mem_fraction_static
+    mem_fraction_static: float = 0.5  # of free memory, for the KV pool
+    chunked_prefill_size: int = 2048  # prompt tokens per request and step; -1 switches chunking off
+    max_prefill_tokens: int = 16384  # prompt tokens per step over all requests
+    schedule_policy: str = "fcfs"  # fcfs, or lpm: longest cached prefix first
+    page_size: int = 1
+    disable_radix_cache: bool = False
+    attention_backend: str = "torch"
+    stream_interval: int = 1  # decode steps between two responses of one request
+    random_seed: int = 0
+    num_threads: int | None = None  # CPU threads of the engine; None: torch's default
+    watchdog_timeout: float = 300.0  # seconds one step may take before the engine is restarted
+
+    def __post_init__(self) -> None:
+        self._check_choices()
+        self._check_ranges()
+        if self.speculative_algorithm is None:
+            self._check_no_tree()
+        else:
+            self._resolve_tree()
+            check_tree(self.speculative_num_steps, self.speculative_eagle_topk, self.speculative_num_draft_tokens)
+
+    @classmethod
+    def from_params(cls, params: Mapping[str, object]) -> EngineConfig:
+        """Build from keyword arguments or from config.pbtxt strings; unknown and contradictory ones raise ConfigError."""
+        types = {f.name: f.type for f in fields(cls)}
+        unknown = sorted(set(params) - set(types) - set(NOT_SERVED))
+        if unknown:
+            raise ConfigError(
+                f"unknown parameter {', '.join(unknown)}; known: {', '.join(sorted({*types, *NOT_SERVED}))}"
+            )
+        for name, neutral in NOT_SERVED.items():
+            if name in params and _parse(name, params[name], type(neutral).__name__) != neutral:
+                raise ConfigError(f"{name}: only {neutral!r} is served, got {params[name]!r}")
+        if not params.get("model_path"):
+            raise ConfigError("model_path: is required")
+        return cls(**{name: _parse(name, value, types[name]) for name, value in params.items() if name in types})
+
+    def to_params(self) -> dict[str, object]:
+        """The inverse of `from_params`: plain values that survive JSON and msgpack."""
+        return asdict(self)
+
+    def resolve_paths(self, base: Path) -> EngineConfig:
+        """Read relative checkpoint paths as relative to `base`, the folder that holds the model repository."""
+        paths = ("model_path", "speculative_draft_model_path")
+        absolute = {name: str(base / getattr(self, name)) for name in paths if getattr(self, name)}
+        return EngineConfig(**{**self.to_params(), **absolute})
+
+    def _check_choices(self) -> None:
+        _one_of("speculative_algorithm", self.speculative_algorithm, (None, "EAGLE3"))
+        _one_of("dtype", self.dtype, ("auto", "float32", "bfloat16", "float16"))
+        _one_of("schedule_policy", self.schedule_policy, ("fcfs", "lpm"))
+        _one_of("attention_backend", self.attention_backend, ("torch",))
+        _one_of("page_size", self.page_size, (1,))
+
+    def _check_ranges(self) -> None:
+        for name in ("max_running_requests", "max_queued_requests", "max_prefill_tokens", "stream_interval"):
+            _at_least(name, getattr(self, name), 1)
+        for name in ("context_length", "max_total_tokens", "num_threads"):
+            if getattr(self, name) is not None:
+                _at_least(name, getattr(self, name), 1)
+        if self.chunked_prefill_size != -1:
+            _at_least("chunked_prefill_size", self.chunked_prefill_size, 1)
+        if not 0 < self.mem_fraction_static < 1:
+            raise ConfigError(f"mem_fraction_static: must lie between 0 and 1, got {self.mem_fraction_static}")
+        if self.watchdog_timeout <= 0:
+            raise ConfigError(f"watchdog_timeout: must be positive, got {self.watchdog_timeout}")
+
+    def _check_no_tree(self) -> None:
+        for f in fields(self):
+            if f.name.startswith("speculative_") and getattr(self, f.name) is not None:
+                raise ConfigError(f"{f.name}: is set, but speculative_algorithm is not")
+
+    def _resolve_tree(self) -> None:
+        if self.speculative_draft_model_path is None:
+            raise ConfigError(f"speculative_draft_model_path: {self.speculative_algorithm} needs a draft checkpoint")
+        names = ("speculative_num_steps", "speculative_eagle_topk", "speculative_num_draft_tokens")
+        given = [name for name in names if getattr(self, name) is not None]
+        if not given:
+            for name, value in zip(names, DEFAULT_TREE, strict=True):
+                object.__setattr__(self, name, value)  # still inside construction of a frozen dataclass
+        elif len(given) < 3:
+            raise ConfigError(f"set all of {', '.join(names)} or none; got only {', '.join(given)}")
+
+
+def check_tree(num_steps: int, topk: int, num_draft_tokens: int) -> None:
+    """Refuse tree shapes that the draft loop could not fill. Raises ConfigError with the numbers."""
+    _at_least("speculative_num_steps", num_steps, 1)
+    _at_least("speculative_eagle_topk", topk, 1)
+    _at_least("speculative_num_draft_tokens", num_draft_tokens, 2)
+    if topk == 1 and num_draft_tokens != num_steps + 1:
+        raise ConfigError(
+            f"speculative_num_draft_tokens: a chain (speculative_eagle_topk 1) of {num_steps} steps has "
+            f"{num_steps + 1} nodes, got {num_draft_tokens}"
+        )
+    candidates = topk + (num_steps - 1) * topk * topk
+    if num_draft_tokens - 1 > candidates:
+        raise ConfigError(
+            f"speculative_num_draft_tokens: {num_steps} steps of topk {topk} draft {candidates} candidates, "
+            f"too few for {num_draft_tokens - 1} nodes below the root"
+        )
+
+
+def _parse(name: str, value: object, type_name: str) -> object:
+    """Read one value, which config.pbtxt gives as a string, as the type of its field."""
+    if value is None or (isinstance(value, str) and value.lower() in ("", "none") and "None" in type_name):
+        return None
+    kind = type_name.split(" |")[0]
+    text = str(value).strip()
+    try:
+        if kind == "bool":
+            return {"true": True, "1": True, "false": False, "0": False}[text.lower()]
+        return {"int": int, "float": float, "str": str, "NoneType": str}[kind](text)
+    except (KeyError, ValueError):
+        raise ConfigError(f"{name}: {value!r} is not a valid {kind}") from None
+
+
+def _one_of(name: str, value: object, allowed: tuple) -> None:
+    if value not in allowed:
+        raise ConfigError(f"{name}: must be one of {', '.join(map(str, allowed))}, got {value!r}")
+
+
+def _at_least(name: str, value: int, low: int) -> None:
+    if value < low:
+        raise ConfigError(f"{name}: must be at least {low}, got {value}")

@@ -1,0 +1,314 @@
+"""The engine: schedule -> decode -> commit -> emit. In-process for offline use and tests, in a process of its own behind
+Triton; the same class."""
+
+import random
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from specbackend.attention.torch_sdpa import TorchAttention
+from specbackend.batch import ExtendBatch
+from specbackend.cache.kv_pool import KVPool, RequestTable
+from specbackend.cache.slots import SlotManager
+from specbackend.config import EngineConfig
+from specbackend.errors import ConfigError, InvalidRequest
+from specbackend.models.eagle3 import Eagle3Model
+from specbackend.models.llama import LlamaModel
+from specbackend.models.model_config import ModelConfig
+from specbackend.request import FinishReason, Request, SamplingParams, Update
+from specbackend.runner import TargetRunner
+from specbackend.scheduler import Scheduler
+from specbackend.speculative.decoder import Decoder
+from specbackend.speculative.drafter import Drafter, num_scratch_slots
+from specbackend.speculative.eagle import EagleDecoder
+from specbackend.speculative.plain import PlainDecoder
+from specbackend.text import TextStream
+from specbackend.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True)
+class EngineStats:
+    """Plain numbers for metrics. Idle and without leaks: free_slots + evictable_slots == total_slots."""
+
+    num_running: int
+    num_waiting: int
+    free_slots: int
+    evictable_slots: int
+    total_slots: int
+    prompt_tokens: int  # since start, like all below
+    cached_tokens: int
+    completion_tokens: int
+    verify_steps: int
+
+
+class Engine:
+    """Serves one target checkpoint, with a draft or without. Keyword arguments are the server parameters of EngineConfig.
+
+    Raises ConfigError for a parameter or checkpoint it cannot serve. Not thread-safe: one thread owns it.
+    """
+
+    def __init__(self, **params):
+        config = EngineConfig.from_params(params)
+        if config.num_threads:
+            torch.set_num_threads(config.num_threads)
+        self.config = config
+        self.device = _device(config)
+        target_path = Path(config.model_path)
+        self.model_config = ModelConfig.read(target_path)
+        self.dtype = _dtype(config, self.model_config)
+        self.context_length = _context_length(config, self.model_config)
+        self._seeds = random.Random(config.random_seed)
+        self._totals = {"prompt_tokens": 0, "cached_tokens": 0, "completion_tokens": 0, "verify_steps": 0}
+        self._tokenizer: Tokenizer | None = None
+        with torch.inference_mode():
+            self._load(target_path)
+
+    def _load(self, target_path: Path) -> None:
+        config, context = self.config, self.context_length
+        num_nodes = config.speculative_num_draft_tokens or 1
+        num_positions = context + num_nodes  # a tree may reach past the last token that counts
+        model = LlamaModel(target_path, self.model_config, self.dtype, self.device, num_positions)
+        draft = None
+        if config.speculative_algorithm:
+            draft_path = Path(config.speculative_draft_model_path)
+            draft = Eagle3Model(draft_path, model, self.dtype, self.device, num_positions)
+            model.captured_layers = draft.captured_layers
+        num_slots = _num_slots(config, model, draft, context, num_nodes)
+        table = RequestTable(config.max_running_requests, context + num_nodes, self.device)
+        attention = TorchAttention()
+        runner = TargetRunner(model, _kv_pool(model, num_slots + 1), table, attention)
+        self.plain = PlainDecoder(runner)
+        self.decoder: Decoder = self.plain
+        if draft is not None:
+            self.decoder = _eagle_decoder(config, runner, draft, attention, num_slots)
+        self.slots = SlotManager(
+            num_slots, successor_keys=draft is not None, cache_prefixes=not config.disable_radix_cache
+        )
+        self.scheduler = Scheduler(
+            config,
+            self.slots,
+            table,
+            self.decoder.num_nodes,
+            context,
+            frozenset(self.model_config.eos_token_ids),
+            speculative=draft is not None,
+        )
+
+    @property
+    def has_work(self) -> bool:
+        return self.scheduler.has_work
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        if self._tokenizer is None:
+            self._tokenizer = Tokenizer(self.config.model_path)
+        return self._tokenizer
+
+    def submit(self, request: Request) -> None:
+        """Queue a request. Raises InvalidRequest, naming the field, or QueueFull."""
+        self._check(request)
+        request.seed = self._seeds.getrandbits(63) if request.params.seed is None else request.params.seed
+        self.scheduler.add(request)
+
+    def cancel(self, request_id: str) -> None:
+        """Drop a request; no update of it follows. Unknown ids are ignored."""
+        self.scheduler.cancel(request_id)
+
+    @torch.inference_mode()
+    def step(self) -> list[Update]:
+        """One scheduling decision and one forward of what it chose; [] when there is nothing to do."""
+        batch = self.scheduler.schedule()
+        if batch is None:
+            return []
+        if isinstance(batch, ExtendBatch):
+            accepted = self.decoder.extend(batch)  # draft KV too, even for plain requests: the cache is for everybody
+        elif self.scheduler.is_speculative(batch.requests[0]):
+            accepted = self.decoder.decode(batch)
+        else:
+            accepted = self.plain.decode(batch)
+        updates = self.scheduler.commit(batch, accepted)
+        self._count(updates)
+        return updates
+
+    def stats(self) -> EngineStats:
+        scheduler, slots = self.scheduler, self.slots
+        return EngineStats(
+            num_running=len(scheduler.running) + len(scheduler.prefilling),
+            num_waiting=len(scheduler.waiting),
+            free_slots=slots.num_free,
+            evictable_slots=slots.tree.num_evictable,
+            total_slots=slots.num_slots,
+            **self._totals,
+        )
+
+    def flush_cache(self) -> None:
+        """Forget every cached prefix that no request uses."""
+        self.slots.flush()
+
+    def generate(self, prompt=None, sampling_params=None, input_ids=None, stream=False):
+        """Generate like SGLang's offline Engine.
+
+        prompt: str or list of str; or input_ids: list of int or list of lists. sampling_params: dict or list of dicts.
+        Returns one dict or a list of dicts {"text", "output_ids", "meta_info"}; with stream=True an iterator over such
+        dicts, each holding all of one answer so far ("index" tells which in meta_info).
+        """
+        single = isinstance(prompt, str) or (input_ids is not None and (not input_ids or isinstance(input_ids[0], int)))
+        prompts = [self.tokenizer.encode(text) for text in _listed(prompt, single)] if input_ids is None else None
+        prompts = prompts if prompts is not None else _listed(input_ids, single)
+        params = sampling_params or {}
+        params = params if isinstance(params, list) else [params] * len(prompts)
+        chunks = self._generate(prompts, [SamplingParams.from_dict(each) for each in params])
+        if stream:
+            return chunks
+        results: list[dict] = [{}] * len(prompts)
+        for chunk in chunks:
+            results[chunk["meta_info"]["index"]] = chunk
+        return results[0] if single else results
+
+    def shutdown(self) -> None:
+        """Drop all requests. The tensors go with the object."""
+        for queue in (self.scheduler.waiting, self.scheduler.prefilling, self.scheduler.running):
+            for request in list(queue):
+                self.cancel(request.request_id)
+
+    def _generate(self, prompts: list[list[int]], params: list[SamplingParams]) -> Iterator[dict]:
+        answers = {
+            f"generate-{index}": _Answer(index, TextStream(self.tokenizer.decode, each.stop))
+            for index, each in enumerate(params)
+        }
+        for request_id, ids, each in zip(answers, prompts, params, strict=True):
+            self.submit(Request(request_id, list(ids), each))
+        while self.has_work:
+            for update in self.step():
+                answer = answers[update.request_id]
+                answer.take(update)
+                if answer.stopped and not update.finished:
+                    self.cancel(update.request_id)
+                yield answer.to_dict()
+
+    def _check(self, request: Request) -> None:
+        ids, vocab = request.input_ids, self.model_config.vocab_size
+        if not ids:
+            raise InvalidRequest("input_ids", "the prompt is empty")
+        if len(ids) >= self.context_length:
+            raise InvalidRequest("input_ids", f"{len(ids)} tokens leave no room in a context of {self.context_length}")
+        for token in ids:
+            if isinstance(token, bool) or not isinstance(token, int) or not 0 <= token < vocab:
+                raise InvalidRequest("input_ids", f"{token!r} is not an id of the vocabulary of {vocab}")
+
+    def _count(self, updates: list[Update]) -> None:
+        for update in updates:
+            self._totals["completion_tokens"] += len(update.token_ids)
+            if update.finished:
+                self._totals["prompt_tokens"] += update.prompt_tokens
+                self._totals["cached_tokens"] += update.cached_tokens
+                self._totals["verify_steps"] += update.spec_verify_ct
+
+
+class _Answer:
+    """One answer of `generate` as it grows."""
+
+    def __init__(self, index: int, text_stream: TextStream):
+        self.index, self._stream = index, text_stream
+        self.text, self.output_ids, self.stopped = "", [], False
+        self._update: Update | None = None
+        self._start = time.perf_counter()
+
+    def take(self, update: Update) -> None:
+        piece = self._stream.push(update.token_ids, last=update.finished)
+        self.text += piece.text
+        self.output_ids += piece.token_ids
+        self.stopped = self.stopped or piece.stopped
+        self._update = update
+
+    def to_dict(self) -> dict:
+        update = self._update
+        reason = FinishReason.STOP if self.stopped else update.finish_reason
+        return {
+            "text": self.text,
+            "output_ids": list(self.output_ids),
+            "meta_info": {
+                "index": self.index,
+                "prompt_tokens": update.prompt_tokens,
+                "completion_tokens": len(self.output_ids),
+                "cached_tokens": update.cached_tokens,
+                "finish_reason": reason.value if reason else None,
+                "spec_verify_ct": update.spec_verify_ct,
+                "accept_length": update.completion_tokens / max(update.spec_verify_ct, 1),
+                "e2e_latency": time.perf_counter() - self._start,
+            },
+        }
+
+
+def _listed(value, single: bool) -> list:
+    return [value] if single else list(value or [])
+
+
+def _device(config: EngineConfig) -> torch.device:
+    if config.device != "auto":
+        return torch.device(config.device)
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def _dtype(config: EngineConfig, model_config: ModelConfig) -> torch.dtype:
+    name = model_config.torch_dtype if config.dtype == "auto" else config.dtype
+    return getattr(torch, name)
+
+
+def _context_length(config: EngineConfig, model_config: ModelConfig) -> int:
+    longest = model_config.max_position_embeddings
+    if config.context_length is None:
+        return longest
+    if config.context_length > longest:
+        raise ConfigError(f"context_length: {config.context_length} is more than the model's {longest}")
+    return config.context_length
+
+
+def _num_slots(config: EngineConfig, model: LlamaModel, draft: Eagle3Model | None, context: int, num_nodes: int) -> int:
+    """Size of the KV pool: as asked for, or what fits into mem_fraction_static, but no more than can be used at once."""
+    smallest = context + num_nodes  # one request of full length always runs
+    if config.max_total_tokens is not None:
+        if config.max_total_tokens < smallest:
+            raise ConfigError(
+                f"max_total_tokens: {config.max_total_tokens} cannot hold one request of context_length {context} "
+                f"and its tree of {num_nodes}"
+            )
+        return config.max_total_tokens
+    per_slot = _bytes_per_slot(model) + (_bytes_per_slot(draft) if draft else 0)
+    fits = int(config.mem_fraction_static * _free_memory(model.lm_head.device)) // per_slot
+    if fits < smallest:
+        raise ConfigError(
+            f"mem_fraction_static: {config.mem_fraction_static} leaves {fits} slots, {smallest} are needed"
+        )
+    return min(fits, config.max_running_requests * smallest)
+
+
+def _free_memory(device: torch.device) -> int:
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    for line in Path("/proc/meminfo").read_text().splitlines():
+        if line.startswith("MemAvailable:"):
+            return int(line.split()[1]) * 1024
+    raise ConfigError("cannot tell how much memory is free; set max_total_tokens")
+
+
+def _kv_pool(model: LlamaModel | Eagle3Model, num_slots: int) -> KVPool:
+    config, head = model.config, model.lm_head
+    layers, dtype = model.num_kv_layers, head.dtype
+    return KVPool(layers, num_slots, config.num_key_value_heads, config.head_dim, dtype, head.device)
+
+
+def _bytes_per_slot(model: LlamaModel | Eagle3Model) -> int:
+    config = model.config
+    return KVPool.bytes_per_slot(model.num_kv_layers, config.num_key_value_heads, config.head_dim, model.lm_head.dtype)
+
+
+def _eagle_decoder(config: EngineConfig, runner: TargetRunner, draft: Eagle3Model, attention, num_slots: int):
+    steps, topk, rows = config.speculative_num_steps, config.speculative_eagle_topk, config.max_running_requests
+    first_scratch = num_slots + 1  # slot numbers are shared with the target, scratch slots are the draft's own
+    pool = _kv_pool(draft, first_scratch + rows * num_scratch_slots(steps, topk))
+    drafter = Drafter(draft, pool, attention, rows, first_scratch, steps, topk)
+    return EagleDecoder(runner, drafter, config.speculative_num_draft_tokens)

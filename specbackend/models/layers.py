@@ -1,0 +1,94 @@
+"""The blocks Llama-like networks are made of, in plain torch.
+
+Not nn.Modules: there is nothing to train here, and a call that is a plain function costs a decode step less.
+T = rows of the forward, B * Q of them; G = key-value heads.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+
+from specbackend.attention.base import AttentionPlan
+from specbackend.models.loader import Weights
+from specbackend.models.model_config import ModelConfig, RopeScaling
+
+
+def rope_table(config: ModelConfig, num_positions: int, device: torch.device) -> torch.Tensor:
+    """Return e^(i * position * frequency) as complex64 [num_positions, 1, head_dim / 2]."""
+    pair = torch.arange(0, config.head_dim, 2, dtype=torch.float32, device=device)
+    frequency = 1.0 / config.rope_theta ** (pair / config.head_dim)
+    if config.rope_scaling:
+        frequency = _scale_llama3(frequency, config.rope_scaling)
+    angle = torch.arange(num_positions, dtype=torch.float32, device=device)[:, None] * frequency
+    return torch.polar(torch.ones_like(angle), angle)[:, None, :]
+
+
+def _scale_llama3(frequency: torch.Tensor, scaling: RopeScaling) -> torch.Tensor:
+    """Divide low frequencies by `factor`, keep high ones, blend between. Source: transformers' llama3 rope."""
+    turns = scaling.original_max_position_embeddings * frequency / (2 * math.pi)
+    blend = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
+    blend = blend.clamp(0, 1)
+    return frequency * (blend + (1 - blend) / scaling.factor)
+
+
+def rotate(heads_THD: torch.Tensor, rope: torch.Tensor) -> torch.Tensor:
+    """Apply RoPE to heads whose pairs are adjacent (see `adjacent_pairs`); rope is the table at the rows' positions."""
+    pairs = torch.view_as_complex(heads_THD.float().unflatten(-1, (-1, 2)))
+    return torch.view_as_real(pairs * rope).flatten(-2).to(heads_THD.dtype)
+
+
+def adjacent_pairs(weight: torch.Tensor, head_dim: int) -> torch.Tensor:
+    """Reorder a q or k projection from HF's rotate-half layout, pairs (i, i + D/2), to adjacent pairs (2i, 2i + 1).
+
+    Scores do not change, as q and k are reordered alike, and RoPE becomes one complex product.
+    """
+    halves = weight.unflatten(0, (-1, 2, head_dim // 2))
+    return halves.transpose(1, 2).reshape(weight.shape)
+
+
+class Attention:
+    """Grouped-query attention with RoPE; one fused projection for q, k and v."""
+
+    def __init__(self, weights: Weights, prefix: str, config: ModelConfig, input_size: int):
+        self.H, self.G, self.D = config.num_attention_heads, config.num_key_value_heads, config.head_dim
+        q = weights.take(f"{prefix}.q_proj.weight", self.H * self.D, input_size)
+        k = weights.take(f"{prefix}.k_proj.weight", self.G * self.D, input_size)
+        v = weights.take(f"{prefix}.v_proj.weight", self.G * self.D, input_size)
+        self.qkv = torch.cat([adjacent_pairs(q, self.D), adjacent_pairs(k, self.D), v])
+        self.out = weights.take(f"{prefix}.o_proj.weight", config.hidden_size, self.H * self.D).t()
+
+    def __call__(self, x_TD, residual_TD, rope, slot_T, plan: AttentionPlan, kv_S2GD, shape_BQ) -> torch.Tensor:
+        """Write the rows' K and V to their slots, attend, and return residual + output."""
+        qkv = F.linear(x_TD, self.qkv).view(-1, self.H + 2 * self.G, self.D)
+        qk = rotate(qkv[:, : self.H + self.G], rope)
+        new_kv = torch.stack([qk[:, self.H :], qkv[:, self.H + self.G :]], dim=1)
+        kv_S2GD.index_copy_(0, slot_T, new_kv)
+        attended = plan.run(qk[:, : self.H].view(*shape_BQ, self.H, self.D), kv_S2GD)
+        return torch.addmm(residual_TD, attended.view(-1, self.H * self.D), self.out)
+
+
+class GatedMLP:
+    """down(silu(gate(x)) * up(x)); gate and up in one projection."""
+
+    def __init__(self, weights: Weights, prefix: str, config: ModelConfig):
+        hidden, self.inner = config.hidden_size, config.intermediate_size
+        gate = weights.take(f"{prefix}.gate_proj.weight", self.inner, hidden)
+        up = weights.take(f"{prefix}.up_proj.weight", self.inner, hidden)
+        self.gate_up = torch.cat([gate, up])
+        self.down = weights.take(f"{prefix}.down_proj.weight", hidden, self.inner).t()
+
+    def __call__(self, x_TD: torch.Tensor, residual_TD: torch.Tensor) -> torch.Tensor:
+        """Return residual + MLP(x)."""
+        gate, up = F.linear(x_TD, self.gate_up).split(self.inner, dim=-1)
+        return torch.addmm(residual_TD, F.silu(gate).mul_(up), self.down)
+
+
+class RMSNorm:
+    def __init__(self, weights: Weights, name: str, config: ModelConfig, size: int | None = None):
+        self.shape = (size or config.hidden_size,)
+        self.weight = weights.take(f"{name}.weight", *self.shape)
+        self.eps = config.rms_norm_eps
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        return F.rms_norm(x, self.shape, self.weight, self.eps)

@@ -1,0 +1,93 @@
+"""config.json of a checkpoint, read as the networks need it."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from specbackend.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class RopeScaling:
+    """Llama 3.1's frequency scaling. Source: `rope_scaling` with rope_type "llama3"."""
+
+    factor: float
+    low_freq_factor: float
+    high_freq_factor: float
+    original_max_position_embeddings: int
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Shape of a Llama-like decoder."""
+
+    architecture: str
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    rms_norm_eps: float
+    rope_theta: float
+    rope_scaling: RopeScaling | None
+    max_position_embeddings: int
+    tie_word_embeddings: bool
+    eos_token_ids: tuple[int, ...]
+    torch_dtype: str
+    raw: dict  # config.json itself, for the fields only one kind of checkpoint has
+
+    @classmethod
+    def read(cls, folder: Path) -> "ModelConfig":
+        """Read `folder`/config.json (and generation_config.json for the eos ids). Raises ConfigError."""
+        path = folder / "config.json"
+        if not path.is_file():
+            raise ConfigError(f"no checkpoint at {folder}: config.json is missing")
+        raw = json.loads(path.read_text())
+        required = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+        if missing := [name for name in required if name not in raw]:
+            raise ConfigError(f"{path}: {', '.join(missing)} missing")
+        rope = raw.get("rope_parameters") or {}
+        return cls(
+            architecture=(raw.get("architectures") or ["unknown"])[0],
+            vocab_size=raw["vocab_size"],
+            hidden_size=raw["hidden_size"],
+            intermediate_size=raw["intermediate_size"],
+            num_hidden_layers=raw["num_hidden_layers"],
+            num_attention_heads=raw["num_attention_heads"],
+            num_key_value_heads=raw.get("num_key_value_heads") or raw["num_attention_heads"],
+            head_dim=raw.get("head_dim") or raw["hidden_size"] // raw["num_attention_heads"],
+            rms_norm_eps=raw.get("rms_norm_eps", 1e-6),
+            rope_theta=rope.get("rope_theta") or raw.get("rope_theta") or 10000.0,
+            rope_scaling=_rope_scaling(path, raw.get("rope_scaling") or rope),
+            max_position_embeddings=raw.get("max_position_embeddings", 2048),
+            tie_word_embeddings=raw.get("tie_word_embeddings", False),
+            eos_token_ids=_eos_token_ids(folder, raw),
+            torch_dtype=str(raw.get("torch_dtype") or raw.get("dtype") or "float32").removeprefix("torch."),
+            raw=raw,
+        )
+
+
+def _rope_scaling(path: Path, scaling: dict) -> RopeScaling | None:
+    kind = scaling.get("rope_type") or scaling.get("type") or "default"
+    if kind == "default":
+        return None
+    if kind != "llama3":
+        raise ConfigError(f"{path}: rope scaling {kind!r} is not served, only llama3 is")
+    return RopeScaling(
+        factor=scaling["factor"],
+        low_freq_factor=scaling["low_freq_factor"],
+        high_freq_factor=scaling["high_freq_factor"],
+        original_max_position_embeddings=scaling["original_max_position_embeddings"],
+    )
+
+
+def _eos_token_ids(folder: Path, raw: dict) -> tuple[int, ...]:
+    """The ids that end a generation, as HF generate reads them: generation_config.json first."""
+    generation = folder / "generation_config.json"
+    found = json.loads(generation.read_text()).get("eos_token_id") if generation.is_file() else None
+    found = raw.get("eos_token_id") if found is None else found
+    if found is None:
+        return ()
+    return tuple(found) if isinstance(found, list) else (found,)

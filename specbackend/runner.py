@@ -1,0 +1,64 @@
+"""Lays requests out as forward batches and runs the target over them."""
+
+import torch
+
+from specbackend.attention.base import AttentionBackend
+from specbackend.batch import ExtendBatch, ForwardBatch
+from specbackend.cache.kv_pool import KVPool, RequestTable
+from specbackend.cache.slots import DUMMY_SLOT
+from specbackend.models.llama import LlamaModel, TargetOutput
+from specbackend.request import Request
+
+
+class TargetRunner:
+    """The target network with its KV pool and the request table that drafts share."""
+
+    def __init__(self, model: LlamaModel, kv_pool: KVPool, table: RequestTable, attention: AttentionBackend):
+        self.model, self.kv_pool, self.table, self.attention = model, kv_pool, table, attention
+        self.dtype = model.lm_head.dtype
+        self.device = model.lm_head.device
+
+    def forward(self, batch: ForwardBatch) -> TargetOutput:
+        return self.model.forward(batch, self.attention.plan(batch, self.dtype), self.kv_pool)
+
+    def rows(self, requests: list[Request]) -> torch.Tensor:
+        return torch.tensor([request.row for request in requests], device=self.device)
+
+    def lengths(self, requests: list[Request]) -> torch.Tensor:
+        return torch.tensor([request.num_computed for request in requests], device=self.device)
+
+    def prefix_slots(self, requests: list[Request], row_B: torch.Tensor) -> torch.Tensor:
+        """Table columns [B, L] that cover the longest prefix among the requests."""
+        return self.table.slots[row_B, : max(request.num_computed for request in requests)]
+
+
+def extend_forward_batch(runner: TargetRunner, batch: ExtendBatch) -> ForwardBatch:
+    """Prompt chunks side by side, padded on the right to the longest."""
+    requests, Q = batch.requests, max(batch.chunk_lens)
+    tokens = [_padded_chunk(request, length, Q) for request, length in zip(requests, batch.chunk_lens, strict=True)]
+    row_B, prefix_len_B = runner.rows(requests), runner.lengths(requests)
+    chunk_len_B = torch.tensor(batch.chunk_lens, device=runner.device)
+    offset_Q = torch.arange(Q, device=runner.device)
+    position_BQ = prefix_len_B[:, None] + offset_Q
+    valid_BQ = offset_Q < chunk_len_B[:, None]
+    position_BQ = position_BQ.where(valid_BQ, 0)
+    slot_BQ = runner.table.slots[row_B[:, None], position_BQ].where(valid_BQ, DUMMY_SLOT)
+    return ForwardBatch(
+        token_BQ=torch.tensor(tokens, device=runner.device),
+        position_BQ=position_BQ,
+        slot_BQ=slot_BQ,
+        prefix_slot_BL=runner.prefix_slots(requests, row_B),
+        prefix_len_B=prefix_len_B,
+        window_slot_BW=slot_BQ,
+        window_mask_BQW=causal_mask(Q, runner.device).expand(len(requests), Q, Q),
+    )
+
+
+def _padded_chunk(request: Request, length: int, width: int) -> list[int]:
+    start = request.num_computed
+    return request.all_ids[start : start + length] + [0] * (width - length)
+
+
+def causal_mask(Q: int, device) -> torch.Tensor:
+    """bool [Q, Q]: each row sees itself and the rows before it."""
+    return torch.ones(Q, Q, dtype=torch.bool, device=device).tril()

@@ -1,0 +1,237 @@
+"""Who runs next, on which slots, and what became of it."""
+
+from collections import deque
+
+from specbackend.batch import Accepted, DecodeBatch, ExtendBatch
+from specbackend.cache.kv_pool import RequestTable
+from specbackend.cache.radix_tree import PrefixMatch
+from specbackend.cache.slots import SlotManager
+from specbackend.config import EngineConfig
+from specbackend.errors import QueueFull
+from specbackend.request import FinishReason, Request, RequestStatus, Update
+
+
+class Scheduler:
+    """Continuous batching with chunked prefill.
+
+    A request of n computed tokens owns the slots of table columns [0, n + reserve), where reserve is `num_nodes` while
+    it decodes. The first `len(pinned.slots)` of them belong to the prefix cache and are pinned there.
+    """
+
+    def __init__(
+        self,
+        config: EngineConfig,
+        slots: SlotManager,
+        table: RequestTable,
+        num_nodes: int,
+        context_length: int,
+        eos_token_ids: frozenset[int],
+        speculative: bool,
+    ):
+        self.config, self.slots, self.table = config, slots, table
+        self.num_nodes, self.context_length, self.eos_token_ids = num_nodes, context_length, eos_token_ids
+        self.speculative = speculative
+        self.waiting: deque[Request] = deque()
+        self.prefilling: list[Request] = []
+        self.running: list[Request] = []
+        self._pinned: dict[Request, PrefixMatch] = {}
+        self._num_owned: dict[Request, int] = {}  # table columns that hold a slot
+        self._last_was_extend = False
+        self._last_was_plain = False
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self.waiting or self.prefilling or self.running)
+
+    def add(self, request: Request) -> None:
+        if len(self.waiting) >= self.config.max_queued_requests:
+            raise QueueFull("Exceeds maximum queue size")
+        self.waiting.append(request)
+
+    def cancel(self, request_id: str) -> None:
+        """Forget a request and free what it holds; an unknown id is none of our business any more."""
+        for queue in (self.waiting, self.prefilling, self.running):
+            for request in queue:
+                if request.request_id == request_id:
+                    queue.remove(request)
+                    self._finish(request, FinishReason.ABORT)
+                    return
+
+    # ---- schedule ----
+
+    def schedule(self) -> ExtendBatch | DecodeBatch | None:
+        """Prompt chunks and decode steps take turns, so neither starves the other."""
+        self._admit()
+        extend_next = self.prefilling and not (self.running and self._last_was_extend)
+        self._last_was_extend = bool(extend_next)
+        if extend_next:
+            return self._extend_batch()
+        return self._decode_batch()
+
+    def _admit(self) -> None:
+        if self.config.schedule_policy == "lpm" and len(self.waiting) > 1:
+            self.waiting = deque(sorted(self.waiting, key=lambda request: -self.slots.cached_length(request.all_ids)))
+        while self.waiting and self.table.num_free_rows and self._start(self.waiting[0]):
+            self.prefilling.append(self.waiting.popleft())
+
+    def _start(self, request: Request) -> bool:
+        """Give the request a row, its cached prefix and slots for the rest of its tokens and one tree; False if full."""
+        tokens = request.all_ids
+        pinned = self.slots.match(tokens)
+        cached = len(pinned.slots)
+        fresh = self.slots.allocate(len(tokens) - cached + self.num_nodes)
+        if fresh is None:
+            self.slots.unpin(pinned)
+            return False
+        request.row = self.table.take_row()
+        request.status = RequestStatus.PREFILLING
+        request.num_computed = request.num_cached = cached
+        self._pinned[request] = pinned
+        self._own(request, pinned.slots + fresh)
+        return True
+
+    def _own(self, request: Request, slots: list[int]) -> None:
+        self.table.write([request.row] * len(slots), list(range(len(slots))), slots)
+        self._num_owned[request] = len(slots)
+
+    def _extend_batch(self) -> ExtendBatch:
+        """The next chunk of every prefilling request, up to max_prefill_tokens as padded."""
+        limit = self.config.chunked_prefill_size if self.config.chunked_prefill_size > 0 else self.context_length
+        requests, chunk_lens, width = [], [], 0
+        for request in self.prefilling:
+            chunk = min(limit, request.num_tokens - request.num_computed)
+            wider = max(width, chunk)
+            if requests and wider * (len(requests) + 1) > self.config.max_prefill_tokens:
+                break
+            requests.append(request)
+            chunk_lens.append(chunk)
+            width = wider
+        return ExtendBatch(requests, chunk_lens)
+
+    def _decode_batch(self) -> DecodeBatch | None:
+        """All requests of one kind, speculative or plain; where both run, they take turns."""
+        plain = [request for request in self.running if not self.is_speculative(request)]
+        drafted = [request for request in self.running if self.is_speculative(request)]
+        self._last_was_plain = bool(plain) and not (drafted and self._last_was_plain)
+        requests = plain if self._last_was_plain else drafted
+        if not requests:
+            return None
+        kept = self._refill_windows(requests)
+        return DecodeBatch(kept)
+
+    def is_speculative(self, request: Request) -> bool:
+        return self.speculative and request.params.speculative
+
+    def _refill_windows(self, requests: list[Request]) -> list[Request]:
+        """Make each request own num_nodes slots beyond its computed ones; the youngest step back when slots run out."""
+        kept = list(requests)
+        while kept:
+            missing = [request.num_computed + self.num_nodes - self._num_owned[request] for request in kept]
+            fresh = self.slots.allocate(sum(missing))
+            if fresh is not None:
+                self._append_slots(kept, missing, fresh)
+                return kept
+            self._retract(kept.pop())
+        raise AssertionError("a single request always fits: Engine checks it on submission")
+
+    def _append_slots(self, requests: list[Request], counts: list[int], slots: list[int]) -> None:
+        rows, columns = [], []
+        for request, count in zip(requests, counts, strict=True):
+            owned = self._num_owned[request]
+            rows += [request.row] * count
+            columns += range(owned, owned + count)
+            self._num_owned[request] = owned + count
+        if slots:
+            self.table.write(rows, columns, slots)
+
+    def _retract(self, request: Request) -> None:
+        """Take a running request's slots; it goes to the head of the queue and is recomputed, outputs included."""
+        self.running.remove(request)
+        self._release(request)
+        request.status = RequestStatus.WAITING
+        self.waiting.appendleft(request)
+
+    # ---- commit ----
+
+    def commit(self, batch: ExtendBatch | DecodeBatch, accepted: Accepted) -> list[Update]:
+        """Record what a step produced: append tokens, finish, cache, free. One update per request that got tokens."""
+        if isinstance(batch, ExtendBatch):
+            for request, length in zip(batch.requests, batch.chunk_lens, strict=True):
+                request.num_computed += length
+        updates = []
+        for request, tokens in zip(batch.requests, accepted.tolists(), strict=True):
+            if not tokens:
+                continue
+            if isinstance(batch, ExtendBatch):
+                self._start_running(request, tokens[0])
+            else:
+                request.num_computed += len(tokens)
+                request.spec_verify_ct += 1
+            updates.append(self._append(request, tokens))
+        return updates
+
+    def _start_running(self, request: Request, first_token: int) -> None:
+        """The prompt is complete: share it at once, so that requests behind this one need not wait for its end."""
+        self.prefilling.remove(request)
+        self.running.append(request)
+        request.status = RequestStatus.RUNNING
+        self._share(request, request.all_ids + [first_token], request.num_computed)
+
+    def _append(self, request: Request, tokens: list[int]) -> Update:
+        tokens, reason = self._cut(request, tokens)
+        request.output_ids += tokens
+        if reason:
+            self.running.remove(request)
+            self._finish(request, reason)
+        return Update(
+            request_id=request.request_id,
+            token_ids=tokens,
+            finish_reason=reason,
+            prompt_tokens=len(request.input_ids),
+            completion_tokens=len(request.output_ids),
+            cached_tokens=request.num_cached,
+            spec_verify_ct=request.spec_verify_ct,
+        )
+
+    def _cut(self, request: Request, tokens: list[int]) -> tuple[list[int], FinishReason | None]:
+        """Stop at the first stop token (kept) or at the length limit, whichever comes first."""
+        room = min(request.params.max_new_tokens - len(request.output_ids), self.context_length - request.num_tokens)
+        for count, token in enumerate(tokens[:room], start=1):
+            if token in request.params.stop_token_ids:
+                return tokens[:count], FinishReason.STOP
+            if token in self.eos_token_ids and not request.params.ignore_eos:
+                return tokens[:count], FinishReason.STOP
+        if len(tokens) >= room:
+            return tokens[:room], FinishReason.LENGTH
+        return tokens, None
+
+    def _finish(self, request: Request, reason: FinishReason) -> None:
+        request.finish_reason = reason
+        request.status = RequestStatus.FINISHED
+        if request in self._pinned:
+            self._release(request)
+
+    def _release(self, request: Request) -> None:
+        """Cache what may be cached of the request's KV, free the rest and its row."""
+        # Tokens past num_tokens - 1 may have KV too (a stop token cut the path short), but no known successor.
+        cacheable = min(request.num_computed, request.num_tokens - 1)
+        if not self.is_speculative(request) and self.speculative:
+            cacheable = len(self._pinned[request].slots)  # plain decoding left no draft KV behind
+        self._share(request, request.all_ids, cacheable)
+        pinned = self._pinned.pop(request)
+        owned = self.table.read(request.row, self._num_owned.pop(request))
+        self.slots.release(owned[len(pinned.slots) :])
+        self.slots.unpin(pinned)
+        self.table.give_back(request.row)
+        request.row = -1
+
+    def _share(self, request: Request, token_ids: list[int], count: int) -> None:
+        """Hand the first `count` slots to the prefix cache and use the cache's own wherever it had them already."""
+        mine = self.table.read(request.row, count)
+        known = len(self._pinned[request].slots)
+        pinned = self.slots.share(token_ids, mine, self._pinned[request])
+        self._pinned[request] = pinned
+        replaced = [column for column in range(known, len(pinned.slots)) if mine[column] != pinned.slots[column]]
+        if replaced:
+            slots = [pinned.slots[column] for column in replaced]
+            self.table.write([request.row] * len(replaced), replaced, slots)

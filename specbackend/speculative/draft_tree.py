@@ -1,0 +1,66 @@
+"""Draft trees as tensors.
+
+                 root: the last token the target picked, not yet in the KV pool
+                /    \
+               1      2          parent_BN = [0, 0, 0, 1, 1, 3]
+              / \                (the root counts as its own parent)
+             3   4
+             |
+             5
+
+A tree is one parent array and its tokens. A parent has a lower index than its children; siblings have distinct tokens.
+B = requests, N = nodes, K = topk, C = candidates.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class DraftTree:
+    """N nodes per request, node 0 is the root."""
+
+    token_BN: torch.Tensor  # int64
+    parent_BN: torch.Tensor  # int64
+    mask_BNN: torch.Tensor  # bool; [n, m]: m is n or one of n's ancestors
+    depth_BN: torch.Tensor  # int64; the root has 0
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """Everything the draft loop proposed, level by level: K of level 1, then K * K of each further level."""
+
+    score_BC: torch.Tensor  # float32, log-probability of the whole path down to the candidate
+    token_BC: torch.Tensor  # int64
+    parent_BC: torch.Tensor  # int64, index of the parent candidate; -1 below the root
+
+
+def build_tree(root_token_B: torch.Tensor, candidates: Candidates, num_nodes: int) -> DraftTree:
+    """Keep the root and the num_nodes - 1 best candidates, in index order.
+
+    A child never scores above its parent and never comes before it, so with ties broken by index (a stable sort) the
+    kept set is closed under ancestors. Source: EAGLE-2's reranking, SafeAILab/EAGLE `topK_genrate`.
+    """
+    best = candidates.score_BC.sort(dim=1, descending=True, stable=True).indices[:, : num_nodes - 1]
+    kept = best.sort(dim=1).values
+    parent_candidate = candidates.parent_BC.gather(1, kept)
+    parent = torch.searchsorted(kept, parent_candidate) + 1  # place among the kept, after the root
+    parent.masked_fill_(parent_candidate < 0, 0)
+    root_parent = torch.zeros_like(root_token_B)[:, None]
+    token_BN = torch.cat([root_token_B[:, None], candidates.token_BC.gather(1, kept)], dim=1)
+    parent_BN = torch.cat([root_parent, parent], dim=1)
+    mask_BNN = ancestor_mask(parent_BN)
+    return DraftTree(token_BN, parent_BN, mask_BNN, depth_BN=mask_BNN.sum(dim=2) - 1)
+
+
+def ancestor_mask(parent_BN: torch.Tensor) -> torch.Tensor:
+    """bool [B, N, N]: which nodes lie on each node's path from the root, itself included."""
+    N = parent_BN.shape[1]
+    node = torch.arange(N, device=parent_BN.device)
+    reach = ((parent_BN[:, :, None] == node) | (node[:, None] == node)).float()  # one generation up
+    generations = 1
+    while generations < N - 1:
+        reach = torch.bmm(reach, reach).clamp_(max=1)
+        generations *= 2
+    return reach > 0

@@ -1,0 +1,51 @@
+"""Decoding without a draft: one row per request and step. The oracle for everything speculative."""
+
+import torch
+
+from specbackend.batch import Accepted, DecodeBatch, ExtendBatch, ForwardBatch
+from specbackend.models.llama import TargetOutput
+from specbackend.runner import TargetRunner, extend_forward_batch
+from specbackend.sampling import SamplingBatch, pick_tokens
+
+
+class PlainDecoder:
+    num_nodes = 1
+
+    def __init__(self, runner: TargetRunner):
+        self.runner = runner
+
+    def extend(self, batch: ExtendBatch) -> Accepted:
+        forward = extend_forward_batch(self.runner, batch)
+        return pick_after_prompt(self.runner, batch, self.runner.forward(forward))
+
+    def decode(self, batch: DecodeBatch) -> Accepted:
+        runner, requests = self.runner, batch.requests
+        row_B, length_B = runner.rows(requests), runner.lengths(requests)
+        last_token = [request.output_ids[-1] for request in requests]
+        slot_B1 = runner.table.slots[row_B, length_B][:, None]
+        forward = ForwardBatch(
+            token_BQ=torch.tensor(last_token, device=runner.device)[:, None],
+            position_BQ=length_B[:, None],
+            slot_BQ=slot_B1,
+            prefix_slot_BL=runner.prefix_slots(requests, row_B),
+            prefix_len_B=length_B,
+            window_slot_BW=slot_B1,
+            window_mask_BQW=torch.ones(len(requests), 1, 1, dtype=torch.bool, device=runner.device),
+        )
+        logits_BV = runner.model.logits(runner.forward(forward).hidden_TD)
+        sampling = SamplingBatch.of(requests, runner.device)
+        token_B1 = pick_tokens(logits_BV[:, None], length_B[:, None] + 1, sampling)
+        return Accepted(token_B1, torch.ones_like(length_B))
+
+
+def pick_after_prompt(runner: TargetRunner, batch: ExtendBatch, output: TargetOutput) -> Accepted:
+    """Pick the token after each final chunk; non-final chunks count 0 tokens."""
+    B = len(batch.requests)
+    chunk_len_B = torch.tensor(batch.chunk_lens, device=runner.device)
+    hidden_BQD = output.hidden_TD.view(B, -1, output.hidden_TD.shape[-1])
+    last_BD = hidden_BQD[torch.arange(B, device=runner.device), chunk_len_B - 1]
+    position_B = runner.lengths(batch.requests) + chunk_len_B
+    sampling = SamplingBatch.of(batch.requests, runner.device)
+    token_B1 = pick_tokens(runner.model.logits(last_BD)[:, None], position_B[:, None], sampling)
+    final_B = torch.tensor([batch.is_final(i) for i in range(B)], device=runner.device)
+    return Accepted(token_B1, final_B.long())
