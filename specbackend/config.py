@@ -1,4 +1,5 @@
-"""Server parameters under SGLang's names: one frozen dataclass, checked once, at load. No torch: the adapter imports this."""
+"""Server parameters under SGLang's names: one frozen dataclass, checked once, at load. No torch: the adapter
+imports this file."""
 
 from __future__ import annotations  # field types stay text, which is what `_parse` reads
 
@@ -16,7 +17,7 @@ DEFAULT_TREE = (5, 4, 8)  # SGLang's (steps, topk, draft tokens) for Llama when 
 
 @dataclass(frozen=True)
 class EngineConfig:
-    """Everything the engine needs to know before it loads. `from_params` is the way in; fields are what users may set."""
+    """Everything the engine must know before it loads. `from_params` is the way in; fields are what users may set."""
 
     model_path: str
     speculative_algorithm: str | None = None  # EAGLE3; None decodes plainly
@@ -53,7 +54,7 @@ class EngineConfig:
 
     @classmethod
     def from_params(cls, params: Mapping[str, object]) -> EngineConfig:
-        """Build from keyword arguments or from config.pbtxt strings; unknown and contradictory ones raise ConfigError."""
+        """Build from keyword arguments or config.pbtxt strings; unknown and contradictory ones raise ConfigError."""
         types = {f.name: f.type for f in fields(cls)}
         unknown = sorted(set(params) - set(types) - set(NOT_SERVED))
         if unknown:

@@ -1,5 +1,7 @@
-"""The engine: schedule -> decode -> commit -> emit. In-process for offline use and tests, in a process of its own behind
-Triton; the same class."""
+"""The engine: schedule -> decode -> commit -> emit.
+
+In-process for offline use and tests, in a process of its own behind Triton; the same class.
+"""
 
 import random
 import time
@@ -45,9 +47,9 @@ class EngineStats:
 
 
 class Engine:
-    """Serves one target checkpoint, with a draft or without. Keyword arguments are the server parameters of EngineConfig.
+    """Serves one target checkpoint, with a draft or without.
 
-    Raises ConfigError for a parameter or checkpoint it cannot serve. Not thread-safe: one thread owns it.
+    Keyword arguments are the server parameters of EngineConfig. Raises ConfigError for a parameter or checkpoint it cannot serve. Not thread-safe: one thread owns it.
     """
 
     def __init__(self, **params):
@@ -268,7 +270,7 @@ def _context_length(config: EngineConfig, model_config: ModelConfig) -> int:
 
 
 def _num_slots(config: EngineConfig, model: LlamaModel, draft: Eagle3Model | None, context: int, num_nodes: int) -> int:
-    """Size of the KV pool: as asked for, or what fits into mem_fraction_static, but no more than can be used at once."""
+    """Size of the KV pool: as asked for, or what fits into mem_fraction_static, but no more than can be used."""
     smallest = context + num_nodes  # one request of full length always runs
     if config.max_total_tokens is not None:
         if config.max_total_tokens < smallest:

@@ -75,11 +75,13 @@ class Scheduler:
             self.prefilling.append(self.waiting.popleft())
 
     def _start(self, request: Request) -> bool:
-        """Give the request a row, its cached prefix and slots for the rest of its tokens and one tree; False if full."""
+        """Give the request a row, its cached prefix and slots for its other tokens and one tree; False if full."""
         tokens = request.all_ids
         pinned = self.slots.match(tokens)
         cached = len(pinned.slots)
-        fresh = self.slots.allocate(len(tokens) - cached + self.num_nodes)
+        needed = len(tokens) - cached + self.num_nodes
+        headroom = self.num_nodes * (len(self.running) + len(self.prefilling))  # else the next step retracts it again
+        fresh = self.slots.allocate(needed) if needed + headroom <= self.slots.num_available else None
         if fresh is None:
             self.slots.unpin(pinned)
             return False

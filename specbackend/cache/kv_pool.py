@@ -44,5 +44,5 @@ class RequestTable:
         self.slots[index[0], index[1]] = index[2]
 
     def read(self, row: int, length: int) -> list[int]:
-        """The slots of a request's first `length` tokens. Waits for the device; called when a request is cached or ends."""
+        """The slots of a request's first `length` tokens. Waits for the device, so it is for starts and ends only."""
         return self.slots[row, :length].tolist()

@@ -7,7 +7,7 @@ Pure Python over integers; it never sees a tensor. Every slot in the tree belong
 import heapq
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from itertools import count
+from itertools import count, pairwise
 
 
 def prefix_keys(token_ids: Sequence[int], successor: bool) -> list[int]:
@@ -18,7 +18,7 @@ def prefix_keys(token_ids: Sequence[int], successor: bool) -> list[int]:
     """
     if not successor:
         return list(token_ids)
-    return [(token << 32) | following for token, following in zip(token_ids, token_ids[1:], strict=False)]
+    return [(token << 32) | following for token, following in pairwise(token_ids)]
 
 
 @dataclass(eq=False)

@@ -53,7 +53,7 @@ class SlotManager:
         return len(found.slots)
 
     def share(self, token_ids: Sequence[int], slots: Sequence[int], pinned: PrefixMatch) -> PrefixMatch:
-        """Give `slots`, which hold the KV of the first tokens of `token_ids`, to the tree; return the new pinned prefix.
+        """Give `slots`, which hold the KV of the first of `token_ids`, to the tree; return the new pinned prefix.
 
         `pinned` is what the caller got from `match` or the last `share`: the tree owns these slots already. Of the
         rest, what the tree had got from somebody else in the meantime is released here as a duplicate. Slots past

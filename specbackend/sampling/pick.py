@@ -16,7 +16,7 @@ from specbackend.request import Request
 
 @dataclass(frozen=True)
 class SamplingBatch:
-    """Per-request sampling parameters on the device. `any_sampled` is known on the host: greedy batches skip the noise."""
+    """Sampling parameters on the device. `any_sampled` is known on the host: greedy batches skip the noise."""
 
     temperature_B: torch.Tensor  # float32; 0 is greedy
     seed_B: torch.Tensor  # int64
