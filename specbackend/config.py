@@ -95,7 +95,7 @@ class EngineConfig:
             _at_least("chunked_prefill_size", self.chunked_prefill_size, 1)
         if not 0 < self.mem_fraction_static < 1:
             raise ConfigError(f"mem_fraction_static: must lie between 0 and 1, got {self.mem_fraction_static}")
-        if self.watchdog_timeout <= 0:
+        if not self.watchdog_timeout > 0:  # false for nan too
             raise ConfigError(f"watchdog_timeout: must be positive, got {self.watchdog_timeout}")
 
     def _check_no_tree(self) -> None:
@@ -135,7 +135,7 @@ def check_tree(num_steps: int, topk: int, num_draft_tokens: int) -> None:
 
 def _parse(name: str, value: object, type_name: str) -> object:
     """Read one value, which config.pbtxt gives as a string, as the type of its field."""
-    if value is None or (isinstance(value, str) and value.lower() in ("", "none") and "None" in type_name):
+    if "None" in type_name and str(value).lower() in ("", "none"):
         return None
     kind = type_name.split(" |")[0]
     text = str(value).strip()

@@ -49,7 +49,8 @@ class EngineStats:
 class Engine:
     """Serves one target checkpoint, with a draft or without.
 
-    Keyword arguments are the server parameters of EngineConfig. Raises ConfigError for a parameter or checkpoint it cannot serve. Not thread-safe: one thread owns it.
+    Keyword arguments are the server parameters of EngineConfig. Raises ConfigError for a parameter or checkpoint it
+    cannot serve. Not thread-safe: one thread owns it.
     """
 
     def __init__(self, **params):
@@ -115,6 +116,7 @@ class Engine:
         request.seed = self._seeds.getrandbits(63) if request.params.seed is None else request.params.seed
         self.scheduler.add(request)
 
+    @torch.inference_mode()
     def cancel(self, request_id: str) -> None:
         """Drop a request; no update of it follows. Unknown ids are ignored."""
         self.scheduler.cancel(request_id)

@@ -1,11 +1,11 @@
 """Nouns: what a client asks for, what the engine says back. No torch: the Triton adapter imports this file."""
 
-import math
 from dataclasses import dataclass, field, fields
 from enum import Enum
 
 from specbackend.errors import InvalidRequest
 
+FLOAT32_MAX = 3.4e38  # the device's temperatures are float32
 UNLIMITED = 1 << 30  # max_new_tokens of a request that is bounded by the context length alone
 
 
@@ -31,7 +31,7 @@ class SamplingParams:
         _require_int("max_new_tokens", self.max_new_tokens, low=1, high=UNLIMITED)
         if isinstance(self.temperature, bool) or not isinstance(self.temperature, (int, float)):
             raise InvalidRequest("temperature", f"must be a number, got {self.temperature!r}")
-        if not math.isfinite(self.temperature) or self.temperature < 0:
+        if not 0 <= self.temperature <= FLOAT32_MAX:  # false for nan too
             raise InvalidRequest("temperature", f"must be finite and at least 0, got {self.temperature}")
         if self.seed is not None:
             _require_int("seed", self.seed, low=0, high=(1 << 64) - 1)
@@ -57,10 +57,10 @@ class SamplingParams:
             value = values.get(name, ())
             if value is None:
                 values[name] = ()
-            elif isinstance(value, (str, int)):
-                values[name] = (value,)
-            else:
+            elif isinstance(value, (list, tuple)):
                 values[name] = tuple(value)
+            else:
+                values[name] = (value,)
         return cls(**values)
 
 

@@ -87,7 +87,9 @@ class Scheduler:
             return False
         request.row = self.table.take_row()
         request.status = RequestStatus.PREFILLING
-        request.num_computed = request.num_cached = cached
+        request.num_computed = cached
+        if not request.output_ids:  # else it was retracted, and what it finds is its own
+            request.num_cached = cached
         self._pinned[request] = pinned
         self._own(request, pinned.slots + fresh)
         return True
@@ -119,13 +121,16 @@ class Scheduler:
         if not requests:
             return None
         kept = self._refill_windows(requests)
-        return DecodeBatch(kept)
+        return DecodeBatch(kept) if kept else None
 
     def is_speculative(self, request: Request) -> bool:
         return self.speculative and request.params.speculative
 
     def _refill_windows(self, requests: list[Request]) -> list[Request]:
-        """Make each request own num_nodes slots beyond its computed ones; the youngest step back when slots run out."""
+        """Make each request own num_nodes slots beyond its computed ones; the youngest step back when slots run out.
+
+        All of them may have to, if prompts and requests of the other kind hold the rest; these go on then.
+        """
         kept = list(requests)
         while kept:
             missing = [request.num_computed + self.num_nodes - self._num_owned[request] for request in kept]
@@ -134,7 +139,8 @@ class Scheduler:
                 self._append_slots(kept, missing, fresh)
                 return kept
             self._retract(kept.pop())
-        raise AssertionError("a single request always fits: Engine checks it on submission")
+        assert self.running or self.prefilling, "a single request always fits: Engine sizes the pool for it"
+        return []
 
     def _append_slots(self, requests: list[Request], counts: list[int], slots: list[int]) -> None:
         rows, columns = [], []

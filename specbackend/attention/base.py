@@ -17,6 +17,9 @@ class AttentionPlan(Protocol):
         Returns [B, Q, H * D], scaled by 1/sqrt(D).
         """
 
+    def set_window_mask(self, window_mask_BQW: torch.Tensor) -> None:
+        """Show the rows other parts of the same window, for a further forward over the same prefix and window."""
+
 
 class AttentionBackend(Protocol):
     def plan(self, batch: ForwardBatch, dtype: torch.dtype) -> AttentionPlan: ...

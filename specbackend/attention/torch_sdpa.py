@@ -10,14 +10,16 @@ class TorchPlan:
     """Column slots [B, L + W] and an additive mask [B, 1, Q, L + W], shared by all layers of a forward."""
 
     def __init__(self, batch: ForwardBatch, dtype: torch.dtype):
-        B, Q, W = batch.window_mask_BQW.shape
+        B, Q, _ = batch.window_mask_BQW.shape
         L = batch.prefix_slot_BL.shape[1]
-        column_L = torch.arange(L, device=batch.prefix_len_B.device)
-        prefix_mask_BQL = (column_L < batch.prefix_len_B[:, None])[:, None, :].expand(B, Q, L)
-        hidden = torch.cat([prefix_mask_BQL, batch.window_mask_BQW], dim=2).logical_not_()
-        self._bias = torch.zeros(B, 1, Q, L + W, dtype=dtype, device=hidden.device)
-        self._bias.masked_fill_(hidden[:, None], float("-inf"))
+        in_prefix_BL = torch.arange(L, device=batch.prefix_len_B.device) < batch.prefix_len_B[:, None]
+        mask_BQC = torch.cat([in_prefix_BL[:, None, :].expand(B, Q, L), batch.window_mask_BQW], dim=2)
+        self._bias = _additive(mask_BQC, dtype)
+        self._window_bias = self._bias[..., L:]
         self._slots = torch.cat([batch.prefix_slot_BL, batch.window_slot_BW], dim=1).flatten()
+
+    def set_window_mask(self, window_mask_BQW: torch.Tensor) -> None:
+        self._window_bias.copy_(_additive(window_mask_BQW, self._bias.dtype))
 
     def run(self, q_BQHD: torch.Tensor, kv_S2GD: torch.Tensor) -> torch.Tensor:
         B, Q, H, D = q_BQHD.shape
@@ -27,6 +29,11 @@ class TorchPlan:
             q_BQHD.transpose(1, 2), k_BGCD, v_BGCD, attn_mask=self._bias, enable_gqa=True
         )
         return out_BHQD.transpose(1, 2).reshape(B, Q, H * D)
+
+
+def _additive(mask_BQC: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """[B, 1, Q, C]: 0 where the mask lets a row look, -inf elsewhere."""
+    return torch.where(mask_BQC, 0.0, float("-inf")).to(dtype)[:, None]
 
 
 class TorchAttention:

@@ -77,9 +77,9 @@ class Eagle3Model:
         y = self.attention(x, hidden_TD, rope, batch.slot_BQ.flatten(), plan, kv_pool.layer(0), batch.token_BQ.shape)
         return self.mlp(self.post_attention_layernorm(y), y)
 
-    def top_tokens(self, hidden_TD: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """The k likeliest next tokens: (log-probability [T, k] float32, target token id [T, k])."""
-        logprob = torch.log_softmax(F.linear(self.norm(hidden_TD), self.lm_head).float(), dim=-1)
+    def top_tokens(self, hidden: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """The k likeliest tokens after hidden [..., D]: float32 log-probabilities and target ids, both [..., k]."""
+        logprob = torch.log_softmax(F.linear(self.norm(hidden), self.lm_head).float(), dim=-1)
         top_logprob, draft_id = logprob.topk(k, dim=-1)
         return top_logprob, self.target_id[draft_id]
 

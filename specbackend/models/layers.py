@@ -86,9 +86,11 @@ class GatedMLP:
 
 class RMSNorm:
     def __init__(self, weights: Weights, name: str, config: ModelConfig, size: int | None = None):
-        self.shape = (size or config.hidden_size,)
-        self.weight = weights.take(f"{name}.weight", *self.shape)
-        self.eps = config.rms_norm_eps
+        self.weight = weights.take(f"{name}.weight", size or config.hidden_size)
+        self.eps = torch.tensor(config.rms_norm_eps, device=self.weight.device)
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        return F.rms_norm(x, self.shape, self.weight, self.eps)
+        # In float32 and back before the weight, as Hugging Face does; a third fewer operators than F.rms_norm on a CPU.
+        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
+        inverse_rms = torch.addcmul(self.eps, norm, norm, value=1 / x.shape[-1]).rsqrt_()
+        return (x * inverse_rms).to(x.dtype).mul_(self.weight)

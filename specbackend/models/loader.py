@@ -2,8 +2,10 @@
 
 import json
 from pathlib import Path
+from pickle import UnpicklingError
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from specbackend.errors import ConfigError
@@ -52,14 +54,19 @@ class Weights:
 
 
 def _read_all(folder: Path) -> dict[str, torch.Tensor]:
-    files = _weight_files(folder)
     tensors: dict[str, torch.Tensor] = {}
-    for path in files:
-        if path.suffix == ".safetensors":
-            tensors |= load_file(path)
-        else:
-            tensors |= torch.load(path, map_location="cpu", weights_only=True)
+    for path in _weight_files(folder):
+        tensors |= _read_file(path)
     return tensors
+
+
+def _read_file(path: Path) -> dict[str, torch.Tensor]:
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except (SafetensorError, UnpicklingError, RuntimeError, EOFError, OSError) as error:
+        raise ConfigError(f"{path}: cannot be read: {error}") from error
 
 
 def _weight_files(folder: Path) -> list[Path]:

@@ -1,4 +1,4 @@
-"""Draft trees as tensors.
+r"""Draft trees as tensors.
 
                  root: the last token the target picked, not yet in the KV pool
                 /    \

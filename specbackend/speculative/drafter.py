@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
-from specbackend.attention.base import AttentionBackend
+from specbackend.attention.base import AttentionBackend, AttentionPlan
 from specbackend.batch import ForwardBatch
 from specbackend.cache.kv_pool import KVPool
 from specbackend.models.eagle3 import Eagle3Model
@@ -72,7 +72,8 @@ class Drafter:
 
     def extend(self, batch: ForwardBatch, feature_TF: torch.Tensor, row_B: torch.Tensor, last_B: torch.Tensor) -> None:
         """Feed true tokens with the target's features; row last_B[b] of each sequence becomes its state."""
-        hidden_BQD = self._forward(batch, self.model.fuse(feature_TF))
+        plan = self.attention.plan(batch, self.dtype)
+        hidden_BQD = self._forward(batch, self.model.fuse(feature_TF), plan)
         last_BD = hidden_BQD[torch.arange(len(row_B), device=self.device), last_B]
         logprob_BK, token_BK = self.model.top_tokens(last_BD, self.topk)
         self.state.logprob_RK[row_B] = logprob_BK
@@ -81,17 +82,20 @@ class Drafter:
 
     def propose(self, row_B: torch.Tensor, length_B: torch.Tensor, prefix_slot_BL: torch.Tensor) -> Candidates:
         """Draft K + (S - 1) * K^2 candidates per request; length_B is how many tokens the KV pool holds of each."""
-        beam = self._first_beam(row_B)
+        beam, plan = self._first_beam(row_B), None
         scores, tokens, parents = [beam.score_BK], [beam.token_BK], [torch.full_like(beam.token_BK, -1)]
         for level in range(1, self.num_steps):
             batch = self._level_batch(level, beam, row_B, length_B, prefix_slot_BL)
-            hidden_BKD = self._forward(batch, beam.hidden_BKD.flatten(0, 1))
-            logprob_TK, token_TK = self.model.top_tokens(hidden_BKD.flatten(0, 1), self.topk)
-            score_BM = (beam.score_BK[:, :, None] + logprob_TK.view(-1, self.topk, self.topk)).flatten(1)
-            token_BM = token_TK.view(score_BM.shape)
+            if plan is None:
+                plan = self.attention.plan(batch, self.dtype)
+            else:
+                plan.set_window_mask(batch.window_mask_BQW)
+            hidden_BKD = self._forward(batch, beam.hidden_BKD.flatten(0, 1), plan)
+            logprob_BKK, token_BKK = self.model.top_tokens(hidden_BKD, self.topk)
+            score_BM, token_BM = (beam.score_BK[:, :, None] + logprob_BKK).flatten(1), token_BKK.flatten(1)
             scores.append(score_BM)
             tokens.append(token_BM)
-            parents.append(beam.candidate_BK.repeat_interleave(self.topk, dim=1))
+            parents.append(beam.candidate_BK[:, :, None].expand_as(token_BKK).flatten(1))
             if level < self.num_steps - 1:
                 beam = self._next_beam(level, score_BM, token_BM, hidden_BKD, batch.window_mask_BQW)
         return Candidates(torch.cat(scores, dim=1), torch.cat(tokens, dim=1), torch.cat(parents, dim=1))
@@ -132,7 +136,6 @@ class Drafter:
             window_mask_BQW=beam.ancestor_BKW | self._own_LKW[level - 1],
         )
 
-    def _forward(self, batch: ForwardBatch, hidden_TD: torch.Tensor) -> torch.Tensor:
-        plan = self.attention.plan(batch, self.dtype)
+    def _forward(self, batch: ForwardBatch, hidden_TD: torch.Tensor, plan: AttentionPlan) -> torch.Tensor:
         hidden_TD = self.model.forward(batch, hidden_TD, plan, self.kv_pool)
         return hidden_TD.view(*batch.token_BQ.shape, -1)

@@ -25,6 +25,8 @@ class EagleDecoder:
     def __init__(self, runner: TargetRunner, drafter: Drafter, num_nodes: int):
         self.runner, self.drafter, self.num_nodes = runner, drafter, num_nodes
         self.max_path = min(drafter.num_steps + 1, num_nodes)
+        self._node_N = torch.arange(num_nodes, device=runner.device)
+        self._causal_PP = causal_mask(self.max_path, runner.device)
 
     def extend(self, batch: ExtendBatch) -> Accepted:
         forward = extend_forward_batch(self.runner, batch)
@@ -52,8 +54,7 @@ class EagleDecoder:
         return accepted
 
     def _verify_batch(self, tree: DraftTree, row_B, length_B, prefix_slot_BL) -> ForwardBatch:
-        window = torch.arange(self.num_nodes, device=self.runner.device)
-        slot_BN = self.runner.table.slots[row_B[:, None], length_B[:, None] + window]
+        slot_BN = self.runner.table.slots[row_B[:, None], length_B[:, None] + self._node_N]
         return ForwardBatch(
             token_BQ=tree.token_BN,
             position_BQ=length_B[:, None] + tree.depth_BN,
@@ -65,15 +66,14 @@ class EagleDecoder:
         )
 
     def _keep_path(self, path: AcceptedPath, verify: ForwardBatch, row_B, length_B) -> None:
-        window = torch.arange(self.num_nodes, device=self.runner.device)
-        slot_BN = verify.slot_BQ.gather(1, path.order_BN)
-        self.runner.table.slots[row_B[:, None], length_B[:, None] + window] = slot_BN
+        column_BN = length_B[:, None] + self._node_N
+        self.runner.table.slots[row_B[:, None], column_BN] = verify.slot_BQ.gather(1, path.order_BN)
 
     def _extend_draft(self, accepted: Accepted, path: AcceptedPath, verify: ForwardBatch, output, row_B) -> None:
         """Row j of the path pairs the feature of its node with the token after it; width is fixed at max_path rows."""
         node_BP = path.order_BN[:, : self.max_path]
         B, P = node_BP.shape
-        offset_P = torch.arange(P, device=self.runner.device)
+        offset_P = self._node_N[:P]
         valid_BP = offset_P < path.count_B[:, None]
         slot_BP = verify.slot_BQ.gather(1, node_BP).where(valid_BP, DUMMY_SLOT)
         batch = ForwardBatch(
@@ -83,7 +83,7 @@ class EagleDecoder:
             prefix_slot_BL=verify.prefix_slot_BL,
             prefix_len_B=verify.prefix_len_B,
             window_slot_BW=slot_BP,
-            window_mask_BQW=causal_mask(P, self.runner.device).expand(B, P, P),
+            window_mask_BQW=self._causal_PP.expand(B, P, P),
         )
         first_row_B1 = torch.arange(0, B * self.num_nodes, self.num_nodes, device=self.runner.device)[:, None]
         feature_TF = output.feature_TF[(first_row_B1 + node_BP).flatten()]

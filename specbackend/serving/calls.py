@@ -1,0 +1,266 @@
+"""From Triton's requests to calls: every value is used exactly, or refused by the name the client gave it."""
+
+import json
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+
+from specbackend.errors import InvalidRequest
+from specbackend.request import SamplingParams
+from specbackend.serving.errors import Unsupported
+from specbackend.serving.protocol import Ready
+from specbackend.serving.schemas import ALWAYS, ANY, LLM_INPUTS, LLM_OUTPUTS, LLM_PARAMETERS, Input
+from specbackend.tokenizer import Tokenizer
+
+TENSORS = {spec.name: spec for spec in LLM_INPUTS}
+PARAMETERS = {**TENSORS, **{spec.name: spec for spec in LLM_PARAMETERS}}  # where both exist, parameters have their own
+OUTPUTS = {spec.name: spec for spec in LLM_OUTPUTS if spec.asked_by}
+NUMBER, TEXT = ((int, float), "a number"), (str, "a string")
+INTEGER, FLAG = (int, "an integer"), (bool, "a bool")
+PARAMETER_TYPES = {
+    "STRING": TEXT,
+    "BOOL": FLAG,
+    **dict.fromkeys(("INT32", "INT64", "UINT8", "UINT64"), INTEGER),
+    **dict.fromkeys(("FP16", "FP32", "FP64"), NUMBER),
+    "JSON": ((int, str), "a number or a JSON list of numbers"),
+}
+SAMPLING_FIELDS = ("max_new_tokens", "temperature", "seed", "stop", "stop_token_ids", "ignore_eos", "speculative")
+
+
+@dataclass(frozen=True)
+class Call:
+    """A generation that a client asks for."""
+
+    input_ids: list[int]
+    params: SamplingParams
+    stream: bool = False
+    echo: str = ""  # put in front of the answer
+    outputs: frozenset[str] = frozenset(("text_output",))  # those to send
+    client_id: str = ""  # the client's request id; not unique
+    arrival_ns: int = field(default_factory=time.monotonic_ns)
+    timeout_us: int = 0  # 0: none
+
+    @property
+    def deadline(self) -> float | None:
+        """On time.monotonic()'s clock, in seconds."""
+        return self.arrival_ns / 1e9 + self.timeout_us / 1e6 if self.timeout_us else None
+
+
+@dataclass(frozen=True)
+class CancelCall:
+    """`stop` = true: end the running requests of this id."""
+
+    client_id: str
+
+
+class Fields:
+    """What one request sets, by meaning instead of by name, with the name for error messages."""
+
+    def __init__(self) -> None:
+        self._values: dict[str, Any] = {}
+        self._names: dict[str, str] = {}
+
+    def add(self, spec: Input, values: Iterable) -> None:
+        """Take one input's values. Raises InvalidRequest if another name for the same differs, or Unsupported."""
+        if spec.sets is None:
+            self._check_neutral(spec, values)
+            return
+        values = list(values)
+        value = values if spec.dims != (1,) else _single(spec.name, values)
+        if spec.sets in self._values and self._values[spec.sets] != value:
+            raise InvalidRequest(spec.name, f"contradicts {self._names[spec.sets]}")
+        self._values[spec.sets] = value
+        self._names[spec.sets] = spec.name
+
+    def get(self, meaning: str, default: Any = None) -> Any:
+        return self._values.get(meaning, default)
+
+    def name(self, meaning: str) -> str:
+        """As the client calls it."""
+        return self._names.get(meaning, meaning)
+
+    @staticmethod
+    def _check_neutral(spec: Input, values: Iterable) -> None:
+        if spec.neutral is not ANY and not all(value in spec.neutral for value in values):
+            only = f" (only {' and '.join(map(repr, spec.neutral))})" if spec.neutral else ""
+            raise Unsupported(spec.name, f"is not supported{only}")
+
+
+def read_fields(request: Any) -> Fields:
+    """Collect the request's tensors and parameters. Raises InvalidRequest, naming the field."""
+    fields = Fields()
+    for tensor in request.inputs():
+        fields.add(TENSORS[tensor.name()], tensor_values(tensor.name(), tensor.as_numpy()))
+    for name, value in json.loads(request.parameters() or "{}").items():
+        if name not in PARAMETERS:
+            raise InvalidRequest(name, f"is not a known parameter (known: {', '.join(sorted(PARAMETERS))})")
+        check_type(PARAMETERS[name], value)
+        fields.add(PARAMETERS[name], [value])
+    return fields
+
+
+def check_type(spec: Input, value: Any) -> None:
+    """A parameter's type is the client's choice; a tensor's is checked by Triton."""
+    types, words = PARAMETER_TYPES[spec.dtype]
+    if not isinstance(value, types) or (isinstance(value, bool) and types is not bool):
+        raise InvalidRequest(spec.name, f"must be {words}, got {value!r}")
+
+
+def tensor_values(name: str, array: np.ndarray) -> Iterable:
+    """The Python values of a tensor [1, ...], one by one: large tensors that are refused are not worth a list."""
+    if array.ndim and array.shape[0] > 1:
+        raise InvalidRequest(name, f"one prompt per request, got a batch of {array.shape[0]}")
+    return (_plain(name, value) for value in array.flat)
+
+
+def _plain(name: str, value: Any) -> Any:
+    if isinstance(value, bytes):
+        try:
+            return value.decode()
+        except UnicodeDecodeError:
+            raise InvalidRequest(name, "is not valid UTF-8") from None
+    if isinstance(value, np.float32):
+        return float(str(value))  # the shortest decimal is what the client wrote: 0.7 and not 0.699999988
+    return value.item() if isinstance(value, np.generic) else value
+
+
+def _single(name: str, values: list) -> Any:
+    if len(values) != 1:
+        raise InvalidRequest(name, f"must have one element, got {len(values)}")
+    return values[0]
+
+
+class CallReader:
+    """Turns Triton's requests into calls that the engine will not refuse."""
+
+    def __init__(self, tokenizer: Tokenizer, limits: Ready):
+        self._tokenizer = tokenizer
+        self._limits = limits
+
+    def read(self, request: Any) -> Call | CancelCall:
+        """Raises InvalidRequest or Unsupported, naming the field as the client calls it."""
+        fields = read_fields(request)
+        if fields.get("cancel"):
+            return _read_cancel(request)
+        input_ids = self._read_prompt(fields)
+        return Call(
+            input_ids,
+            self._read_params(fields),
+            stream=fields.get("stream", False),
+            echo="" if fields.get("exclude_input_in_output", True) else self._prompt_text(fields),
+            outputs=_read_outputs(fields, request.requested_output_names()),
+            client_id=request.request_id(),
+            timeout_us=request.timeout() or _read_timeout(fields),
+        )
+
+    def _read_prompt(self, fields: Fields) -> list[int]:
+        text, input_ids = fields.get("text"), fields.get("input_ids")
+        if text is not None and input_ids is not None:
+            raise InvalidRequest("input_ids", "contradicts text_input: send one of the two")
+        if input_ids is None:
+            return encode_prompt(self._tokenizer, text, self._limits.context_length)
+        self._check_ids(fields, input_ids)
+        return input_ids
+
+    def _check_ids(self, fields: Fields, input_ids: list[int]) -> None:
+        length = fields.get("input_length", len(input_ids))
+        if length != len(input_ids):
+            raise InvalidRequest("input_lengths", f"is {length}, but input_ids has {len(input_ids)}")
+        check_prompt_length("input_ids", len(input_ids), self._limits.context_length)
+        vocab_size = self._limits.vocab_size
+        if not all(0 <= token < vocab_size for token in input_ids):
+            raise InvalidRequest("input_ids", f"must lie between 0 and {vocab_size - 1}, the model's vocabulary")
+
+    def _prompt_text(self, fields: Fields) -> str:
+        text = fields.get("text")
+        return self._tokenizer.decode(fields.get("input_ids")) if text is None else text
+
+    def _read_params(self, fields: Fields) -> SamplingParams:
+        given = {name: fields.get(name) for name in SAMPLING_FIELDS if fields.get(name) is not None}
+        params = {"temperature": 0.0, **given}
+        if "stop" in params:
+            stop = params["stop"]
+            params["stop"] = [stop] if isinstance(stop, str) else [text for text in stop if text]  # clients send [""]
+        if "stop_token_ids" in params:
+            params["stop_token_ids"] = _read_numbers("stop_token_ids", params["stop_token_ids"])
+        try:
+            params = SamplingParams.from_dict(params)
+        except InvalidRequest as error:
+            raise InvalidRequest(fields.name(error.field), error.message) from None
+        return self._apply_codes(fields, params)
+
+    def _apply_codes(self, fields: Fields, params: SamplingParams) -> SamplingParams:
+        """TensorRT-LLM's numbers that stand for something else. Every other value is refused, not approximated."""
+        top_k, end_id, nodes = (fields.get(meaning) for meaning in ("top_k", "end_id", "num_draft_tokens"))
+        if top_k not in (None, -1, 0, 1):
+            raise Unsupported(fields.name("top_k"), f"only 0 (all tokens) and 1 (greedy) are supported, got {top_k}")
+        if end_id not in (None, -1, *self._limits.eos_token_ids):
+            own = self._limits.eos_token_ids
+            raise Unsupported("end_id", f"only the model's own {own} and -1 (none) are supported, got {end_id}")
+        if nodes not in (None, 0, self._limits.num_draft_tokens):
+            own = self._limits.num_draft_tokens
+            message = f"only the server's own {own} and 0 (no speculation) are supported, got {nodes}"
+            raise Unsupported("num_draft_tokens", message)
+        if top_k == 1:
+            params = replace(params, temperature=0.0)
+        if end_id == -1:
+            params = replace(params, ignore_eos=True)
+        if nodes == 0:
+            params = replace(params, speculative=False)
+        return params
+
+
+def encode_prompt(tokenizer: Tokenizer, text: str | None, context_length: int, chat: bool = False) -> list[int]:
+    """Tokenize what a client sent as text_input; with `chat` as the user's turn in the tokenizer's chat template.
+
+    Raises InvalidRequest, for hopelessly long text before any work is done on it.
+    """
+    if not text:
+        raise InvalidRequest("text_input", "is required and must not be empty")
+    size, most = len(text.encode()), context_length * tokenizer.max_token_bytes
+    if size > most:
+        raise InvalidRequest("text_input", f"has {size} bytes; context_length {context_length} holds at most {most}")
+    if chat:
+        text = tokenizer.apply_chat_template([{"role": "user", "content": text}])
+    input_ids = tokenizer.encode(text, add_special_tokens=not chat)  # the template brings its own
+    check_prompt_length("text_input", len(input_ids), context_length)
+    return input_ids
+
+
+def check_prompt_length(name: str, length: int, context_length: int) -> None:
+    if length == 0:
+        raise InvalidRequest(name, "is empty")
+    if length >= context_length:
+        raise InvalidRequest(name, f"has {length} tokens, too many for context_length {context_length} and an answer")
+
+
+def _read_cancel(request: Any) -> CancelCall:
+    if not request.request_id():
+        raise InvalidRequest("stop", "A request id must be provided for request cancellation")
+    return CancelCall(request.request_id())
+
+
+def _read_timeout(fields: Fields) -> int:
+    timeout = fields.get("timeout", 0)
+    if timeout < 0:
+        raise InvalidRequest("timeout", f"must not be negative, got {timeout}")
+    return timeout
+
+
+def _read_numbers(name: str, value: object) -> list[int]:
+    try:
+        numbers = json.loads(value) if isinstance(value, str) else value
+    except json.JSONDecodeError:
+        raise InvalidRequest(name, f"must be a number or a JSON list of numbers, got {value!r}") from None
+    return numbers if isinstance(numbers, list) else [numbers]
+
+
+def _read_outputs(fields: Fields, requested: Iterable[str]) -> frozenset[str]:
+    """Outputs whose flag is set, and those requested by name: Triton fills in all names if a client requests none."""
+    requested = set(requested)
+    named = set() if requested >= {spec.name for spec in LLM_OUTPUTS} else requested
+    flagged = {name for name, spec in OUTPUTS.items() if spec.asked_by == ALWAYS or fields.get(spec.asked_by)}
+    return frozenset(flagged & requested | named & OUTPUTS.keys())

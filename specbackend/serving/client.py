@@ -1,0 +1,131 @@
+"""Small clients for tools and tests: gRPC streaming, HTTP generate_stream and generate. One connection per call."""
+
+import http.client
+import json
+import queue
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import closing
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import tritonclient.grpc as grpc_client
+
+from specbackend.serving.schemas import APPLY_CHAT_TEMPLATE, LLM_INPUTS, Input
+
+SPECS = {spec.name: spec for spec in (*LLM_INPUTS, APPLY_CHAT_TEMPLATE)}
+NUMPY_TYPES = {"STRING": np.object_, "INT32": np.int32, "UINT64": np.uint64, "FP32": np.float32, "BOOL": np.bool_}
+RESPONSE_TIMEOUT_S = 120.0
+
+
+@dataclass
+class Answer:
+    """What a client got."""
+
+    text: str = ""
+    responses: list[dict[str, Any]] = field(default_factory=list)
+    error: str | None = None
+    cancelled: bool = False  # by ourselves
+    times: list[float] = field(default_factory=list)  # of the responses, on time.monotonic()'s clock
+
+    def add(self, outputs: dict[str, Any]) -> None:
+        self.responses.append(outputs)
+        self.times.append(time.monotonic())
+        self.text += outputs.get("text_output", "")
+
+
+Client = Callable[..., Answer]
+
+
+def stream_grpc(
+    url: str, model: str, inputs: Mapping[str, Any], request_id: str = "", cancel_after: int | None = None, **options
+) -> Answer:
+    """Ask over ModelStreamInfer. Inputs are Python values by name; `cancel_after` so many responses we leave.
+
+    options: of tritonclient's async_stream_infer, e.g. parameters, timeout, outputs.
+    """
+    answer, results = Answer(), queue.SimpleQueue()
+    with closing(grpc_client.InferenceServerClient(url)) as client:
+        client.start_stream(callback=lambda result, error: results.put((result, error)))
+        client.async_stream_infer(model, _tensors(inputs), request_id=request_id, **options)
+        final = False
+        while not final:
+            if len(answer.responses) == cancel_after:
+                answer.cancelled = True
+                break
+            result, error = results.get(timeout=RESPONSE_TIMEOUT_S)
+            if error is not None:
+                answer.error = error.message()
+                break
+            answer.add(_outputs(result))
+            final = result.get_response().parameters["triton_final_response"].bool_param
+        client.stop_stream(cancel_requests=answer.cancelled)
+    return answer
+
+
+def stream_http(
+    url: str, model: str, inputs: Mapping[str, Any], request_id: str = "", cancel_after: int | None = None
+) -> Answer:
+    """Ask over generate_stream. `cancel_after` so many responses we close the connection."""
+    body = {**inputs, **({"id": request_id} if request_id else {})}
+    answer = Answer()
+    with closing(http.client.HTTPConnection(url, timeout=RESPONSE_TIMEOUT_S)) as connection:
+        connection.request("POST", f"/v2/models/{model}/generate_stream", json.dumps(body))
+        response = connection.getresponse()
+        for event in _events(response):
+            if "error" in event:
+                answer.error = event["error"]
+                break
+            answer.add(event)
+            if len(answer.responses) == cancel_after:
+                answer.cancelled = True
+                break
+        response.close()  # the connection would stay open for the rest of the stream
+    return answer
+
+
+def generate_http(url: str, model: str, inputs: Mapping[str, Any]) -> tuple[int, dict[str, Any]]:
+    """Ask over generate, which has one response. Returns the HTTP status and the body."""
+    with closing(http.client.HTTPConnection(url, timeout=RESPONSE_TIMEOUT_S)) as connection:
+        connection.request("POST", f"/v2/models/{model}/generate", json.dumps(inputs))
+        response = connection.getresponse()
+        return response.status, json.loads(response.read())
+
+
+def read_metrics(url: str) -> dict[str, float]:
+    """Triton's metrics by their name with labels, as printed."""
+    with closing(http.client.HTTPConnection(url, timeout=RESPONSE_TIMEOUT_S)) as connection:
+        connection.request("GET", "/metrics")
+        lines = connection.getresponse().read().decode().splitlines()
+    pairs = (line.rsplit(" ", 1) for line in lines if line and not line.startswith("#"))
+    return {name: float(value) for name, value in pairs}
+
+
+def _events(response: http.client.HTTPResponse) -> Iterator[dict[str, Any]]:
+    """Server-sent events; an error before the stream begins is a plain JSON body."""
+    for line in iter(response.readline, b""):
+        text = line.decode().removeprefix("data: ").strip()
+        if text:
+            yield json.loads(text)
+
+
+def _tensors(inputs: Mapping[str, Any]) -> list[grpc_client.InferInput]:
+    return [_tensor(SPECS[name], value) for name, value in inputs.items()]
+
+
+def _tensor(spec: Input, value: Any) -> grpc_client.InferInput:
+    row = value if isinstance(value, list) else [value]
+    array = np.array([[v.encode() if isinstance(v, str) else v for v in row]], NUMPY_TYPES[spec.dtype])
+    tensor = grpc_client.InferInput(spec.name, list(array.shape), "BYTES" if spec.dtype == "STRING" else spec.dtype)
+    tensor.set_data_from_numpy(array)
+    return tensor
+
+
+def _outputs(result: grpc_client.InferResult) -> dict[str, Any]:
+    return {output.name: _value(result.as_numpy(output.name)) for output in result.get_response().outputs}
+
+
+def _value(array: np.ndarray) -> Any:
+    values = [value.decode() if isinstance(value, bytes) else value for value in array.ravel().tolist()]
+    return values[0] if len(values) == 1 else values

@@ -1,0 +1,141 @@
+"""What adapter and engine process say to each other: messages as length-prefixed msgpack frames on one socket."""
+
+import socket
+import struct
+from dataclasses import dataclass, field, fields
+
+import msgpack
+
+from specbackend.request import FinishReason, SamplingParams, Update
+
+LENGTH = struct.Struct("<I")
+RECEIVE_BYTES = 1 << 20
+
+
+# ---- adapter -> engine
+
+
+@dataclass(frozen=True)
+class Start:
+    """The first message: what to load."""
+
+    params: dict  # of EngineConfig.from_params
+
+
+@dataclass(frozen=True)
+class Submit:
+    request_id: str
+    input_ids: list[int]
+    params: SamplingParams
+
+
+@dataclass(frozen=True)
+class Cancel:
+    request_id: str
+
+
+# ---- engine -> adapter
+
+
+@dataclass(frozen=True)
+class Ready:
+    """The engine has loaded; these are the limits to check requests against."""
+
+    context_length: int
+    vocab_size: int
+    eos_token_ids: list[int]
+    num_draft_tokens: int  # nodes of the tree verified per step, root included; 0: no speculation
+
+
+@dataclass(frozen=True)
+class Failed:
+    """The engine cannot start or go on, and ends."""
+
+    message: str
+
+
+@dataclass(frozen=True)
+class Rejected:
+    """The engine does not take a request. `field` names the parameter at fault; None: the queue is full."""
+
+    request_id: str
+    field: str | None
+    message: str
+
+
+@dataclass(frozen=True)
+class Step:
+    """One step is done. Sent for every step, so it is also the sign of life that the watchdog looks for."""
+
+    updates: list[Update] = field(default_factory=list)
+    stats: dict[str, float] = field(default_factory=dict)
+
+
+MESSAGES = (Start, Submit, Cancel, Ready, Failed, Rejected, Step)
+Message = Start | Submit | Cancel | Ready | Failed | Rejected | Step
+
+
+def encode(message: Message) -> bytes:
+    """One frame: the body's length, then [kind, field, field, ...]."""
+    body = msgpack.packb([MESSAGES.index(type(message)), *_values(message)], default=_values)
+    return LENGTH.pack(len(body)) + body
+
+
+def decode(body: bytes) -> Message:
+    kind, *values = msgpack.unpackb(body)
+    message = MESSAGES[kind](*values)
+    if isinstance(message, Submit):
+        return Submit(message.request_id, message.input_ids, _sampling_params(message.params))
+    if isinstance(message, Step):
+        return Step([_update(values) for values in message.updates], message.stats)
+    return message
+
+
+class Channel:
+    """One end of the socket. One thread may send while another receives."""
+
+    def __init__(self, sock: socket.socket):
+        self._socket = sock
+        self._received = bytearray()
+
+    def fileno(self) -> int:
+        return self._socket.fileno()
+
+    def send(self, message: Message) -> None:
+        self._socket.sendall(encode(message))
+
+    def receive(self) -> list[Message]:
+        """Wait for data and return the messages that it completes, perhaps none. EOFError: the other end is closed."""
+        data = self._socket.recv(RECEIVE_BYTES)
+        if not data:
+            raise EOFError
+        self._received += data
+        return self._whole_messages()
+
+    def close(self) -> None:
+        self._socket.close()
+
+    def _whole_messages(self) -> list[Message]:
+        messages, start = [], 0
+        while (body := start + LENGTH.size) <= len(self._received):
+            end = body + LENGTH.unpack_from(self._received, start)[0]
+            if end > len(self._received):
+                break
+            messages.append(decode(bytes(self._received[body:end])))
+            start = end
+        del self._received[:start]
+        return messages
+
+
+def _values(message: object) -> list:
+    return [getattr(message, f.name) for f in fields(message)]
+
+
+def _sampling_params(values: list) -> SamplingParams:
+    return SamplingParams.from_dict(dict(zip((f.name for f in fields(SamplingParams)), values, strict=True)))
+
+
+def _update(values: list) -> Update:
+    update = dict(zip((f.name for f in fields(Update)), values, strict=True))
+    reason = update["finish_reason"]
+    return Update(**{**update, "finish_reason": reason and FinishReason(reason)})

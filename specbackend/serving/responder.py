@@ -1,0 +1,240 @@
+"""The response thread: the only one that touches Triton's objects once execute() has returned.
+
+Triton ends with a segmentation fault if two threads use a metric, or if one asks whether a request is cancelled while
+another finishes it. With one thread for all of this neither can happen, and no lock is needed.
+"""
+
+import itertools
+import logging
+import os
+import queue
+import threading
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+
+from specbackend.errors import InvalidRequest
+from specbackend.request import Update
+from specbackend.serving.calls import Call, CancelCall
+from specbackend.serving.errors import Cancelled, Unavailable
+from specbackend.serving.generation import Generation
+from specbackend.serving.metrics import PUBLISH_INTERVAL_S, Metrics
+from specbackend.serving.protocol import Cancel, Message, Ready, Rejected, Step, Submit
+from specbackend.serving.supervisor import EngineDown, EngineSupervisor, wait_readable
+from specbackend.serving.triton_io import Sender
+
+SWEEP_INTERVAL_S = 0.1  # between two looks at cancellations and deadlines: 64 requests cost 2 ms
+QUEUE_FULL = "Exceeds maximum queue size"  # Triton's own words, here and below
+TIMEOUT = "Request timeout expired"
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Arrival:
+    """What execute() made of one request."""
+
+    sender: Sender
+    outcome: Call | CancelCall | Exception
+
+
+@dataclass(eq=False)
+class Stream:
+    """A call that is not answered to the end."""
+
+    generation: Generation
+    sender: Sender
+    submitted: bool = False  # to the engine that runs now
+
+    @property
+    def call(self) -> Call:
+        return self.generation.call
+
+
+class Responder:
+    """Owns the engine supervisor and all open streams. Only `put` and `close` are for other threads."""
+
+    def __init__(
+        self,
+        supervisor: EngineSupervisor,
+        decode: Callable[[Sequence[int]], str],
+        max_queued_requests: int = 1024,
+        stream_interval: int = 1,
+        num_draft_tokens: int = 0,
+        metrics: Metrics | None = None,
+    ):
+        self._supervisor = supervisor
+        self._decode = decode
+        self._max_queued_requests = max_queued_requests
+        self._stream_interval = stream_interval
+        self._num_draft_tokens = num_draft_tokens
+        self._metrics = metrics
+        self._stats: dict[str, float] = {}  # not published yet
+        self._streams: dict[str, Stream] = {}  # by our own id
+        self._ids = itertools.count()
+        self._next_sweep = self._next_publish = 0.0
+        self._inbox: queue.SimpleQueue[Arrival] = queue.SimpleQueue()
+        self._wake_fd = os.eventfd(0, os.EFD_NONBLOCK)
+        self._closing = False
+        self._thread = threading.Thread(target=self._run, name="responses", daemon=True)
+        self._thread.start()
+
+    def put(self, arrival: Arrival) -> None:
+        """Hand over a request. Returns at once."""
+        self._inbox.put(arrival)
+        os.eventfd_write(self._wake_fd, 1)
+
+    def close(self) -> None:
+        """Answer what is left with UNAVAILABLE and end the thread and the engine."""
+        self._closing = True
+        os.eventfd_write(self._wake_fd, 1)
+        self._thread.join()
+        os.close(self._wake_fd)
+
+    def _run(self) -> None:
+        while not self._closing:
+            try:
+                self._turn()
+            except Exception:  # a bug; but without this thread every client would hang
+                log.exception("in the response thread")
+                time.sleep(SWEEP_INTERVAL_S)
+        self._fail_streams("the model is being unloaded")
+        self._supervisor.close()
+
+    def _turn(self) -> None:
+        readable = self._wait()
+        if self._wake_fd in readable:
+            os.eventfd_read(self._wake_fd)
+            self._take_arrivals()
+        if self._supervisor.fileno() in readable:
+            self._take_events(self._supervisor.receive())
+        now = time.monotonic()
+        self._supervisor.tend(now, busy=any(stream.submitted for stream in self._streams.values()))
+        if now >= self._next_sweep:
+            self._next_sweep = now + SWEEP_INTERVAL_S
+            self._sweep(now)
+        if self._stats and now >= self._next_publish:
+            self._next_publish = now + PUBLISH_INTERVAL_S
+            self._publish()
+
+    def _wait(self) -> list[int]:
+        engine_fd = self._supervisor.fileno()
+        idle = engine_fd is not None and not self._streams and not self._stats
+        files = [self._wake_fd] if engine_fd is None else [self._wake_fd, engine_fd]
+        return wait_readable(files, None if idle else SWEEP_INTERVAL_S)
+
+    # ---- from execute()
+
+    def _take_arrivals(self) -> None:
+        while not self._inbox.empty():
+            arrival = self._inbox.get()
+            match arrival.outcome:
+                case Call() as call:
+                    self._begin(arrival.sender, call)
+                case CancelCall(client_id):
+                    self._cancel(client_id)
+                    arrival.sender.send({"text_output": ""}, final=True)
+                case error:
+                    arrival.sender.fail(error)
+
+    def _begin(self, sender: Sender, call: Call) -> None:
+        request_id = str(next(self._ids))
+        generation = Generation(request_id, call, self._decode, self._stream_interval, self._num_draft_tokens)
+        stream = Stream(generation, sender)
+        if self._supervisor.ready:
+            self._submit(stream)
+        elif len(self._streams) >= self._max_queued_requests:  # while the engine restarts, they wait here
+            sender.fail(Unavailable(QUEUE_FULL))
+            return
+        self._streams[request_id] = stream
+
+    def _submit(self, stream: Stream) -> None:
+        self._supervisor.send(Submit(stream.generation.request_id, stream.call.input_ids, stream.call.params))
+        stream.submitted = True
+
+    def _cancel(self, client_id: str) -> None:
+        for stream in [stream for stream in self._streams.values() if stream.call.client_id == client_id]:
+            self._drop(stream)
+            stream.sender.send(stream.generation.abort(), final=True)
+
+    # ---- from the engine
+
+    def _take_events(self, events: Iterable[Message | EngineDown]) -> None:
+        updates: dict[str, Update] = {}  # one response per request, however many steps have come at once
+        for event in events:
+            match event:
+                case Step():
+                    self._stats = event.stats
+                    for update in event.updates:
+                        updates[update.request_id] = merge(updates.get(update.request_id), update)
+                case Rejected():
+                    self._reject(event)
+                case Ready():
+                    for stream in self._streams.values():
+                        self._submit(stream)
+                case EngineDown(reason, was_ready):
+                    self._fail_streams(f"the engine has ended, a new one is being started: {reason}", was_ready)
+        for update in updates.values():
+            self._advance(update)
+
+    def _advance(self, update: Update) -> None:
+        stream = self._streams.get(update.request_id)
+        if stream is None:  # dropped while the update was on its way
+            return
+        try:
+            outputs = stream.generation.advance(update)
+        except Exception as error:  # a bug; but the other streams must not lose their updates over it
+            log.exception("while answering")
+            self._drop(stream)
+            stream.sender.fail(error)
+            return
+        final = stream.generation.finish_reason is not None
+        if final:
+            self._drop(stream, tell_engine=not update.finished)
+        if outputs is not None:
+            stream.sender.send(outputs, final)
+
+    def _reject(self, rejected: Rejected) -> None:
+        stream = self._streams.get(rejected.request_id)
+        if stream is not None:
+            self._drop(stream, tell_engine=False)
+            queue_full = rejected.field is None
+            error = Unavailable(QUEUE_FULL) if queue_full else InvalidRequest(rejected.field, rejected.message)
+            stream.sender.fail(error)
+
+    def _fail_streams(self, reason: str, only_submitted: bool = False) -> None:
+        """Answer UNAVAILABLE. Those not submitted can wait for the next engine, unless it fails to start."""
+        for stream in [s for s in self._streams.values() if s.submitted or not only_submitted]:
+            self._drop(stream, tell_engine=False)
+            stream.sender.fail(Unavailable(reason))
+
+    # ---- by time
+
+    def _sweep(self, now: float) -> None:
+        """End the streams whose client went away or whose time is over."""
+        for stream in list(self._streams.values()):
+            deadline = stream.call.deadline
+            if deadline is not None and now >= deadline:
+                self._abandon(stream, TIMEOUT)
+            elif stream.sender.is_cancelled():
+                self._abandon(stream, "Request was cancelled")
+
+    def _abandon(self, stream: Stream, reason: str) -> None:
+        self._drop(stream)
+        stream.sender.fail(Cancelled(reason))
+
+    def _drop(self, stream: Stream, tell_engine: bool = True) -> None:
+        """Forget a stream, always before its final response: should that fail, nothing is sent twice."""
+        del self._streams[stream.generation.request_id]
+        if tell_engine and stream.submitted:
+            self._supervisor.send(Cancel(stream.generation.request_id))
+
+    def _publish(self) -> None:
+        stats, self._stats = self._stats, {}
+        if self._metrics is not None:
+            self._metrics.publish(stats)
+
+
+def merge(earlier: Update | None, later: Update) -> Update:
+    """Two updates of one request as one: counts are totals already."""
+    return later if earlier is None else replace(later, token_ids=earlier.token_ids + later.token_ids)

@@ -1,0 +1,191 @@
+"""The tensors of the models, as tables: TensorRT-LLM's names, so that its clients work unchanged.
+
+The config.pbtxt files repeat them: `python -m specbackend.serving.schemas MODEL` prints their text.
+"""
+
+import sys
+from dataclasses import dataclass
+
+ANY = None  # every value is neutral
+
+
+@dataclass(frozen=True)
+class Input:
+    """A tensor that a client may send (all are optional), or a request parameter; dims are without the batch dimension.
+
+    `sets` says what it means to `calls.CallReader`. Without it the input is declared because stock clients send it:
+    the neutral values, which change nothing, pass and all others are refused.
+    """
+
+    name: str
+    dtype: str  # as in config.pbtxt, without TYPE_; JSON for a parameter that stands for a list
+    dims: tuple[int, ...] = (1,)
+    sets: str | None = None
+    neutral: tuple | None = ()
+
+
+@dataclass(frozen=True)
+class Output:
+    """A tensor that a client may get: when the input `asked_by` is true, or it requests just this output by name."""
+
+    name: str
+    dtype: str
+    dims: tuple[int, ...] = (1,)
+    asked_by: str | None = None  # None: declared, never sent
+
+
+ALWAYS = "always"
+LIST = (-1,)
+
+LLM_INPUTS = (
+    # prompt
+    Input("text_input", "STRING", sets="text"),
+    Input("input_ids", "INT32", LIST, sets="input_ids"),  # instead of text_input
+    Input("input_lengths", "INT32", sets="input_length"),
+    # length and end
+    Input("max_tokens", "INT32", sets="max_new_tokens"),
+    Input("request_output_len", "INT32", sets="max_new_tokens"),
+    Input("stop_words", "STRING", LIST, sets="stop"),
+    Input("end_id", "INT32", sets="end_id"),  # -1: ignore_eos
+    # choice of tokens
+    Input("temperature", "FP32", sets="temperature"),  # absent: greedy
+    Input("top_k", "INT32", sets="top_k"),  # 1: greedy
+    Input("runtime_top_k", "INT32", sets="top_k"),
+    Input("seed", "UINT64", sets="seed"),
+    Input("random_seed", "UINT64", sets="seed"),
+    Input("num_draft_tokens", "INT32", sets="num_draft_tokens"),  # 0: no speculation for this request
+    # the answer
+    Input("stream", "BOOL", sets="stream"),
+    Input("streaming", "BOOL", sets="stream"),
+    Input("exclude_input_in_output", "BOOL", sets="exclude_input_in_output"),  # absent: true
+    Input("return_finish_reason", "BOOL", sets="return_finish_reason"),
+    Input("return_output_ids", "BOOL", sets="return_output_ids"),
+    Input("return_num_input_tokens", "BOOL", sets="return_num_input_tokens"),
+    Input("return_num_output_tokens", "BOOL", sets="return_num_output_tokens"),
+    Input("return_perf_metrics", "BOOL", sets="return_perf_metrics"),
+    # control
+    Input("stop", "BOOL", sets="cancel"),  # end the running requests that have this request's id
+    # declared for stock clients, served only where they change nothing
+    Input("top_p", "FP32", neutral=(0.0, 1.0)),
+    Input("runtime_top_p", "FP32", neutral=(0.0, 1.0)),
+    Input("min_tokens", "INT32", neutral=(0,)),
+    Input("min_length", "INT32", neutral=(0,)),
+    Input("repetition_penalty", "FP32", neutral=(1.0,)),
+    Input("presence_penalty", "FP32", neutral=(0.0,)),
+    Input("frequency_penalty", "FP32", neutral=(0.0,)),
+    Input("length_penalty", "FP32", neutral=ANY),  # of beam search only
+    Input("len_penalty", "FP32", neutral=ANY),
+    Input("pad_id", "INT32", neutral=ANY),  # answers are not padded
+    Input("beam_width", "INT32", neutral=(1,)),
+    Input("num_return_sequences", "INT32", neutral=(1,)),
+    Input("bad_words", "STRING", LIST, neutral=("",)),
+    Input("embedding_bias_words", "STRING", LIST, neutral=("",)),
+    Input("embedding_bias_weights", "FP32", LIST, neutral=(0.0,)),
+    Input("return_log_probs", "BOOL", neutral=(False,)),
+    Input("return_context_logits", "BOOL", neutral=(False,)),
+    Input("return_generation_logits", "BOOL", neutral=(False,)),
+    Input("guided_decoding_guide_type", "STRING", neutral=("",)),
+    Input("guided_decoding_guide", "STRING", neutral=("",)),
+    Input("use_draft_logits", "BOOL", neutral=(False,)),
+    Input("decoder_text_input", "STRING", neutral=("",)),
+    Input("prompt_embedding_table", "FP16", (-1, -1)),
+    Input("prompt_table_extra_id", "UINT64"),
+    Input("prompt_vocab_size", "INT32", neutral=(0,)),
+    Input("lora_task_id", "UINT64"),
+    Input("lora_weights", "FP16", (-1, -1)),
+    Input("lora_config", "INT32", (-1, 3)),
+    Input("image_input", "FP16", (-1, -1, -1)),
+    Input("image_bytes_input", "UINT8", (-1, -1, -1, -1)),
+    Input("image_url_input", "STRING", LIST, neutral=("",)),
+    Input("video_bytes_input", "UINT8", (-1, -1, -1, -1)),
+)
+
+# Request parameters beside the tensors' names: SGLang's sampling parameters, and what Triton's front ends add.
+LLM_PARAMETERS = (
+    Input("max_new_tokens", "INT64", sets="max_new_tokens"),
+    Input("stop", "STRING", sets="stop"),  # a string here, as SGLang's users expect; the tensor of this name cancels
+    Input("stop_token_ids", "JSON", sets="stop_token_ids"),  # a number, or a list of numbers as text
+    Input("ignore_eos", "BOOL", sets="ignore_eos"),
+    Input("speculative", "BOOL", sets="speculative"),
+    Input("timeout", "INT64", sets="timeout"),  # microseconds
+    Input("min_new_tokens", "INT64", neutral=(0,)),
+    Input("min_p", "FP64", neutral=(0, 0.0)),
+    Input("n", "INT64", neutral=(1,)),
+    Input("skip_special_tokens", "BOOL", neutral=(True,)),
+    Input("spaces_between_special_tokens", "BOOL", neutral=ANY),
+    Input("priority", "INT64", neutral=(0,)),
+    Input("id", "STRING", neutral=ANY),  # generate's request id; read from the request itself
+    Input("triton_enable_empty_final_response", "BOOL", neutral=ANY),
+    Input("binary_data_output", "BOOL", neutral=ANY),
+    Input("sequence_id", "INT64", neutral=ANY),
+    Input("sequence_start", "BOOL", neutral=ANY),
+    Input("sequence_end", "BOOL", neutral=ANY),
+)
+
+LLM_OUTPUTS = (
+    Output("text_output", "STRING", asked_by=ALWAYS),  # what is new when streaming, else all
+    Output("finish_reason", "STRING", asked_by="return_finish_reason"),  # stop, length, abort; on the last response
+    Output("output_ids", "INT32", LIST, asked_by="return_output_ids"),
+    Output("num_input_tokens", "INT32", asked_by="return_num_input_tokens"),
+    Output("num_output_tokens", "INT32", asked_by="return_num_output_tokens"),  # in this response
+    # on the last response
+    Output("num_cached_tokens", "INT32", asked_by="return_perf_metrics"),
+    Output("kv_cache_reused_blocks", "INT32", asked_by="return_perf_metrics"),  # the same: a block is one token
+    Output("acceptance_length", "FP32", asked_by="return_perf_metrics"),  # tokens per verification, bonus included
+    Output("acceptance_rate", "FP32", asked_by="return_perf_metrics"),  # accepted of all drafted
+    Output("total_accepted_draft_tokens", "INT32", asked_by="return_perf_metrics"),
+    Output("total_draft_tokens", "INT32", asked_by="return_perf_metrics"),
+    Output("num_spec_steps", "INT32", asked_by="return_perf_metrics"),
+    Output("arrival_time_ns", "INT64", asked_by="return_perf_metrics"),  # of the machine's monotonic clock
+    Output("first_token_time_ns", "INT64", asked_by="return_perf_metrics"),
+    Output("last_token_time_ns", "INT64", asked_by="return_perf_metrics"),
+    # declared for stock clients
+    Output("cum_log_probs", "FP32", LIST),
+    Output("output_log_probs", "FP32", (-1, -1)),
+    Output("context_logits", "FP32", (-1, -1)),
+    Output("generation_logits", "FP32", (-1, -1, -1)),
+    Output("batch_index", "INT32"),
+    Output("sequence_index", "INT32"),
+    Output("kv_cache_alloc_new_blocks", "INT32"),
+    Output("kv_cache_alloc_total_blocks", "INT32"),
+    Output("first_scheduled_time_ns", "INT64"),
+)
+
+# The ensemble's own extra input; preprocessing turns text into ids, so the ensemble takes no ids.
+APPLY_CHAT_TEMPLATE = Input("apply_chat_template", "BOOL")
+NOT_IN_ENSEMBLE = ("input_ids", "input_lengths")
+
+PREPROCESSING_INPUTS = (LLM_INPUTS[0], APPLY_CHAT_TEMPLATE)
+PREPROCESSING_OUTPUTS = (Output("input_ids", "INT32", LIST, asked_by=ALWAYS),)
+ENSEMBLE_INPUTS = (*(i for i in LLM_INPUTS if i.name not in NOT_IN_ENSEMBLE), APPLY_CHAT_TEMPLATE)
+ENSEMBLE_OUTPUTS = LLM_OUTPUTS
+
+
+TENSORS = {
+    "llm": (LLM_INPUTS, LLM_OUTPUTS),
+    "preprocessing": (PREPROCESSING_INPUTS, PREPROCESSING_OUTPUTS),
+    "ensemble": (ENSEMBLE_INPUTS, ENSEMBLE_OUTPUTS),
+}
+
+
+def config_text(model: str) -> str:
+    """The input and output sections of a model's config.pbtxt."""
+    inputs, outputs = TENSORS[model]
+    input_lines = ",\n".join(f"  {{ {_tensor_text(spec)}{_flags_text(spec, model)} }}" for spec in inputs)
+    output_lines = ",\n".join(f"  {{ {_tensor_text(spec)} }}" for spec in outputs)
+    return f"input [\n{input_lines}\n]\noutput [\n{output_lines}\n]"
+
+
+def _tensor_text(spec: Input | Output) -> str:
+    return f'name: "{spec.name}" data_type: TYPE_{spec.dtype} dims: {list(spec.dims)}'
+
+
+def _flags_text(spec: Input, model: str) -> str:
+    if model == "preprocessing" and spec.name == "text_input":
+        return ""
+    # ragged: requests with lists of different lengths may share one execute()
+    return " optional: true" + (" allow_ragged_batch: true" if model == "llm" and -1 in spec.dims else "")
+
+
+if __name__ == "__main__":
+    print(config_text(sys.argv[1]))

@@ -1,0 +1,120 @@
+"""From token ids to text a client may see: only complete characters, never a part of a stop string. Pure Python."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+REPLACEMENT = "\ufffd"  # what decoders print for bytes that are no character, or not yet
+MAX_PENDING = 64  # tokens that may wait for a character to become complete; no character has more bytes than 4
+
+Decode = Callable[[Sequence[int]], str]
+
+
+class Detokenizer:
+    """Incremental decoding. Tokens cannot be decoded one by one (a character may span several, and spaces depend on the
+    neighbour), so each call decodes a short window and returns what is new in it:
+
+        ... | context: the last tokens that ended on a complete character | pending: what came since |
+    """
+
+    def __init__(self, decode: Decode):
+        self._decode = decode
+        self._context: list[int] = []
+        self._context_chars = 0
+        self._pending: list[int] = []
+        self._sent_chars = 0  # of the pending tokens' text
+
+    def push(self, token_ids: Sequence[int]) -> str:
+        """Take new tokens and return the text that they complete."""
+        self._pending.extend(token_ids)
+        text = self._pending_text()
+        complete = not text.endswith(REPLACEMENT) or len(self._pending) > MAX_PENDING
+        new = (text if complete else text.rstrip(REPLACEMENT))[self._sent_chars :]
+        self._sent_chars += len(new)
+        if complete and text:  # tokens without text stay pending: alone they would be a misleading context
+            self._context, self._pending, self._sent_chars = self._pending, [], 0
+            self._context_chars = len(self._decode(self._context))
+        return new
+
+    def flush(self) -> str:
+        """Return what was held back; an incomplete character shows as U+FFFD."""
+        rest = self._pending_text()[self._sent_chars :]
+        self._sent_chars += len(rest)
+        return rest
+
+    def _pending_text(self) -> str:
+        return self._decode(self._context + self._pending)[self._context_chars :]
+
+
+class StopMatcher:
+    """Finds the first stop string in text that arrives in pieces; where the pieces are cut makes no difference."""
+
+    def __init__(self, stops: Sequence[str]):
+        self._stops = tuple(stops)
+        self._held = ""
+
+    def push(self, text: str) -> tuple[str, bool]:
+        """Return the text in front of anything that is, or may become, a stop string, and whether one is complete."""
+        self._held += text
+        # the match that is complete first, as if characters came one by one; of those the longest
+        matches = [(start + len(stop), start) for stop in self._stops if (start := self._held.find(stop)) >= 0]
+        if matches:
+            _, start = min(matches)
+            return self._held[:start], True
+        safe = len(self._held) - self._partial_length()
+        passed, self._held = self._held[:safe], self._held[safe:]
+        return passed, False
+
+    def flush(self) -> str:
+        """Return what was held back in case a stop string went on."""
+        held, self._held = self._held, ""
+        return held
+
+    def _partial_length(self) -> int:
+        """Length of the longest end of the held text that begins a stop string."""
+        longest = max(map(len, self._stops), default=1) - 1
+        for length in range(min(longest, len(self._held)), 0, -1):
+            tail = self._held[-length:]
+            if any(stop.startswith(tail) for stop in self._stops):
+                return length
+        return 0
+
+
+@dataclass(frozen=True)
+class Piece:
+    """What one batch of tokens adds to an answer."""
+
+    text: str
+    token_ids: list[int] = field(default_factory=list)  # those up to the stop string; all of them if there is none
+    stopped: bool = False  # a stop string is complete: the answer ends here
+
+
+class TextStream:
+    """The text of one answer, from its tokens."""
+
+    def __init__(self, decode: Decode, stops: Sequence[str] = ()):
+        self._detokenizer = Detokenizer(decode)
+        self._matcher = StopMatcher(stops)
+        self._has_stops = bool(stops)
+
+    def push(self, token_ids: Sequence[int], last: bool = False) -> Piece:
+        """Take new tokens. With `last`, nothing is held back any more."""
+        if self._has_stops:
+            piece = self._push_each(token_ids)
+        else:
+            piece = Piece(self._detokenizer.push(token_ids), list(token_ids))
+        return self._flush(piece) if last and not piece.stopped else piece
+
+    def _push_each(self, token_ids: Sequence[int]) -> Piece:
+        """One token at a time, so that the answer ends with the same token however many came at once."""
+        passed = ""
+        for count, token in enumerate(token_ids, start=1):
+            text, stopped = self._matcher.push(self._detokenizer.push([token]))
+            passed += text
+            if stopped:
+                return Piece(passed, list(token_ids[:count]), stopped=True)
+        return Piece(passed, list(token_ids))
+
+    def _flush(self, piece: Piece) -> Piece:
+        text, stopped = self._matcher.push(self._detokenizer.flush())
+        rest = "" if stopped else self._matcher.flush()
+        return Piece(piece.text + text + rest, piece.token_ids, stopped)

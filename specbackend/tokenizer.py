@@ -1,0 +1,104 @@
+"""A checkpoint's tokenizer and chat template.
+
+Without transformers, which would bring torch, 4 s and 260 MB, into Triton's process.
+"""
+
+import json
+from collections.abc import Sequence
+from datetime import datetime
+from functools import cached_property
+from pathlib import Path
+
+import jinja2
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+from tokenizers import Tokenizer as FastTokenizer
+
+from specbackend.errors import ConfigError
+
+
+class Tokenizer:
+    """Text to ids and back. Raises ConfigError if the folder has no tokenizer."""
+
+    def __init__(self, path: str | Path):
+        self._path = Path(path)
+        self._fast = _load(self._path)
+        self._fast.no_truncation()  # tokenizer.json may carry the settings of somebody's training run
+        self._fast.no_padding()
+        self._config = _read_json(self._path / "tokenizer_config.json")
+
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        return self._fast.encode(text, add_special_tokens=add_special_tokens).ids
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        return self._fast.decode(token_ids, skip_special_tokens=True)
+
+    @cached_property
+    def max_token_bytes(self) -> int:
+        """No token stands for more bytes of text, so a text of n bytes has at least n / max_token_bytes tokens."""
+        return max(len(token.encode()) for token in self._fast.get_vocab())
+
+    @property
+    def has_chat_template(self) -> bool:
+        return self._template is not None
+
+    def apply_chat_template(self, messages: list[dict[str, str]]) -> str:
+        """Render the conversation up to where the assistant speaks; the text already holds its special tokens.
+
+        Raises ConfigError if there is no template, or the template's own complaint as ValueError.
+        """
+        if self._template is None:
+            raise ConfigError(f"the tokenizer in {self._path} has no chat template")
+        try:
+            return self._template.render(messages=messages, add_generation_prompt=True, **self._special_tokens)
+        except jinja2.TemplateError as error:
+            raise ValueError(f"chat template: {error}") from error
+
+    @cached_property
+    def _template(self) -> jinja2.Template | None:
+        source = self._template_source()
+        return None if source is None else _template_environment().from_string(source)
+
+    def _template_source(self) -> str | None:
+        own_file = self._path / "chat_template.jinja"
+        if own_file.exists():
+            return own_file.read_text(encoding="utf-8")
+        source = self._config.get("chat_template")
+        if isinstance(source, list):  # several, by name
+            source = {entry["name"]: entry["template"] for entry in source}.get("default")
+        return source
+
+    @cached_property
+    def _special_tokens(self) -> dict[str, str]:
+        """bos_token and the like, which templates refer to; a token is a string or {"content": string}."""
+        entries = {name: value for name, value in self._config.items() if name.endswith("_token")}
+        texts = {name: value.get("content") if isinstance(value, dict) else value for name, value in entries.items()}
+        return {name: text for name, text in texts.items() if isinstance(text, str)}
+
+
+def _load(path: Path) -> FastTokenizer:
+    if (path / "tokenizer.json").exists():
+        return FastTokenizer.from_file(str(path / "tokenizer.json"))
+    if not (path / "tokenizer_config.json").exists():
+        raise ConfigError(f"model_path: {path} has neither tokenizer.json nor tokenizer_config.json")
+    from transformers import AutoTokenizer  # converts older formats; slow, so only where it must be
+
+    return AutoTokenizer.from_pretrained(str(path)).backend_tokenizer
+
+
+def _read_json(path: Path) -> dict:
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+
+
+def _template_environment() -> ImmutableSandboxedEnvironment:
+    """What transformers offers to chat templates."""
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+    )
+    environment.filters["tojson"] = lambda value, **options: json.dumps(value, ensure_ascii=False, **options)
+    environment.globals["raise_exception"] = _raise
+    environment.globals["strftime_now"] = lambda pattern: datetime.now().strftime(pattern)
+    return environment
+
+
+def _raise(message: str) -> None:
+    raise jinja2.TemplateError(message)

@@ -1,0 +1,209 @@
+"""The real tritonserver, real clients, the real engine."""
+
+import os
+import signal
+import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
+
+import pytest
+from tritonclient.grpc import InferenceServerClient
+
+from specbackend.serving.client import Answer, generate_http, stream_grpc, stream_http
+from specbackend.serving.tritonserver import TritonServer, TritonServerError, processes_of
+from specbackend.tokenizer import Tokenizer
+from tests.conftest import DEMO_TARGET
+from tests.e2e.conftest import engine_pid, make_repository, slots
+
+NUM_REQUESTS, CONCURRENCY, MAX_TOKENS = 40, 16, 48
+UNSUPPORTED, UNAVAILABLE = (400, 501), (400, 503)  # by Triton's version: 2.51 answers 400 to every model error
+CLIENTS = {"grpc": stream_grpc, "http": stream_http}
+
+
+def ask(server: TritonServer, kind: str, model: str, inputs: dict, **options) -> Answer:
+    url = server.grpc_url if kind == "grpc" else server.http_url
+    return CLIENTS[kind](url, model, inputs, **options)
+
+
+def chat(question: str) -> str:
+    return Tokenizer(DEMO_TARGET).apply_chat_template([{"role": "user", "content": question}])
+
+
+def wait_until(condition, timeout_s: float) -> bool:
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.02)
+    return True
+
+
+@pytest.fixture(scope="module")
+def questions(gsm8k_questions) -> list[str]:
+    return gsm8k_questions[: NUM_REQUESTS // 2]
+
+
+@pytest.fixture(scope="module")
+def expected(offline, questions) -> dict[str, dict]:
+    """The offline engine's answer to each question, as a chat."""
+    chats = [chat(question) for question in questions]
+    answers = offline.generate(chats, {"max_new_tokens": MAX_TOKENS, "temperature": 0})
+    return dict(zip(questions, answers, strict=True))
+
+
+@pytest.mark.parametrize("model", ["llm", "ensemble"])
+def test_concurrent_streams_equal_the_offline_engine(server, expected, questions, model):
+    """Through llm a third of the clients leaves after two responses; of them only the cache keeps something."""
+
+    def run(number: int) -> tuple[str, Answer]:
+        question = questions[number % len(questions)]
+        text = question if model == "ensemble" else chat(question)
+        inputs = {"text_input": text, "max_tokens": MAX_TOKENS, "stream": True}
+        kind = "grpc" if number < NUM_REQUESTS // 2 else "http"
+        cancel_after = 2 if model == "llm" and number % 3 == 0 else None
+        return question, ask(server, kind, model, inputs, cancel_after=cancel_after, request_id=str(number % 5))
+
+    with ThreadPoolExecutor(CONCURRENCY) as pool:
+        answers = list(pool.map(run, range(NUM_REQUESTS)))
+    assert [answer.error for _, answer in answers] == [None] * NUM_REQUESTS
+    for question, answer in answers:
+        if answer.cancelled:
+            assert expected[question]["text"].startswith(answer.text)
+        else:
+            assert answer.text == expected[question]["text"]
+            assert len(answer.responses) > 1
+    assert any(answer.cancelled for _, answer in answers) == (model == "llm")
+    assert wait_until(lambda: slots(server)["used"] == 0, 5), slots(server)
+    assert slots(server)["free"] == slots(server)["max"]
+
+
+def test_one_response_without_stream(server, expected, questions):
+    inputs = {"text_input": questions[0], "max_tokens": MAX_TOKENS, "return_finish_reason": True}
+    inputs |= {"return_num_input_tokens": True, "return_num_output_tokens": True, "return_perf_metrics": True}
+    status, body = generate_http(server.http_url, "ensemble", inputs)
+    meta = expected[questions[0]]["meta_info"]
+    assert (status, body["text_output"]) == (200, expected[questions[0]]["text"])
+    assert body["finish_reason"] == meta["finish_reason"]
+    assert body["num_input_tokens"] == meta["prompt_tokens"]
+    assert body["num_output_tokens"] == meta["completion_tokens"]
+    assert body["acceptance_length"] == pytest.approx(meta["accept_length"])
+    answer = stream_grpc(server.grpc_url, "ensemble", inputs)
+    assert [r["text_output"] for r in answer.responses] == [body["text_output"]]
+    assert "output_ids" not in body
+
+
+def test_token_ids_and_speculation_switched_off(server, offline):
+    ids = offline.tokenizer.encode("How many eggs")
+    inputs = {"input_ids": ids, "max_tokens": 20, "return_output_ids": True, "return_perf_metrics": True}
+    fast = stream_grpc(server.grpc_url, "llm", inputs).responses[0]
+    plain = stream_grpc(server.grpc_url, "llm", {**inputs, "num_draft_tokens": 0}).responses[0]
+    assert (
+        fast["output_ids"]
+        == plain["output_ids"]
+        == offline.generate(input_ids=ids, sampling_params={"max_new_tokens": 20, "temperature": 0})["output_ids"]
+    )
+    assert plain["acceptance_length"] <= fast["acceptance_length"]
+    assert plain["total_draft_tokens"] == 0
+
+
+@pytest.mark.parametrize("model", ["llm", "ensemble"])
+@pytest.mark.parametrize(
+    ("inputs", "status", "message"),
+    [
+        ({"text_input": ""}, 400, "text_input: is required and must not be empty"),
+        ({"text_input": "x " * 3000}, 400, "too many for context_length 1024"),
+        ({"text_input": "x" * 10_000_000}, 400, "text_input: has 10000000 bytes"),
+        ({"text_input": "x", "max_tokens": 0}, 400, "max_tokens: must be between 1"),
+        ({"text_input": "x", "max_tokens": -5}, 400, "max_tokens: must be between 1"),
+        ({"text_input": "x", "temperature": -1.0}, 400, "temperature: must be finite"),
+        ({"text_input": "x", "top_p": 0.5}, UNSUPPORTED, "top_p: is not supported"),
+        ({"text_input": "x", "beam_width": 4}, UNSUPPORTED, "beam_width: is not supported"),
+        ({"text_input": "x", "no_such_thing": 4}, 400, "no_such_thing: is not a known parameter"),
+        ({"text_input": "x", "timeout": 1}, 400, "Request timeout expired"),
+        ({"text_input": "x", "max_tokens": "many"}, 500, "Unable to parse 'data'"),
+    ],
+)
+def test_bad_input_is_named_and_the_server_lives(server, model, inputs, status, message):
+    got_status, body = generate_http(server.http_url, model, inputs)
+    assert message in body["error"]
+    assert got_status in (status if isinstance(status, tuple) else (status,))
+    assert generate_http(server.http_url, model, {"text_input": "How many", "max_tokens": 1})[0] == 200
+
+
+def test_bad_token_ids(server):
+    answer = stream_grpc(server.grpc_url, "llm", {"input_ids": [5, 10**6]})
+    assert "input_ids: must lie between 0 and" in answer.error
+
+
+def test_stop_cancels_by_request_id(server):
+    """The way to cancel through the ensemble, too, where Triton does not pass cancellation on."""
+    inputs = {"text_input": "How many", "max_tokens": 900, "end_id": -1, "stream": True, "return_finish_reason": True}
+    with ThreadPoolExecutor(1) as pool:
+        running = pool.submit(ask, server, "grpc", "ensemble", inputs, request_id="long")
+        time.sleep(0.5)
+        stopped = ask(server, "grpc", "ensemble", {"text_input": "x", "stop": True}, request_id="long")
+        assert stopped.text == "" and stopped.error is None
+        assert running.result(10).responses[-1]["finish_reason"] == "abort"
+
+
+def test_killed_engine(server):
+    """Clients hear of it within a second, the next request is served, and health was never wrong."""
+    inputs = {"text_input": "How many", "max_tokens": 900, "end_id": -1, "stream": True}
+    with ThreadPoolExecutor(5) as pool:
+        answers = [pool.submit(ask, server, kind, "llm", inputs) for kind in ("grpc", "http") * 2]
+        single = pool.submit(generate_http, server.http_url, "llm", {**inputs, "stream": False})
+        time.sleep(0.7)
+        os.kill(engine_pid(server), signal.SIGKILL)
+        killed = time.monotonic()
+        errors = [answer.result(10).error for answer in answers]
+        assert time.monotonic() - killed < 1
+    assert all("killed by SIGKILL" in error for error in errors)
+    assert all(answer.result().responses for answer in answers)
+    assert single.result()[0] in UNAVAILABLE
+    assert generate_http(server.http_url, "llm", {"text_input": "How many", "max_tokens": 3})[0] == 200
+
+
+def test_reload_under_load(tmp_path):
+    """Triton starts the new instance before the old one has finished: both have an engine, and nothing is lost."""
+    repository = make_repository(tmp_path / "models")
+    args = ["--model-control-mode=explicit", "--load-model=*"]
+    with TritonServer(repository, log_path=tmp_path / "server.log", args=args) as server:
+        old_engine = engine_pid(server)
+        inputs = {"text_input": "How many", "max_tokens": 300, "end_id": -1, "stream": True}
+        with ThreadPoolExecutor(3) as pool:
+            answers = [pool.submit(ask, server, "grpc", "llm", inputs) for _ in range(3)]
+            time.sleep(0.3)
+            make_repository(repository, random_seed=1)  # only a changed model is loaded anew
+            with closing(InferenceServerClient(server.grpc_url)) as client:
+                client.load_model("llm")
+            assert generate_http(server.http_url, "llm", {"text_input": "How many", "max_tokens": 3})[0] == 200
+            assert [answer.result().error for answer in answers] == [None] * 3
+            assert len({answer.result().text for answer in answers}) == 1
+        assert wait_until(lambda: old_engine not in processes_of(server.server_id), 10)
+        assert generate_http(server.http_url, "ensemble", {"text_input": "How many", "max_tokens": 3})[0] == 200
+
+
+def test_killed_tritonserver_leaves_no_process(tmp_path):
+    with TritonServer(make_repository(tmp_path / "models"), log_path=tmp_path / "server.log") as server:
+        inputs = {"text_input": "How many", "max_tokens": 900, "end_id": -1, "stream": True}
+        with ThreadPoolExecutor(1) as pool:
+            answer = pool.submit(ask, server, "grpc", "llm", inputs)
+            time.sleep(0.5)
+            server.process.kill()
+            server.process.wait()
+            assert wait_until(lambda: not processes_of(server.server_id), 2), processes_of(server.server_id)
+            assert answer.result(10).error
+
+
+@pytest.mark.parametrize(
+    ("params", "message"),
+    [
+        ({"speculative_steps": 3}, "unknown parameter speculative_steps; known: attention_backend, "),
+        ({"context_length": 4096}, "context_length: 4096 is more than the model's 1024"),
+    ],
+)
+def test_wrong_parameters_stop_the_server_with_a_reason(tmp_path, params, message):
+    repository = make_repository(tmp_path / "models", **params)
+    with pytest.raises(TritonServerError) as error, TritonServer(repository, log_path=tmp_path / "server.log"):
+        pass
+    assert message in str(error.value)

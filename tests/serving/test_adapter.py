@@ -1,0 +1,245 @@
+"""The adapter with a real engine process around a fake engine: answers, errors, cancellation, the engine's end."""
+
+import json
+import os
+import signal
+import time
+from pathlib import Path
+
+import pytest
+
+from specbackend.errors import ConfigError
+from specbackend.request import FinishReason, Update
+from specbackend.serving.adapter import Adapter, read_parameters
+from specbackend.serving.errors import EngineError
+from specbackend.serving.responder import merge
+from tests.fakes import (
+    UNLUCKY_SEED,
+    FakeError,
+    FakePbUtils,
+    FakeRequest,
+    byte_tokenizer,
+    fake_answer,
+)
+from tests.serving.conftest import SLOW_ENGINE
+
+PROMPT = "héllo 😀 "
+
+
+def answer(prompt: str, max_tokens: int) -> str:
+    tokenizer = byte_tokenizer()
+    return tokenizer.decode(fake_answer(tokenizer.encode(prompt).ids, max_tokens))
+
+
+def execute(adapter, *requests: FakeRequest, **inputs) -> FakeRequest:
+    """Run requests, or one with the given inputs; returns the last."""
+    requests = requests or (FakeRequest(**{"text_input": PROMPT, **inputs}),)
+    assert adapter.execute(requests) is None
+    return requests[-1]
+
+
+def pid(adapter) -> int:
+    return adapter._responder._supervisor.pid
+
+
+def check_use(*requests: FakeRequest) -> None:
+    """Triton's rules: one thread, nothing after FINAL, and FINAL on a response that carries something."""
+    for request in requests:
+        request.sender.wait()
+    assert len(set().union(*(request.sender.threads for request in requests))) == 1
+    assert not any(request.sender.misuse for request in requests)
+    for request in requests:
+        assert [r.final for r in request.sender.responses] == [False] * (len(request.sender.responses) - 1) + [True]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_answers(adapter, stream):
+    request = execute(adapter, max_tokens=40, stream=stream)
+    assert request.sender.text() == answer(PROMPT, 40)
+    assert (len(request.sender.responses) > 1) == stream
+    check_use(request)
+
+
+def test_many_requests_use_one_thread_and_final_is_last(adapter):
+    requests = [FakeRequest(text_input=f"{PROMPT}{i} ", max_tokens=10 + i, stream=i % 2 == 0) for i in range(32)]
+    bad = [FakeRequest(text_input="", max_tokens=5) for _ in range(4)]
+    execute(adapter, *requests, *bad)
+    for i, request in enumerate(requests):
+        assert request.sender.text() == answer(f"{PROMPT}{i} ", 10 + i)
+    check_use(*requests, *bad)
+    time.sleep(0.25)  # two sweeps: nobody asks a finished sender anything
+    check_use(*requests, *bad)
+
+
+def test_equal_client_ids_do_not_collide(adapter):
+    requests = [FakeRequest("same", text_input=text, max_tokens=30) for text in ("abc", "xyz")]
+    execute(adapter, *requests)
+    assert [r.sender.text() for r in requests] == [answer("abc", 30), answer("xyz", 30)]
+
+
+def test_stop_strings_end_the_engines_work_too(start_adapter):
+    adapter = start_adapter(SLOW_ENGINE, max_queued_requests=1)
+    request = execute(adapter, text_input="abcd", max_tokens=400, stop_words=["cdab"], return_finish_reason=True)
+    assert request.sender.text() == "ab"
+    assert request.sender.responses[-1].outputs["finish_reason"][0, 0] == b"stop"
+    assert execute(adapter, text_input="xy", max_tokens=2).sender.text() == "xy"  # the only place is free again
+
+
+def test_errors_leave_through_the_response_thread(adapter):
+    good, bad = FakeRequest(text_input="abc", max_tokens=3), FakeRequest(text_input="abc", max_tokens=0)
+    execute(adapter, good, bad)
+    assert bad.sender.error().code == FakeError.INVALID_ARG
+    assert good.sender.text() == "abc"
+    check_use(good, bad)
+
+
+def test_unsupported_has_its_own_code(adapter):
+    assert execute(adapter, top_p=0.5).sender.error().code == FakeError.UNSUPPORTED
+
+
+def test_full_queue(start_adapter):
+    adapter = start_adapter(SLOW_ENGINE, max_queued_requests=2)
+    requests = [FakeRequest(text_input="abc", max_tokens=30) for _ in range(4)]
+    execute(adapter, *requests)
+    errors = [r.sender.wait()[-1].error for r in requests]
+    assert [str(e) for e in errors if e] == ["Exceeds maximum queue size"] * 2
+    assert all(e.code == FakeError.UNAVAILABLE for e in errors if e)
+
+
+@pytest.mark.parametrize("where", [{"timeout": 200_000}, {"parameters": {"timeout": 200_000}}])
+def test_timeout_while_running(start_adapter, where):
+    adapter = start_adapter(SLOW_ENGINE)
+    start = time.monotonic()
+    request = execute(adapter, FakeRequest(text_input="abc", max_tokens=400, stream=True, **where))
+    assert str(request.sender.error()) == "Request timeout expired"
+    assert 0.2 < time.monotonic() - start < 0.6
+    check_use(request)
+
+
+def test_a_client_that_left_frees_its_place(start_adapter):
+    adapter = start_adapter(SLOW_ENGINE, max_queued_requests=1)
+    request = execute(adapter, max_tokens=400, stream=True)
+    time.sleep(0.2)
+    request.sender.cancelled = True
+    assert request.sender.error().code == FakeError.CANCELLED
+    assert execute(adapter, text_input="xy", max_tokens=2).sender.text() == "xy"
+    check_use(request)
+
+
+def test_stop_tensor_ends_the_request_of_that_id(start_adapter):
+    adapter = start_adapter(SLOW_ENGINE)
+    running = FakeRequest("7", text_input="abc", max_tokens=400, stream=True, return_finish_reason=True)
+    other = FakeRequest("8", text_input="xyz", max_tokens=30)
+    execute(adapter, running, other)
+    time.sleep(0.2)
+    stop = execute(adapter, FakeRequest("7", stop=True))
+    assert stop.sender.text() == ""
+    assert running.sender.wait()[-1].outputs["finish_reason"][0, 0] == b"abort"
+    assert other.sender.text() == answer("xyz", 30)
+    check_use(running, other, stop)
+
+
+@pytest.mark.parametrize(("prompt", "reason"), [("crash", "was killed by SIGKILL"), ("raise", "the device is on fire")])
+def test_engine_failure_is_answered_at_once_and_served_on(adapter, prompt, reason):
+    first_pid, start = pid(adapter), time.monotonic()
+    request = execute(adapter, text_input=prompt)
+    error = request.sender.error()
+    assert time.monotonic() - start < 1
+    assert error.code == FakeError.UNAVAILABLE and reason in str(error)
+    later = [FakeRequest(text_input="abc", max_tokens=9) for _ in range(3)]  # wait for the next engine
+    execute(adapter, *later)
+    assert [r.sender.text() for r in later] == ["abcabcabc"] * 3
+    assert pid(adapter) != first_pid
+    check_use(request, *later)
+
+
+def test_killed_engine_mid_stream(start_adapter):
+    adapter = start_adapter(SLOW_ENGINE)
+    requests = [FakeRequest(text_input="abc", max_tokens=400, stream=True) for _ in range(8)]
+    execute(adapter, *requests)
+    time.sleep(0.2)
+    start = time.monotonic()
+    os.kill(pid(adapter), signal.SIGKILL)
+    assert {r.sender.error().code for r in requests} == {FakeError.UNAVAILABLE}
+    assert time.monotonic() - start < 1
+    assert all(len(r.sender.responses) > 1 for r in requests)
+    check_use(*requests)
+
+
+def test_silent_engine_is_killed_by_the_watchdog(start_adapter):
+    adapter = start_adapter(watchdog_timeout=0.3)
+    request = execute(adapter, text_input="hang")
+    assert "watchdog_timeout" in str(request.sender.error())
+    assert execute(adapter, text_input="xy", max_tokens=2).sender.text() == "xy"
+
+
+def test_engine_that_cannot_restart_answers_instead_of_hanging(adapter):
+    adapter._responder._supervisor._params["random_seed"] = UNLUCKY_SEED
+    os.kill(pid(adapter), signal.SIGKILL)
+    time.sleep(0.1)
+    error = execute(adapter, max_tokens=3).sender.error()
+    assert error.code == FakeError.UNAVAILABLE and "is unlucky" in str(error)
+
+
+def test_finalize_ends_the_engine_and_answers_the_rest(triton_args):
+    adapter = Adapter(FakePbUtils, triton_args(), SLOW_ENGINE)
+    engine, request = pid(adapter), execute(adapter, max_tokens=400)
+    time.sleep(0.1)
+    adapter.finalize()
+    assert request.sender.error().code == FakeError.UNAVAILABLE
+    assert not Path(f"/proc/{engine}").exists()
+
+
+def test_two_adapters_can_live_side_by_side(start_adapter):
+    """While Triton reloads a model, the new instance starts before the old one ends."""
+    adapters = [start_adapter(), start_adapter()]
+    assert [execute(a, text_input="xy", max_tokens=4).sender.text() for a in adapters] == ["xyxy"] * 2
+
+
+@pytest.mark.parametrize(
+    ("params", "message"),
+    [
+        ({"speculative_tree": 3}, "unknown parameter speculative_tree; known: attention_backend, "),
+        ({"random_seed": UNLUCKY_SEED}, "random_seed: 13 is unlucky"),
+        ({"max_running_requests": 0}, "max_running_requests: must be at least 1"),
+        ({"model_path": "/nowhere"}, "model_path: /nowhere has neither"),
+    ],
+)
+def test_load_errors_say_what_is_wrong(start_adapter, params, message):
+    with pytest.raises((ConfigError, EngineError)) as error:
+        start_adapter(**params)
+    assert str(error.value).startswith(message)
+
+
+def test_engine_that_dies_while_loading(start_adapter):
+    with pytest.raises(EngineError, match="ended with code 2"):
+        start_adapter((*SLOW_ENGINE, "--no-such-option"))
+
+
+def test_triton_parameters_pass_and_model_json_overrides(start_adapter, triton_args):
+    args = triton_args(EXECUTION_ENV_PATH="/env", max_queued_requests=7)
+    folder = Path(args["model_repository"]) / "1"
+    folder.mkdir(parents=True)
+    (folder / "model.json").write_text(json.dumps({"max_queued_requests": 9}))
+    assert read_parameters(args)["max_queued_requests"] == 9
+    assert execute(start_adapter(EXECUTION_ENV_PATH="/env"), text_input="x", max_tokens=1).sender.text() == "x"
+    (folder / "model.json").write_text("[1]")
+    with pytest.raises(ConfigError, match=r"model\.json: is not a JSON object"):
+        read_parameters(args)
+
+
+def test_metrics_belong_to_the_response_thread(start_adapter):
+    FakePbUtils.metric_families.clear()
+    adapter = start_adapter(REPORT_CUSTOM_METRICS="true")
+    request = execute(adapter, max_tokens=30)
+    request.sender.wait()
+    time.sleep(0.6)
+    gauges = {family.name: family.metrics for family in FakePbUtils.metric_families}
+    used = [m for labels, m in gauges["nv_trt_llm_kv_cache_block_metrics"].items() if '"used"' in labels]
+    assert [metric.value for metric in used] == [0]
+    assert set().union(*(m.threads for metrics in gauges.values() for m in metrics.values())) == request.sender.threads
+
+
+def test_steps_that_arrive_together_become_one_response():
+    first, second = Update("0", [1, 2], None, 5, 2, 1, 1), Update("0", [3], FinishReason.STOP, 5, 3, 1, 2)
+    assert merge(merge(None, first), second) == Update("0", [1, 2, 3], FinishReason.STOP, 5, 3, 1, 2)

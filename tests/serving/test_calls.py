@@ -1,0 +1,177 @@
+"""What clients send, and what becomes of it: a value is used exactly, or refused by the name the client gave it."""
+
+import numpy as np
+import pytest
+
+from specbackend.errors import InvalidRequest
+from specbackend.request import SamplingParams
+from specbackend.serving.calls import CallReader, CancelCall
+from specbackend.serving.errors import Unsupported
+from specbackend.serving.protocol import Ready
+from specbackend.serving.schemas import ANY, LLM_INPUTS
+from specbackend.tokenizer import Tokenizer
+from tests.fakes import CONTEXT_LENGTH, END_ID, VOCAB_SIZE, FakeRequest
+
+LIMITS = Ready(CONTEXT_LENGTH, VOCAB_SIZE, [END_ID], num_draft_tokens=8)
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+    from tests.fakes import save_byte_checkpoint
+
+    return Tokenizer(save_byte_checkpoint(tmp_path_factory.mktemp("checkpoint")))
+
+
+@pytest.fixture
+def read(tokenizer):
+    """Read a request for the prompt "hi" with the given inputs and parameters."""
+
+    def read_inputs(parameters=None, request_id="", timeout=0, outputs=None, **inputs):
+        if "input_ids" not in inputs:
+            inputs = {"text_input": "hi", **inputs}
+        return CallReader(tokenizer, LIMITS).read(FakeRequest(request_id, parameters, timeout, outputs, **inputs))
+
+    return read_inputs
+
+
+@pytest.mark.parametrize(
+    ("inputs", "expected"),
+    [
+        ({}, {"temperature": 0.0}),
+        ({"max_tokens": 5}, {"max_new_tokens": 5}),
+        ({"request_output_len": 5}, {"max_new_tokens": 5}),
+        ({"max_tokens": 5, "request_output_len": 5}, {"max_new_tokens": 5}),
+        ({"temperature": 0.7}, {"temperature": 0.7}),
+        ({"temperature": 0.7, "top_k": 1}, {"temperature": 0.0}),
+        ({"temperature": 0.7, "top_k": 0}, {"temperature": 0.7}),
+        ({"seed": (1 << 64) - 1}, {"seed": (1 << 64) - 1}),
+        ({"random_seed": 3}, {"seed": 3}),
+        ({"stop_words": ["é", "b"]}, {"stop": ("é", "b")}),
+        ({"stop_words": [""]}, {"stop": ()}),
+        ({"end_id": END_ID}, {"ignore_eos": False}),
+        ({"end_id": -1}, {"ignore_eos": True}),
+        ({"num_draft_tokens": 0}, {"speculative": False}),
+        ({"num_draft_tokens": 8}, {"speculative": True}),
+        ({"stop": False}, {}),
+        ({"beam_width": 1, "num_return_sequences": 1, "return_log_probs": False, "pad_id": 2}, {}),
+        ({"top_p": 1.0, "repetition_penalty": 1.0, "bad_words": [""], "len_penalty": 0.5}, {}),
+        (
+            {"parameters": {"max_new_tokens": 5, "temperature": 0.5, "seed": 1, "ignore_eos": True}},
+            {"max_new_tokens": 5},
+        ),
+        ({"parameters": {"stop": "x", "stop_token_ids": "[3, 4]"}}, {"stop": ("x",), "stop_token_ids": (3, 4)}),
+        ({"parameters": {"stop_token_ids": 3, "temperature": 1}}, {"stop_token_ids": (3,), "temperature": 1}),
+        ({"parameters": {"id": "7", "priority": 0, "triton_enable_empty_final_response": True}}, {}),
+    ],
+)
+def test_values_are_used_exactly(read, inputs, expected):
+    params = read(**inputs).params
+    assert {name: getattr(params, name) for name in expected} == expected
+
+
+@pytest.mark.parametrize(
+    ("inputs", "message"),
+    [
+        ({"text_input": ""}, "text_input: is required"),
+        ({"text_input": "x" * CONTEXT_LENGTH}, "text_input: has 512 tokens"),
+        ({"text_input": "x" * 10_000_000}, "text_input: has 10000000 bytes"),
+        ({"text_input": np.array([[b"\xff"]], np.object_)}, "text_input: is not valid UTF-8"),
+        (
+            {"text_input": np.array([[b"a"], [b"b"]], np.object_)},
+            "text_input: one prompt per request",
+        ),
+        ({"text_input": "x", "input_ids": [1]}, "input_ids: contradicts text_input"),
+        ({"input_ids": []}, "input_ids: is empty"),
+        ({"input_ids": [1, VOCAB_SIZE]}, "input_ids: must lie between 0 and 259"),
+        ({"input_ids": [-1]}, "input_ids: must lie between"),
+        ({"input_ids": [1] * CONTEXT_LENGTH}, "input_ids: has 512 tokens"),
+        ({"input_ids": [1, 2], "input_lengths": 3}, "input_lengths: is 3"),
+        ({"max_tokens": 0}, "max_tokens: must be between 1"),
+        ({"request_output_len": -1}, "request_output_len: must be between 1"),
+        ({"max_tokens": 5, "request_output_len": 6}, "request_output_len: contradicts max_tokens"),
+        ({"temperature": float("nan")}, "temperature: must be finite"),
+        ({"temperature": -1.0}, "temperature: must be finite"),
+        ({"stop": True}, "stop: A request id must be provided"),
+        ({"parameters": {"foo": 1}}, "foo: is not a known parameter"),
+        ({"parameters": {"timeout": -1}}, "timeout: must not be negative"),
+        ({"parameters": {"timeout": "soon"}}, "timeout: must be an integer"),
+        ({"parameters": {"ignore_eos": "yes"}}, "ignore_eos: must be a bool"),
+        ({"parameters": {"stream": 1}}, "stream: must be a bool"),
+        ({"parameters": {"stop_token_ids": "[1,"}}, "stop_token_ids: must be a number or a JSON list"),
+        ({"parameters": {"stop_token_ids": '["a"]'}}, "stop_token_ids: must be an integer"),
+        ({"parameters": {"max_new_tokens": "5"}}, "max_new_tokens: must be an integer"),
+        ({"parameters": {"stop": 5}}, "stop: must be a string"),
+        ({"parameters": {"seed": True}}, "seed: must be an integer"),
+    ],
+)
+def test_bad_values_are_refused_by_name(read, inputs, message):
+    with pytest.raises(InvalidRequest) as error:
+        read(**inputs)
+    assert str(error.value).startswith(message)
+    assert not isinstance(error.value, Unsupported)
+
+
+@pytest.mark.parametrize(
+    "inputs",
+    [
+        {"top_k": 50},
+        {"runtime_top_k": 50},
+        {"top_p": 0.9},
+        {"end_id": 5},
+        {"num_draft_tokens": 4},
+        {"beam_width": 2},
+        {"return_context_logits": True},
+        {"bad_words": ["x"]},
+        {"repetition_penalty": 1.5},
+        {"min_tokens": 3},
+        {"lora_task_id": 1},
+        {"guided_decoding_guide": "{}"},
+    ],
+)
+def test_what_is_not_served_is_refused_by_name(read, inputs):
+    with pytest.raises(Unsupported) as error:
+        read(**inputs)
+    assert error.value.field == next(iter(inputs))
+
+
+def test_every_declared_input_is_served_or_refused(read):
+    """None is dropped: for each input without a meaning there is a value that is refused, or all change nothing."""
+    for spec in LLM_INPUTS:
+        if spec.sets is None and spec.neutral is not ANY:
+            value = {"STRING": "zzz", "BOOL": True}.get(spec.dtype, 77)
+            with pytest.raises(Unsupported, match=spec.name):
+                read(**{spec.name: [value] if -1 in spec.dims else value})
+
+
+def test_prompt_is_tokenized_or_taken_as_it_is(read, tokenizer):
+    assert read(text_input="hé").input_ids == tokenizer.encode("hé")
+    assert read(input_ids=[5, 6], input_lengths=2).input_ids == [5, 6]
+
+
+def test_echo_only_on_request(read, tokenizer):
+    assert read().echo == ""
+    assert read(exclude_input_in_output=True).echo == ""
+    assert read(exclude_input_in_output=False).echo == "hi"
+    assert read(exclude_input_in_output=False, input_ids=tokenizer.encode("hi")).echo == "hi"
+
+
+def test_outputs_are_sent_when_asked(read):
+    assert read().outputs == {"text_output"}
+    assert read(return_finish_reason=True).outputs == {"text_output", "finish_reason"}
+    assert "acceptance_length" in read(return_perf_metrics=True).outputs
+    assert read(outputs=["output_ids"]).outputs == {"output_ids"}
+    assert read(outputs=["text_output", "cum_log_probs"]).outputs == {"text_output"}
+
+
+def test_stop_with_an_id_is_a_cancellation(read):
+    assert read(stop=True, request_id="7") == CancelCall("7")
+
+
+def test_timeout_from_either_place(read):
+    assert read().deadline is None
+    for call in (read(timeout=2_000_000), read(parameters={"timeout": 2_000_000})):
+        assert call.deadline == pytest.approx(call.arrival_ns / 1e9 + 2)
+
+
+def test_defaults_are_the_offline_engines_except_greedy(read):
+    assert read().params == SamplingParams(temperature=0.0)

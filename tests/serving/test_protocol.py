@@ -1,0 +1,58 @@
+"""Frames: every message comes out as it went in, wherever the socket cuts the bytes."""
+
+import socket
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from specbackend.request import FinishReason, SamplingParams, Update
+from specbackend.serving.protocol import (
+    LENGTH,
+    Cancel,
+    Channel,
+    Failed,
+    Ready,
+    Rejected,
+    Start,
+    Step,
+    Submit,
+    decode,
+    encode,
+)
+
+MESSAGES = [
+    Start({"model_path": "/m", "speculative_num_steps": 5, "dtype": None, "mem_fraction_static": 0.5}),
+    Submit("7", [1, 2, 3], SamplingParams(max_new_tokens=9, temperature=0.7, seed=(1 << 64) - 1, stop=("é", "\n"))),
+    Cancel("7"),
+    Ready(1024, 32000, [2], 8),
+    Failed("model_path: no such folder"),
+    Rejected("7", None, "full"),
+    Step([Update("7", [5, 6], FinishReason.STOP, 3, 2, 1, 1), Update("8", [])], {"num_running": 2}),
+]
+
+
+@pytest.mark.parametrize("message", MESSAGES, ids=lambda m: type(m).__name__)
+def test_round_trip(message):
+    assert decode(encode(message)[LENGTH.size :]) == message
+
+
+@given(st.lists(st.integers(1, 200), min_size=1))
+def test_messages_survive_any_cut_of_the_stream(sizes):
+    stream = b"".join(map(encode, MESSAGES))
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        channel, received, start = Channel(ours), [], 0
+        while start < len(stream):
+            size = sizes[start % len(sizes)]
+            theirs.sendall(stream[start : start + size])
+            received += channel.receive()
+            start += size
+    assert received == MESSAGES
+
+
+def test_the_end_of_the_other_side_is_an_error():
+    ours, theirs = socket.socketpair()
+    theirs.close()
+    with ours, pytest.raises(EOFError):
+        Channel(ours).receive()

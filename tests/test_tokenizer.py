@@ -1,0 +1,55 @@
+"""The tokenizer without transformers says what transformers says."""
+
+import subprocess
+import sys
+
+import pytest
+
+from specbackend.errors import ConfigError
+from specbackend.tokenizer import Tokenizer
+from tests.conftest import DEMO_TARGET
+from tests.fakes import save_byte_checkpoint
+
+CHAT = [{"role": "user", "content": "How many is 2 + 3? é€😀"}]
+
+
+@pytest.fixture(scope="module")
+def theirs():
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(DEMO_TARGET)
+
+
+@pytest.mark.parametrize("text", ["Hello world", " two  spaces", "é€😀", "<|user|>x<|end|>", "1+1=2\n"])
+def test_encode_and_decode_equal_transformers(theirs, text):
+    ours = Tokenizer(DEMO_TARGET)
+    assert ours.encode(text) == theirs(text)["input_ids"]
+    assert ours.decode(ours.encode(text)) == theirs.decode(theirs(text)["input_ids"], skip_special_tokens=True)
+
+
+def test_chat_template_equals_transformers(theirs):
+    expected = theirs.apply_chat_template(CHAT, tokenize=False, add_generation_prompt=True)
+    assert Tokenizer(DEMO_TARGET).apply_chat_template(CHAT) == expected
+
+
+def test_a_text_cannot_have_fewer_tokens_than_its_bytes_say(tmp_path):
+    tokenizer = Tokenizer(DEMO_TARGET)
+    text = "the number of eggs " * 50
+    assert len(tokenizer.encode(text)) * tokenizer.max_token_bytes >= len(text.encode())
+
+
+def test_missing_parts_are_named(tmp_path):
+    with pytest.raises(ConfigError, match=r"neither tokenizer\.json nor"):
+        Tokenizer(tmp_path)
+    folder = save_byte_checkpoint(tmp_path / "plain")
+    (folder / "tokenizer_config.json").write_text("{}")
+    assert not Tokenizer(folder).has_chat_template
+    with pytest.raises(ConfigError, match="no chat template"):
+        Tokenizer(folder).apply_chat_template(CHAT)
+
+
+def test_the_stub_side_does_not_import_torch():
+    """Torch in Triton's process would cost 4 s and 260 MB, and fight the engine for the cores."""
+    modules = "specbackend.serving.adapter, specbackend.serving.preprocessor"
+    code = f"import sys, {modules}; sys.exit(any(m in sys.modules for m in ('torch', 'transformers')))"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
