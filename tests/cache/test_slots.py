@@ -1,0 +1,190 @@
+"""Slot ownership: every slot is free, in the tree or one request's own, and a reused slot holds what it should."""
+
+from dataclasses import dataclass
+
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from specbackend.cache.radix_tree import PrefixMatch
+from specbackend.cache.slots import DUMMY_SLOT, SlotManager
+
+TOKENS = st.lists(st.integers(0, 2), min_size=1, max_size=10)
+
+
+def tree_slots(manager: SlotManager) -> list[int]:
+    slots, stack = [], [manager.tree.root]
+    while stack:
+        node = stack.pop()
+        slots += node.slots
+        stack += node.children.values()
+    return slots
+
+
+@dataclass
+class User:
+    """A request as the slot manager sees it; `slots` has one per token, the first len(pinned.slots) the tree's."""
+
+    tokens: list[int]
+    slots: list[int]
+    pinned: PrefixMatch
+
+    @property
+    def own(self) -> list[int]:
+        return self.slots[len(self.pinned.slots) :]
+
+
+class SlotMachine(RuleBasedStateMachine):
+    @initialize(num_slots=st.integers(4, 30), successor=st.booleans(), cache=st.booleans())
+    def start(self, num_slots, successor, cache):
+        self.manager = SlotManager(num_slots, successor, cache)
+        self.successor, self.cache = successor, cache
+        self.users: list[User] = []
+        self.written: dict[int, tuple] = {}  # what the KV in a slot was computed from
+
+    def kv_source(self, tokens: list[int], position: int) -> tuple:
+        return tuple(tokens[: position + 1 + self.successor])
+
+    @rule(tokens=TOKENS)
+    def admit(self, tokens):
+        available = self.manager.num_available
+        pinned = self.manager.match(tokens)
+        cached = len(pinned.slots)
+        assert cached < len(tokens), "one token must be left to compute"
+        assert [self.written[s] for s in pinned.slots] == [self.kv_source(tokens, i) for i in range(cached)]
+        fresh = self.manager.allocate(len(tokens) - cached)
+        if fresh is None:
+            assert self.manager.num_available < len(tokens) - cached
+            self.manager.unpin(pinned)
+            assert self.manager.num_available == available
+            return
+        assert len(fresh) == len(tokens) - cached
+        user = User(tokens, pinned.slots + fresh, pinned)
+        for position in range(cached, len(tokens)):
+            self.written[user.slots[position]] = self.kv_source(tokens, position)
+        self.users.append(user)
+
+    @precondition(lambda self: self.users)
+    @rule(data=st.data())
+    def share(self, data):
+        user = data.draw(st.sampled_from(self.users))
+        self.share_first(user, data.draw(st.integers(len(user.pinned.slots), len(user.tokens))))
+
+    def share_first(self, user: User, length: int) -> None:
+        user.pinned = self.manager.share(user.tokens, user.slots[:length], user.pinned)
+        shared = user.pinned.slots
+        if self.cache:
+            assert len(shared) == min(length, len(user.tokens) - self.successor)
+        user.slots[: len(shared)] = shared
+        assert [self.written[slot] for slot in shared] == [self.kv_source(user.tokens, i) for i in range(len(shared))]
+
+    @precondition(lambda self: self.users)
+    @rule(data=st.data(), keep=st.booleans())
+    def finish(self, data, keep):
+        user = self.users.pop(data.draw(st.integers(0, len(self.users) - 1)))
+        if keep:
+            self.share_first(user, len(user.tokens))
+        self.manager.release(user.own)
+        self.manager.unpin(user.pinned)
+
+    @rule()
+    def flush(self):
+        self.manager.flush()
+        assert self.manager.tree.num_evictable == 0
+
+    @rule(tokens=TOKENS)
+    def cached_length_changes_nothing(self, tokens):
+        locked = self.manager.tree.num_locked
+        length = self.manager.cached_length(tokens)
+        pinned = self.manager.match(tokens)
+        assert len(pinned.slots) == length
+        self.manager.unpin(pinned)
+        assert self.manager.tree.num_locked == locked
+
+    @invariant()
+    def every_slot_has_one_owner(self):
+        owned = [slot for user in self.users for slot in user.own]
+        held = self.manager._free + tree_slots(self.manager) + owned
+        assert sorted(held) == list(range(1, self.manager.num_slots + 1))
+
+    @invariant()
+    def pinned_slots_are_the_trees(self):
+        in_tree = set(tree_slots(self.manager))
+        pinned = {slot for user in self.users for slot in user.pinned.slots}
+        assert pinned <= in_tree
+        assert self.manager.tree.num_locked == len(pinned)
+
+    @invariant()
+    def free_evictable_and_held_add_up(self):
+        held = sum(len(user.own) for user in self.users) + self.manager.tree.num_locked
+        assert self.manager.num_available + held == self.manager.num_slots
+
+    def teardown(self):
+        if not hasattr(self, "manager"):
+            return
+        for user in self.users:
+            self.manager.release(user.own)
+            self.manager.unpin(user.pinned)
+        assert self.manager.num_available == self.manager.num_slots
+        assert len(self.manager.allocate(self.manager.num_slots)) == self.manager.num_slots
+
+
+TestSlots = SlotMachine.TestCase
+TestSlots.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
+
+
+def cached(manager: SlotManager, tokens: list[int]) -> list[int]:
+    """Compute and cache a sequence, as a request that came and went; returns its slots in the tree."""
+    pinned = manager.match(tokens)
+    slots = pinned.slots + manager.allocate(len(tokens) - len(pinned.slots))
+    pinned = manager.share(tokens, slots, pinned)
+    manager.release(slots[len(pinned.slots) :])
+    manager.unpin(pinned)
+    return pinned.slots
+
+
+def test_slots_are_numbered_from_one():
+    assert sorted(SlotManager(3, successor_keys=False, cache_prefixes=True).allocate(3)) == [1, 2, 3]
+    assert DUMMY_SLOT == 0
+
+
+def test_share_keeps_the_first_copy_and_frees_the_second():
+    manager = SlotManager(8, successor_keys=False, cache_prefixes=True)
+    first, second = manager.match([1, 2, 3]), manager.match([1, 2, 4])
+    slots, others = manager.allocate(3), manager.allocate(3)
+    first = manager.share([1, 2, 3], slots, first)
+    second = manager.share([1, 2, 4], others, second)
+    assert second.slots == slots[:2] + others[2:]
+    assert manager.num_free == 4  # the copies of tokens 1 and 2 came back
+
+
+def test_allocate_evicts_under_pressure_and_only_as_needed():
+    manager = SlotManager(6, successor_keys=False, cache_prefixes=True)
+    cached(manager, [1, 1])
+    young = cached(manager, [2, 2])
+    assert len(manager.allocate(4)) == 4  # 2 free, 2 from [1, 1]
+    assert manager.match([2, 2, 0]).slots == young
+
+
+def test_allocate_refuses_whole_or_not_at_all():
+    manager = SlotManager(6, successor_keys=False, cache_prefixes=True)
+    cached(manager, [1, 1])
+    manager.match([1, 1, 0])
+    assert manager.allocate(5) is None
+    assert (manager.num_free, manager.tree.num_slots) == (4, 2)
+
+
+@pytest.mark.parametrize("successor", [False, True], ids=["token", "successor"])
+def test_reuse_after_a_branch(successor):
+    """[1, 2, 3] is cached; [1, 2, 9] may use slot of 2 only if no draft row there has already consumed 3."""
+    manager = SlotManager(8, successor, cache_prefixes=True)
+    cached(manager, [1, 2, 3])
+    assert manager.cached_length([1, 2, 9, 9]) == (1 if successor else 2)
+    assert manager.cached_length([1, 2, 3, 9]) == (2 if successor else 3)
+
+
+def test_no_cache():
+    manager = SlotManager(8, successor_keys=False, cache_prefixes=False)
+    assert cached(manager, [1, 2, 3]) == []
+    assert (manager.cached_length([1, 2, 3]), manager.num_free) == (0, 8)

@@ -1,0 +1,174 @@
+"""Accepting a path equals walking the tree, and what a drafted step emits is distributed as the target alone would."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from specbackend.sampling import SamplingBatch, pick_tokens
+from specbackend.speculative.draft_tree import build_tree
+from specbackend.speculative.verifier import AcceptedPath, accept_path
+from tests.chi_square import SIGNIFICANT, chi_square_p
+from tests.speculative.random_trees import random_candidates, tree_of
+
+
+def walk(token_N: list[int], parent_N: list[int], pick_N: list[int]) -> list[int]:
+    """The definition of acceptance, one node at a time."""
+    path = [0]
+    while True:
+        node = path[-1]
+        child = [n for n in range(1, len(token_N)) if parent_N[n] == node and token_N[n] == pick_N[node]]
+        if not child:
+            return path
+        path += child
+
+
+@st.composite
+def trees(draw):
+    """(tokens, parents, picks) over few tokens, so that long paths are accepted often; siblings differ."""
+    tokens, parents = [draw(st.integers(0, 3))], [0]
+    for _ in range(draw(st.integers(0, 31))):
+        parent = draw(st.integers(0, len(tokens) - 1))
+        siblings = {token for token, other in zip(tokens[1:], parents[1:], strict=True) if other == parent}
+        if len(siblings) < 4:
+            tokens.append(draw(st.sampled_from([token for token in range(4) if token not in siblings])))
+            parents.append(parent)
+    return tokens, parents, [draw(st.integers(0, 3)) for _ in tokens]
+
+
+@given(trees())
+@settings(max_examples=80, deadline=None)
+def test_accept_path_equals_walking(drawn):
+    tokens, parents, picks = drawn
+    path = accept_path(tree_of(tokens, parents), torch.tensor([picks]))
+    expected = walk(tokens, parents, picks)
+    assert path.order_BN[0, : path.count_B].tolist() == expected
+    assert sorted(path.order_BN[0].tolist()) == list(range(len(tokens)))
+    assert path.order_BN[0, path.count_B :].tolist() == sorted(set(range(len(tokens))) - set(expected))
+
+
+def test_hand_drawn_tree():
+    #        5
+    #       / \
+    #      7   8        the target picks 8 after 5, 7 after 8, 1 after the lower 7
+    #      |   |        the left 7 is right about its child, but is not on the path
+    #      3   7
+    tree = tree_of([5, 7, 8, 3, 7], [0, 0, 0, 1, 2])
+    path = accept_path(tree, torch.tensor([[8, 3, 7, 0, 1]]))
+    assert path.order_BN.tolist() == [[0, 2, 4, 1, 3]]
+    assert path.count_B.tolist() == [3]
+
+
+def test_the_root_alone():
+    path = accept_path(tree_of([5], [0]), torch.tensor([[5]]))
+    assert (path.order_BN.tolist(), path.count_B.tolist()) == ([[0]], [1])
+
+
+def test_requests_of_a_batch_do_not_mix():
+    first, second = ([5, 1, 2], [0, 0, 0]), ([5, 1, 2], [0, 0, 1])
+    picks = [[2, 0, 0], [1, 2, 0]]
+    trees = [tree_of(*first), tree_of(*second)]
+    batch = type(trees[0])(*(torch.cat(pair) for pair in zip(*(vars(t).values() for t in trees), strict=True)))
+    path = accept_path(batch, torch.tensor(picks))
+    assert path.count_B.tolist() == [2, 3]
+    assert path.order_BN.tolist() == [[0, 2, 1], [0, 1, 2]]
+
+
+# ---- losslessness ----
+
+DRAWS = 200_000
+V = 4
+EMITTED = 3
+TARGET_VV = torch.tensor([[0.9, 0.0, 1.2, -0.4], [0.2, 1.5, 0.1, 0.6], [-0.3, 0.8, 0.0, 1.1], [1.0, -0.2, 0.5, 0.3]])
+FIRST_TOKEN, FIRST_POSITION = 2, 11
+
+
+def exact_joint(temperature: float) -> torch.Tensor:
+    """Probability of each of the V^3 ways to go on from FIRST_TOKEN; the target looks at the last token only."""
+    step_VV = (TARGET_VV / temperature).softmax(-1)
+    return torch.einsum("a,ab,bc->abc", step_VV[FIRST_TOKEN], step_VV, step_VV).flatten()
+
+
+def emitted_tokens(
+    temperature, K, num_steps, num_nodes, position_of=None, accept=accept_path, draws=DRAWS
+) -> torch.Tensor:
+    """[D, 3]: what drafted steps with random drafts emit, by the real tree, picks and acceptance."""
+    generator = torch.Generator().manual_seed(1)
+    token_DP = torch.full((draws, 1 + EMITTED + num_nodes), FIRST_TOKEN)
+    count_D = torch.ones(draws, dtype=torch.int64)
+    active_B = torch.arange(draws)
+    while len(active_B):
+        count_B1 = count_D[active_B, None]
+        candidates = random_candidates(len(active_B), K, num_steps, V, generator)
+        tree = build_tree(token_DP[active_B, count_B1[:, 0] - 1], candidates, num_nodes)
+        position_BN = FIRST_POSITION + count_B1 + tree.depth_BN
+        if position_of:
+            position_BN = position_of(position_BN, tree)
+        sampling = SamplingBatch(torch.full((len(active_B),), temperature), active_B, any_sampled=True)
+        pick_BN = pick_tokens(TARGET_VV[tree.token_BN], position_BN, sampling)
+        path = accept(tree, pick_BN)
+        # the columns past the path's end are junk that the next step overwrites
+        token_DP[active_B[:, None], count_B1 + torch.arange(num_nodes)] = pick_BN.gather(1, path.order_BN)
+        count_D[active_B] += path.count_B
+        active_B = active_B[count_D[active_B] <= EMITTED]
+    return token_DP[:, 1 : 1 + EMITTED]
+
+
+def joint_p(emitted_D3: torch.Tensor, temperature: float) -> float:
+    cell_D = (emitted_D3 * torch.tensor([V * V, V, 1])).sum(1)
+    return chi_square_p(cell_D, exact_joint(temperature))
+
+
+SHAPES = [(1, 2, 3, 1.0), (2, 2, 5, 0.7), (3, 2, 6, 1.3), (2, 3, 6, 1.0)]
+
+
+@pytest.mark.parametrize(
+    "K, num_steps, N, temperature", SHAPES, ids=["K{}-steps{}-N{}-T{}".format(*shape) for shape in SHAPES]
+)
+def test_drafted_steps_emit_what_the_target_would(K, num_steps, N, temperature):
+    assert joint_p(emitted_tokens(temperature, K, num_steps, N), temperature) > SIGNIFICANT
+
+
+def test_drafted_steps_emit_the_very_tokens_of_plain_decoding():
+    """Stronger than any distribution: each seed's tokens are the same for all trees, and for none."""
+    draws = 20_000
+    sampling = SamplingBatch(torch.ones(draws), torch.arange(draws), any_sampled=True)
+    token_D, plain = torch.full((draws,), FIRST_TOKEN), []
+    for position in range(FIRST_POSITION + 1, FIRST_POSITION + 1 + EMITTED):
+        logits_D1V = TARGET_VV[token_D][:, None]
+        token_D = pick_tokens(logits_D1V, torch.full((draws, 1), position), sampling)[:, 0]
+        plain.append(token_D)
+    for shape in [(1, 2, 3), (3, 2, 6), (3, 3, 20)]:
+        assert torch.equal(emitted_tokens(1.0, *shape, draws=draws), torch.stack(plain, dim=1))
+
+
+def without_position(position_BN, tree):
+    return torch.zeros_like(position_BN)
+
+
+def without_depth(position_BN, tree):
+    return position_BN - tree.depth_BN
+
+
+def off_by_one_below_the_root(position_BN, tree):
+    return position_BN - (tree.depth_BN > 0).long()
+
+
+def always_the_best_child(tree, pick_BN) -> AcceptedPath:
+    pick_BN[:, 0] = tree.token_BN[:, 1]
+    return accept_path(tree, pick_BN)
+
+
+def sometimes_the_best_child(tree, pick_BN) -> AcceptedPath:
+    pick_BN[::25, 0] = tree.token_BN[::25, 1]
+    return accept_path(tree, pick_BN)
+
+
+@pytest.mark.parametrize("bug", [without_position, without_depth, off_by_one_below_the_root], ids=lambda f: f.__name__)
+def test_the_test_sees_noise_keyed_wrongly(bug):
+    assert joint_p(emitted_tokens(1.0, 2, 2, 5, position_of=bug), 1.0) < SIGNIFICANT
+
+
+@pytest.mark.parametrize("bug", [always_the_best_child, sometimes_the_best_child], ids=lambda f: f.__name__)
+def test_the_test_sees_drafts_favoured(bug):
+    assert joint_p(emitted_tokens(1.0, 2, 2, 5, accept=bug), 1.0) < SIGNIFICANT

@@ -1,0 +1,171 @@
+"""Server parameters: what is read, what is refused, and that every refusal names the parameter."""
+
+import json
+from dataclasses import FrozenInstanceError, fields
+from pathlib import Path
+
+import pytest
+
+from specbackend.config import NOT_SERVED, EngineConfig, check_tree
+from specbackend.errors import ConfigError
+
+BASE = {"model_path": "/models/target"}
+EAGLE3 = {**BASE, "speculative_algorithm": "EAGLE3", "speculative_draft_model_path": "/models/draft"}
+TREE_NAMES = ("speculative_num_steps", "speculative_eagle_topk", "speculative_num_draft_tokens")
+
+
+def tree(*shape: int) -> dict:
+    return {**EAGLE3, **dict(zip(TREE_NAMES, shape, strict=True))}
+
+
+def test_defaults_decode_plainly():
+    config = EngineConfig.from_params(BASE)
+    assert config.speculative_algorithm is None
+    assert [getattr(config, name) for name in TREE_NAMES] == [None] * 3
+
+
+def test_default_tree_is_sglangs():
+    config = EngineConfig.from_params(EAGLE3)
+    assert [getattr(config, name) for name in TREE_NAMES] == [5, 4, 8]
+
+
+def test_strings_as_config_pbtxt_gives_them():
+    config = EngineConfig.from_params(
+        {
+            **{name: str(value) for name, value in tree(3, 2, 7).items()},
+            "max_running_requests": " 12 ",
+            "mem_fraction_static": "0.25",
+            "disable_radix_cache": "True",
+            "chunked_prefill_size": "-1",
+            "context_length": "none",
+            "num_threads": "",
+            "tp_size": "1",
+            "enable_torch_compile": "false",
+            "speculative_token_map": "None",
+        }
+    )
+    assert [getattr(config, name) for name in TREE_NAMES] == [3, 2, 7]
+    assert (config.max_running_requests, config.mem_fraction_static, config.chunked_prefill_size) == (12, 0.25, -1)
+    assert config.disable_radix_cache is True
+    assert config.context_length is None and config.num_threads is None
+
+
+@pytest.mark.parametrize("text, value", [("1", True), ("0", False), ("false", False), ("TRUE", True)])
+def test_bools(text, value):
+    assert EngineConfig.from_params({**BASE, "disable_radix_cache": text}).disable_radix_cache is value
+
+
+@pytest.mark.parametrize("none", ["none", "None", "", None])
+def test_no_algorithm_in_every_spelling(none):
+    assert EngineConfig.from_params({**BASE, "speculative_algorithm": none}).speculative_algorithm is None
+
+
+REFUSED = [
+    ("model_path", ""),
+    ("model_path", None),
+    ("speculative_algorithm", "MEDUSA"),
+    ("speculative_algorithm", "eagle3"),
+    ("dtype", "int8"),
+    ("schedule_policy", "random"),
+    ("attention_backend", "flashinfer"),
+    ("page_size", 16),
+    ("max_running_requests", 0),
+    ("max_running_requests", "many"),
+    ("max_running_requests", "1.5"),
+    ("max_running_requests", True),
+    ("max_running_requests", None),
+    ("max_queued_requests", 0),
+    ("max_prefill_tokens", -1),
+    ("stream_interval", 0),
+    ("context_length", 0),
+    ("max_total_tokens", 0),
+    ("num_threads", -2),
+    ("chunked_prefill_size", 0),
+    ("chunked_prefill_size", -2),
+    ("mem_fraction_static", 0),
+    ("mem_fraction_static", 1),
+    ("mem_fraction_static", "nan"),
+    ("mem_fraction_static", "half"),
+    ("watchdog_timeout", 0),
+    ("watchdog_timeout", "nan"),
+    ("disable_radix_cache", "yes"),
+    ("disable_radix_cache", None),
+    ("random_seed", "x"),
+    ("speculative_token_map", "/maps/hot.pt"),
+    ("tp_size", 2),
+    ("enable_torch_compile", True),
+    ("cuda_graph_max_bs", 8),
+]
+
+
+@pytest.mark.parametrize("name, value", REFUSED, ids=[f"{name}={value}" for name, value in REFUSED])
+def test_refusals_name_the_parameter(name, value):
+    with pytest.raises(ConfigError, match=rf"^{name}: "):
+        EngineConfig.from_params({**BASE, name: value})
+
+
+@pytest.mark.parametrize("name", [*TREE_NAMES, "speculative_draft_model_path"])
+def test_speculative_parameters_without_an_algorithm(name):
+    with pytest.raises(ConfigError, match=rf"^{name}: .*speculative_algorithm is not"):
+        EngineConfig.from_params({**BASE, name: "3"})
+
+
+def test_unknown_parameters_are_named_and_the_known_listed():
+    with pytest.raises(ConfigError) as refusal:
+        EngineConfig.from_params({**BASE, "speculative_topk": 4, "max_batch": 1, "dtype": "float32"})
+    complaint, known = str(refusal.value).split("; known: ")
+    assert complaint == "unknown parameter max_batch, speculative_topk"
+    assert set(known.split(", ")) == {f.name for f in fields(EngineConfig)} | set(NOT_SERVED)
+
+
+def test_algorithm_without_draft():
+    with pytest.raises(ConfigError, match=r"^speculative_draft_model_path: EAGLE3 needs"):
+        EngineConfig.from_params({**BASE, "speculative_algorithm": "EAGLE3"})
+
+
+@pytest.mark.parametrize("given", [TREE_NAMES[:1], TREE_NAMES[1:]], ids=["one", "two"])
+def test_a_part_of_the_tree(given):
+    with pytest.raises(ConfigError, match=f"got only {', '.join(given)}$"):
+        EngineConfig.from_params({**EAGLE3, **dict.fromkeys(given, 4)})
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 2), (5, 1, 6), (1, 4, 5), (2, 3, 13), (5, 4, 2), (3, 8, 32)], ids=str)
+def test_trees_that_can_be_filled(shape):
+    check_tree(*shape)
+    EngineConfig.from_params(tree(*shape))
+
+
+BAD_TREES = [
+    ((0, 4, 8), "speculative_num_steps"),
+    ((5, 0, 8), "speculative_eagle_topk"),
+    ((5, 4, 1), "speculative_num_draft_tokens"),
+    ((5, 1, 5), "speculative_num_draft_tokens"),  # a chain is exact
+    ((5, 1, 7), "speculative_num_draft_tokens"),
+    ((1, 4, 6), "speculative_num_draft_tokens"),  # 4 candidates for 5 places
+    ((2, 3, 14), "speculative_num_draft_tokens"),  # 3 + 9 for 13
+]
+
+
+@pytest.mark.parametrize("shape, name", BAD_TREES, ids=str)
+def test_trees_that_cannot(shape, name):
+    with pytest.raises(ConfigError, match=rf"^{name}: "):
+        EngineConfig.from_params(tree(*shape))
+
+
+@pytest.mark.parametrize("params", [BASE, EAGLE3, tree(3, 2, 7)], ids=["plain", "default-tree", "tree"])
+def test_to_params_round_trip_survives_json(params):
+    config = EngineConfig.from_params({**params, "dtype": "bfloat16", "watchdog_timeout": "1.5"})
+    assert EngineConfig.from_params(json.loads(json.dumps(config.to_params()))) == config
+
+
+def test_resolve_paths():
+    relative = {**EAGLE3, "model_path": "weights/target"}
+    config = EngineConfig.from_params(relative).resolve_paths(Path("/repository"))
+    assert config.model_path == "/repository/weights/target"
+    assert config.speculative_draft_model_path == "/models/draft"
+    assert EngineConfig.from_params(BASE).resolve_paths(Path("/repository")).speculative_draft_model_path is None
+
+
+def test_frozen():
+    with pytest.raises(FrozenInstanceError):
+        EngineConfig.from_params(BASE).dtype = "float16"

@@ -1,0 +1,133 @@
+"""The offline Engine: what callers of SGLang's Engine.generate expect, and requests that must be refused."""
+
+from itertools import pairwise
+
+import pytest
+
+from specbackend import Engine
+from specbackend.errors import ConfigError, InvalidRequest, QueueFull
+from specbackend.request import Request, SamplingParams
+from tests.conftest import DEMO_EAGLE3, DEMO_TARGET
+
+GREEDY = {"temperature": 0, "max_new_tokens": 24, "ignore_eos": True}
+
+
+@pytest.fixture(scope="module", params=["plain", "eagle3"])
+def shared_engine(request) -> Engine:
+    draft = {"speculative_algorithm": "EAGLE3", "speculative_draft_model_path": str(DEMO_EAGLE3)}
+    return Engine(model_path=str(DEMO_TARGET), **(draft if request.param == "eagle3" else {}))
+
+
+@pytest.fixture
+def engine(shared_engine):
+    """Idle before each test, and without a leaked slot after it."""
+    yield shared_engine
+    stats = shared_engine.stats()
+    assert (stats.num_running, stats.num_waiting) == (0, 0)
+    assert stats.free_slots + stats.evictable_slots == stats.total_slots
+
+
+def test_one_prompt_gives_one_dict(engine):
+    answer = engine.generate("Tom has 3 apples.", GREEDY)
+    assert answer["text"] == engine.tokenizer.decode(answer["output_ids"])
+    meta = answer["meta_info"]
+    assert meta["completion_tokens"] == len(answer["output_ids"]) == 24
+    assert meta["prompt_tokens"] == len(engine.tokenizer.encode("Tom has 3 apples."))
+    assert meta["finish_reason"] == "length"
+    assert meta["accept_length"] == pytest.approx(24 / meta["spec_verify_ct"])
+
+
+def test_list_of_prompts_keeps_order_and_params(engine):
+    params = [{**GREEDY, "max_new_tokens": count} for count in (5, 1, 9)]
+    answers = engine.generate(["a b c", "Tom", "x = 3"], params)
+    assert [answer["meta_info"]["completion_tokens"] for answer in answers] == [5, 1, 9]
+
+
+def test_stream_grows_to_the_whole_answer(engine):
+    whole = engine.generate("Tom has 3 apples.", GREEDY)
+    chunks = list(engine.generate("Tom has 3 apples.", GREEDY, stream=True))
+    assert all(later["text"].startswith(earlier["text"]) for earlier, later in pairwise(chunks))
+    assert chunks[-1]["output_ids"] == whole["output_ids"]
+    assert chunks[-1]["text"] == whole["text"]
+
+
+def test_stop_string_cuts_the_text_before_it(engine):
+    whole = engine.generate("Tom has 3 apples.", GREEDY)["text"]
+    stop = whole[10:14]
+    answer = engine.generate("Tom has 3 apples.", {**GREEDY, "stop": stop})
+    assert answer["text"] == whole[: whole.index(stop)]
+    assert answer["meta_info"]["finish_reason"] == "stop"
+
+
+def test_stop_token_ends_the_answer_and_is_its_last_token(engine):
+    whole = engine.generate("Tom has 3 apples.", GREEDY)["output_ids"]
+    stop = whole[7]
+    answer = engine.generate("Tom has 3 apples.", {**GREEDY, "stop_token_ids": [stop]})
+    assert answer["output_ids"] == whole[: whole.index(stop) + 1]
+    assert answer["meta_info"]["finish_reason"] == "stop"
+
+
+def test_eos_ends_the_answer_unless_ignored(engine):
+    chat = engine.tokenizer.apply_chat_template([{"role": "user", "content": "What is 2 + 2?"}])
+    ids = engine.tokenizer.encode(chat, add_special_tokens=False)
+    ended = engine.generate(input_ids=ids, sampling_params={"temperature": 0, "max_new_tokens": 400})
+    assert ended["meta_info"]["finish_reason"] == "stop"
+    assert ended["output_ids"][-1] in engine.model_config.eos_token_ids
+    length = len(ended["output_ids"]) + 5
+    ignoring = {"temperature": 0, "max_new_tokens": length, "ignore_eos": True}
+    longer = engine.generate(input_ids=ids, sampling_params=ignoring)
+    assert len(longer["output_ids"]) == length
+    assert longer["output_ids"][: len(ended["output_ids"])] == ended["output_ids"]
+
+
+def test_answer_ends_where_the_context_does(engine):
+    prompt = [5, 6, 7] * 339
+    answer = engine.generate(input_ids=prompt, sampling_params={"temperature": 0, "ignore_eos": True})
+    assert len(answer["output_ids"]) == engine.context_length - len(prompt) == 7
+    assert answer["meta_info"]["finish_reason"] == "length"
+
+
+@pytest.mark.parametrize(
+    ("input_ids", "params", "field"),
+    [
+        ([], {}, "input_ids"),
+        ([1] * 1024, {}, "input_ids"),
+        ([1, 1024], {}, "input_ids"),
+        ([1, -1], {}, "input_ids"),
+        ([1], {"max_new_tokens": 0}, "max_new_tokens"),
+        ([1], {"max_new_tokens": -3}, "max_new_tokens"),
+        ([1], {"temperature": float("nan")}, "temperature"),
+        ([1], {"temperature": -0.1}, "temperature"),
+        ([1], {"top_p": 0.9}, "top_p"),
+    ],
+    ids=str,
+)
+def test_refusals_name_the_field(engine, input_ids, params, field):
+    with pytest.raises(InvalidRequest) as refused:
+        engine.generate(input_ids=[input_ids], sampling_params=params)
+    assert refused.value.field == field
+
+
+def test_cancel_at_every_stage_frees_everything(engine):
+    for steps in range(6):
+        engine.submit(Request("kept", [3, 4, 5] * 20, SamplingParams(max_new_tokens=8, temperature=0)))
+        engine.submit(Request("dropped", [7, 8] * 30, SamplingParams(max_new_tokens=50, temperature=0)))
+        for _ in range(steps):
+            engine.step()
+        engine.cancel("dropped")
+        while engine.has_work:
+            assert all(update.request_id == "kept" for update in engine.step())
+
+
+def test_full_queue_is_refused():
+    engine = Engine(model_path=str(DEMO_TARGET), max_queued_requests=2)
+    for index in range(2):
+        engine.submit(Request(str(index), [1, 2], SamplingParams(max_new_tokens=1)))
+    with pytest.raises(QueueFull):
+        engine.submit(Request("one too many", [1, 2], SamplingParams(max_new_tokens=1)))
+    engine.shutdown()
+
+
+def test_pool_too_small_for_one_request_is_refused():
+    with pytest.raises(ConfigError, match="max_total_tokens"):
+        Engine(model_path=str(DEMO_TARGET), max_total_tokens=100)

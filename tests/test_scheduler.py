@@ -1,0 +1,413 @@
+"""The scheduler under random traffic: whoever is evicted, retracted or cancelled, every answer is what it must be.
+
+`FakeDecoder` stands in for the networks. Its next token is a function of (seed, position), so the right answer is
+known; and it remembers what the KV of each slot was computed from, so that it notices when a request is given wrong slots.
+"""
+
+import random
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import accumulate
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from specbackend.batch import Accepted, DecodeBatch, ExtendBatch
+from specbackend.cache.kv_pool import RequestTable
+from specbackend.cache.slots import DUMMY_SLOT, SlotManager
+from specbackend.config import EngineConfig
+from specbackend.errors import QueueFull
+from specbackend.request import FinishReason, Request, RequestStatus, SamplingParams, Update
+from specbackend.scheduler import Scheduler
+from tests.cache.test_slots import tree_slots
+
+VOCABULARY = 12
+EOS = 0
+
+
+def next_token(seed: int, position: int) -> int:
+    return random.Random(1000 * seed + position).randrange(VOCABULARY)
+
+
+def prefix_hashes(tokens: list[int]) -> list[int]:
+    """One number for each prefix, as KV depends on all tokens up to its own."""
+    return list(accumulate(tokens, lambda known, token: hash((known, token)), initial=17))[1:]
+
+
+class FakeDecoder:
+    """Offers what Engine needs of both its decoders."""
+
+    def __init__(self, table: RequestTable, num_nodes: int, speculative: bool, rng: random.Random):
+        self.table, self.num_nodes, self.speculative, self.rng = table, num_nodes, speculative, rng
+        self.target_kv: dict[int, int] = {}  # slot -> hash of the tokens up to it
+        self.draft_kv: dict[int, int] = {}  # slot -> hash of the tokens up to the one after it
+
+    def extend(self, batch: ExtendBatch) -> Accepted:
+        rows = []
+        for index, (request, length) in enumerate(zip(batch.requests, batch.chunk_lens, strict=True)):
+            assert length > 0
+            start, end = request.num_computed, request.num_computed + length
+            self.check_prefix(request, draft=self.speculative)
+            new = [next_token(request.seed, end)] if batch.is_final(index) else []
+            self.write(request, self.table.read(request.row, end)[start:], request.all_ids + new, draft=True)
+            rows.append(new)
+        return accepted(rows)
+
+    def decode(self, batch: DecodeBatch) -> Accepted:
+        """Accept a random part of the window, whose slots the real verification leaves in an order of its own."""
+        return accepted([self._decode_one(request) for request in batch.requests])
+
+    def _decode_one(self, request: Request) -> list[int]:
+        self.check_prefix(request, draft=self.speculative)
+        start = request.num_computed
+        window = self.table.read(request.row, start + self.num_nodes)[start:]
+        assert len(window) == len(set(window)) == self.num_nodes and DUMMY_SLOT not in window
+        self.rng.shuffle(window)
+        self.table.slots[request.row, start : start + self.num_nodes] = torch.tensor(window)
+        for slot in window:  # the rejected nodes' KV
+            self.target_kv[slot] = self.draft_kv[slot] = -1
+        count = self.rng.randint(1, self.num_nodes)
+        new = [next_token(request.seed, start + 1 + offset) for offset in range(count)]
+        self.write(request, window[:count], request.all_ids + new, draft=True)
+        return new
+
+    def decode_plain(self, batch: DecodeBatch) -> Accepted:
+        rows = []
+        for request in batch.requests:
+            self.check_prefix(request, draft=False)
+            new = [next_token(request.seed, request.num_computed + 1)]
+            slots = self.table.read(request.row, request.num_computed + 1)[-1:]
+            self.write(request, slots, request.all_ids + new, draft=False)
+            rows.append(new)
+        return accepted(rows)
+
+    def check_prefix(self, request: Request, draft: bool) -> None:
+        slots = self.table.read(request.row, request.num_computed)
+        hashes = prefix_hashes(request.all_ids)
+        assert [self.target_kv[slot] for slot in slots] == hashes[: len(slots)]
+        if draft:
+            assert [self.draft_kv[slot] for slot in slots] == hashes[1 : len(slots) + 1]
+
+    def write(self, request: Request, slots: list[int], tokens: list[int], draft: bool) -> None:
+        assert DUMMY_SLOT not in slots
+        hashes = prefix_hashes(tokens)
+        for position, slot in enumerate(slots, start=request.num_computed):
+            self.target_kv[slot] = hashes[position]
+            self.draft_kv[slot] = hashes[position + 1] if draft and position + 1 < len(tokens) else -1
+
+
+def accepted(rows: list[list[int]]) -> Accepted:
+    width = max(1, *map(len, rows))
+    tokens = [row + [-1] * (width - len(row)) for row in rows]
+    return Accepted(torch.tensor(tokens), torch.tensor([len(row) for row in rows]))
+
+
+@dataclass(frozen=True)
+class Setup:
+    num_nodes: int = 1
+    speculative: bool = False
+    context: int = 24
+    spare_slots: int = 0  # beyond what one request of full length needs
+    rows: int = 4
+    chunk: int = -1
+    max_prefill: int = 64
+    policy: str = "fcfs"
+    radix: bool = True
+
+
+class Simulation:
+    """Drives a Scheduler as Engine does and checks it after every step."""
+
+    def __init__(self, setup: Setup, rng: random.Random):
+        self.setup, self.rng = setup, rng
+        config = EngineConfig(
+            model_path="none",
+            chunked_prefill_size=setup.chunk,
+            max_prefill_tokens=setup.max_prefill,
+            schedule_policy=setup.policy,
+        )
+        self.table = RequestTable(setup.rows, setup.context + setup.num_nodes, "cpu")
+        num_slots = setup.context + setup.num_nodes + setup.spare_slots
+        self.slots = SlotManager(num_slots, successor_keys=setup.speculative, cache_prefixes=setup.radix)
+        self.decoder = FakeDecoder(self.table, setup.num_nodes, setup.speculative, rng)
+        self.scheduler = Scheduler(
+            config, self.slots, self.table, setup.num_nodes, setup.context, frozenset({EOS}), setup.speculative
+        )
+        self.updates: dict[str, list[Update]] = {}
+        self.steps = 0
+
+    def add(self, request: Request) -> None:
+        self.updates[request.request_id] = []
+        self.scheduler.add(request)
+
+    def step(self) -> list[Update]:
+        self.steps += 1
+        batch = self.scheduler.schedule()
+        if batch is None:
+            return []
+        if isinstance(batch, ExtendBatch):
+            result = self.decoder.extend(batch)
+        elif self.setup.speculative and not self.scheduler.is_speculative(batch.requests[0]):
+            assert not any(self.scheduler.is_speculative(request) for request in batch.requests)
+            result = self.decoder.decode_plain(batch)
+        else:
+            result = self.decoder.decode(batch)
+        updates = self.scheduler.commit(batch, result)
+        for update in updates:
+            self.updates[update.request_id].append(update)
+        self.check_ownership()
+        return updates
+
+    def run(self, requests: list[Request], cancel_rate: float = 0.0) -> set[str]:
+        """Let the requests arrive at random moments and run until all is done; returns the ids that were cancelled."""
+        arriving, cancelled = list(requests), set()
+        while arriving or self.scheduler.has_work:
+            while arriving and self.rng.random() < 0.5:
+                self.add(arriving.pop())
+            if self.rng.random() < cancel_rate:
+                cancelled.add(self.cancel(self.rng.choice(requests)))
+            self.step()
+            assert self.steps < 50 + 6 * work(requests), "somebody starves"
+        return cancelled
+
+    def cancel(self, request: Request) -> str:
+        if request.request_id not in self.updates or request.status == RequestStatus.FINISHED:
+            return ""
+        self.scheduler.cancel(request.request_id)
+        self.check_ownership()
+        assert request.finish_reason == FinishReason.ABORT
+        return request.request_id
+
+    def check_ownership(self) -> None:
+        """Every slot is free, the tree's or one request's own, and what a request takes from the tree is pinned."""
+        scheduler, own, in_tree = self.scheduler, [], set(tree_slots(self.slots))
+        active = scheduler.prefilling + scheduler.running
+        assert set(scheduler._pinned) == set(scheduler._num_owned) == set(active)
+        pinned_slots = set()
+        for request in active:
+            held = self.table.read(request.row, scheduler._num_owned[request])
+            pinned = scheduler._pinned[request].slots
+            assert held[: len(pinned)] == pinned
+            assert len(held) >= request.num_computed
+            own += held[len(pinned) :]
+            pinned_slots |= set(pinned)
+        assert pinned_slots <= in_tree and len(pinned_slots) == self.slots.tree.num_locked
+        assert sorted(own + list(in_tree) + self.slots._free) == list(range(1, self.slots.num_slots + 1))
+        rows = [request.row for request in active]
+        assert sorted(rows + self.table._free_rows) == list(range(self.setup.rows))
+
+    def check_idle(self) -> None:
+        assert self.slots.num_free + self.slots.tree.num_evictable == self.slots.num_slots
+        assert self.table.num_free_rows == self.setup.rows
+        assert not self.scheduler._pinned and not self.scheduler._num_owned
+
+    def check_answer(self, request: Request) -> None:
+        """All tokens, once each, in order; one last update that says why it ended."""
+        tokens, reason = right_answer(request, self.setup.context)
+        updates = self.updates[request.request_id]
+        assert emitted(updates) == tokens == request.output_ids
+        assert [update.finish_reason for update in updates] == [None] * (len(updates) - 1) + [reason]
+        last = updates[-1]
+        assert (last.prompt_tokens, last.completion_tokens) == (len(request.input_ids), len(tokens))
+        assert last.cached_tokens < last.prompt_tokens
+        assert last.spec_verify_ct <= len(tokens)
+
+    def check_cancelled_answer(self, request: Request) -> None:
+        tokens, _ = right_answer(request, self.setup.context)
+        updates = self.updates[request.request_id]
+        assert emitted(updates) == tokens[: len(emitted(updates))]
+        assert not any(update.finished for update in updates)
+
+
+def emitted(updates: list[Update]) -> list[int]:
+    return [token for update in updates for token in update.token_ids]
+
+
+def right_answer(request: Request, context: int) -> tuple[list[int], FinishReason]:
+    tokens: list[int] = []
+    while True:
+        token = next_token(request.seed, len(request.input_ids) + len(tokens))
+        tokens.append(token)
+        if token in request.params.stop_token_ids or (token == EOS and not request.params.ignore_eos):
+            return tokens, FinishReason.STOP
+        if len(tokens) == request.params.max_new_tokens or len(request.input_ids) + len(tokens) == context:
+            return tokens, FinishReason.LENGTH
+
+
+def work(requests: list[Request]) -> int:
+    return sum(len(request.input_ids) + request.params.max_new_tokens for request in requests)
+
+
+def random_request(index: int, setup: Setup, rng: random.Random) -> Request:
+    """Prompts that often share a prefix, seeds that often agree, so that answers become prefixes too."""
+    length = rng.randint(1, setup.context - 1)
+    seed = rng.randrange(3)
+    prompt = [next_token(seed, position) for position in range(length)]
+    if rng.random() < 0.4:
+        prompt[rng.randrange(length)] = rng.randrange(VOCABULARY)
+    params = SamplingParams(
+        max_new_tokens=rng.randint(1, 20),
+        ignore_eos=rng.random() < 0.5,
+        stop_token_ids=(rng.randrange(VOCABULARY),) if rng.random() < 0.3 else (),
+        speculative=rng.random() < 0.6,
+    )
+    return Request(f"r{index}", prompt, params, seed=seed)
+
+
+SETUPS = st.builds(
+    lambda num_nodes, **rest: Setup(num_nodes=num_nodes, speculative=num_nodes > 1, **rest),
+    num_nodes=st.sampled_from([1, 2, 4, 8]),
+    spare_slots=st.sampled_from([0, 3, 17, 60]),
+    rows=st.sampled_from([1, 3, 8]),
+    chunk=st.sampled_from([-1, 1, 3, 7]),
+    max_prefill=st.sampled_from([1, 10, 64]),
+    policy=st.sampled_from(["fcfs", "lpm"]),
+    radix=st.booleans(),
+)
+
+
+@given(setup=SETUPS, seed=st.integers(0, 2**32), cancel_rate=st.sampled_from([0.0, 0.1]))
+@settings(max_examples=120, deadline=None)
+def test_random_traffic(setup, seed, cancel_rate):
+    rng = random.Random(seed)
+    simulation = Simulation(setup, rng)
+    requests = [random_request(index, setup, rng) for index in range(rng.randint(1, 14))]
+    cancelled = simulation.run(requests, cancel_rate)
+    for request in requests:
+        if request.request_id in cancelled:
+            simulation.check_cancelled_answer(request)
+        else:
+            simulation.check_answer(request)
+    simulation.check_idle()
+
+
+def endless(request_id: str, prompt: list[int], max_new_tokens: int = 1000, **params) -> Request:
+    params = SamplingParams(max_new_tokens=max_new_tokens, ignore_eos=True, **params)
+    return Request(request_id, prompt, params)
+
+
+def run_until(simulation: Simulation, condition: Callable[[], bool]) -> None:
+    while not condition():
+        simulation.step()
+        assert simulation.steps < 1000
+
+
+def test_one_request_may_fill_the_whole_pool():
+    for speculative in (False, True):
+        simulation = Simulation(Setup(num_nodes=8 if speculative else 1, speculative=speculative), random.Random(0))
+        request = endless("a", [1])
+        simulation.run([request])
+        assert request.num_tokens == 24
+        simulation.check_answer(request)
+
+
+def test_retracted_requests_lose_and_repeat_nothing():
+    """Four requests start in a pool that holds one and a half of them at full length."""
+    simulation = Simulation(Setup(spare_slots=12), random.Random(0))
+    retracted = []
+    retract = simulation.scheduler._retract
+    simulation.scheduler._retract = lambda request: (retracted.append(request), retract(request))
+    requests = [endless(f"r{index}", [index, 1, 2]) for index in range(4)]
+    simulation.run(requests)
+    assert retracted
+    for request in requests:
+        simulation.check_answer(request)
+
+
+@pytest.mark.parametrize("speculative", [True, False], ids=["old-drafts", "old-plain"])
+def test_requests_of_the_other_kind_may_hold_all_slots(speculative):
+    """The only drafting request finds the pool full of plain ones' slots, or the other way round."""
+    simulation = Simulation(Setup(num_nodes=4, speculative=True, spare_slots=4), random.Random(0))
+    requests = [endless("a", [1], speculative=speculative), endless("b", [2], speculative=not speculative)]
+    simulation.run(requests)
+    for request in requests:
+        simulation.check_answer(request)
+
+
+def test_prefilling_requests_may_hold_all_slots():
+    """One runs, the other takes long to prefill and holds the rest of the pool meanwhile."""
+    simulation = Simulation(Setup(chunk=1, spare_slots=2), random.Random(0))
+    first, second = endless("a", [1]), endless("b", list(range(1, 22)))
+    simulation.add(first)
+    run_until(simulation, lambda: first.status == RequestStatus.RUNNING)
+    simulation.run([second])
+    simulation.check_answer(first)
+    simulation.check_answer(second)
+
+
+def test_prompt_chunks_and_decode_steps_take_turns():
+    simulation = Simulation(Setup(chunk=1, spare_slots=60), random.Random(0))
+    first, second = endless("a", [1]), endless("b", [2] * 10)
+    simulation.add(first)
+    run_until(simulation, lambda: first.status == RequestStatus.RUNNING)
+    simulation.add(second)
+    before = len(first.output_ids)
+    run_until(simulation, lambda: second.status == RequestStatus.RUNNING)
+    assert len(first.output_ids) - before == 10  # one before each of the ten chunks
+
+
+def test_plain_and_drafting_requests_take_turns():
+    simulation = Simulation(Setup(num_nodes=2, speculative=True, spare_slots=200, context=200), random.Random(0))
+    plain, drafting = endless("a", [1], speculative=False), endless("b", [2])
+    simulation.add(plain)
+    simulation.add(drafting)
+    run_until(simulation, lambda: plain.spec_verify_ct == 20)
+    assert abs(drafting.spec_verify_ct - 20) <= 1
+
+
+@pytest.mark.parametrize("max_prefill", [8, 12])
+def test_extend_batch_keeps_to_max_prefill_tokens_as_padded(max_prefill):
+    simulation = Simulation(Setup(chunk=4, max_prefill=max_prefill, spare_slots=200), random.Random(0))
+    for index, length in enumerate([2, 9, 3, 1]):
+        simulation.add(endless(f"r{index}", [index] * length))
+    batch = simulation.scheduler.schedule()
+    assert batch.chunk_lens == [2, 4, 3][: max_prefill // 4]
+
+
+def test_longest_cached_prefix_first():
+    simulation = Simulation(Setup(policy="lpm", rows=1), random.Random(0))
+    simulation.run([endless("warm", [1, 2, 3, 4], max_new_tokens=1)])
+    known, other = endless("known", [1, 2, 3, 4, 5]), endless("other", [7, 7, 7])
+    simulation.add(other)
+    simulation.add(known)
+    simulation.step()
+    assert known.num_cached == 4
+    assert other.status == RequestStatus.WAITING
+
+
+def test_a_finished_prompt_is_shared_at_once():
+    """A request with the same prompt reuses it while the first still runs."""
+    simulation = Simulation(Setup(spare_slots=60), random.Random(0))
+    first, second = endless("a", [1, 2, 3, 4]), endless("b", [1, 2, 3, 4])
+    simulation.add(first)
+    run_until(simulation, lambda: first.status == RequestStatus.RUNNING)
+    simulation.add(second)
+    simulation.step()
+    assert second.num_cached == 3  # all but the one token that must be computed
+
+
+def test_answers_of_finished_requests_are_cached():
+    simulation = Simulation(Setup(num_nodes=4, speculative=True, spare_slots=60), random.Random(0))
+    first = endless("a", [1, 2, 3], max_new_tokens=10)
+    simulation.run([first])
+    follow_up = endless("b", first.all_ids + [5, 6])
+    simulation.run([follow_up])
+    # the last token's KV was never computed, and the draft row before it consumed it: both are computed anew at a hit
+    assert simulation.updates["b"][0].cached_tokens == len(first.all_ids) - 1
+
+
+def test_queue_full():
+    simulation = Simulation(Setup(), random.Random(0))
+    limit = simulation.scheduler.config.max_queued_requests
+    for index in range(limit):
+        simulation.add(endless(f"r{index}", [1]))
+    with pytest.raises(QueueFull, match="maximum queue size"):
+        simulation.add(endless("one too many", [1]))
+
+
+def test_cancel_of_an_unknown_request_is_ignored():
+    simulation = Simulation(Setup(), random.Random(0))
+    simulation.scheduler.cancel("nobody")
+    simulation.check_idle()
