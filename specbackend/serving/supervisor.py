@@ -19,7 +19,7 @@ from specbackend.serving.protocol import Channel, Failed, Message, Ready, Start,
 ENGINE_COMMAND = (sys.executable or "python3", "-m", "specbackend.serving.engine_process")
 SEND_TIMEOUT_S = 10.0  # an engine that does not read for so long is treated as silent
 FIRST_DELAY_S, LONGEST_DELAY_S = 0.5, 30.0  # between failed restarts; the first restart is immediate
-EXIT_TIMEOUT_S = 2.0
+EXIT_GRACE_S = 0.2  # for a process that has closed its socket to end by itself; clients wait for their answer meanwhile
 
 log = logging.getLogger(__name__)
 
@@ -60,19 +60,22 @@ class EngineProcess:
     def kill(self) -> None:
         self._process.kill()
 
-    def exit_text(self) -> str:
-        """How it ended, for people."""
+    @property
+    def exited(self) -> bool:
+        return self._process.poll() is not None
+
+    def bury(self) -> str:
+        """Close the socket, which ends the process, and say how it ended. A slow one may still be `exited` later."""
+        self.channel.close()
         try:
-            code = self._process.wait(EXIT_TIMEOUT_S)
-        except subprocess.TimeoutExpired:  # it has closed the socket, so it is of no use any more
+            code = self._process.wait(EXIT_GRACE_S)
+        except subprocess.TimeoutExpired:
             self._process.kill()
-            code = self._process.wait()
+            return "has closed its socket"
         return f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with code {code}"
 
-    def close(self) -> None:
-        """The end of its socket ends the process."""
-        self.channel.close()
-        self.exit_text()
+    def wait(self) -> None:
+        self._process.wait()
 
 
 class EngineSupervisor:
@@ -83,10 +86,12 @@ class EngineSupervisor:
         self._watchdog_timeout = watchdog_timeout
         self._command = command
         self._process: EngineProcess | None = None
+        self._ended: EngineProcess | None = None  # the one before
         self._restart_at = 0.0
         self._num_failures = 0  # since the last step
         self._reason = ""  # why the process is about to end, if known
         self._last_sign = 0.0  # of life
+        self._busy = False
         self.ready = False
 
     @property
@@ -137,31 +142,35 @@ class EngineSupervisor:
 
     def tend(self, now: float, busy: bool) -> None:
         """Restart an engine that is gone; kill a ready one that is busy and says nothing."""
+        if not (busy and self._busy):
+            self._last_sign = now  # an idle engine says nothing, however long
+        self._busy = busy
         if self._process is None:
-            if now >= self._restart_at:
-                self._restart_at = now + LONGEST_DELAY_S  # should not even the process start
-                self._process = EngineProcess(self._params, self._command)
-                log.warning("engine restarted, pid %d", self._process.pid)
-        elif not busy:
-            self._last_sign = now
+            if now >= self._restart_at and self._ended.exited:  # before that the device's memory is not free
+                self._restart(now)
         elif self.ready and now > self._last_sign + self._watchdog_timeout:
             self._kill(f"finished no step in {self._watchdog_timeout:g} s (watchdog_timeout)")
 
     def close(self) -> None:
+        """End the process and wait until it has ended."""
         if self._process is not None:
-            self._process.close()
+            self._process.bury()
+            self._process.wait()
             self._process, self.ready = None, False
+
+    def _restart(self, now: float) -> None:
+        self._restart_at = now + LONGEST_DELAY_S  # should not even the process start
+        self._process = EngineProcess(self._params, self._command)
+        log.warning("engine restarted, pid %d", self._process.pid)
 
     def _kill(self, reason: str) -> None:
         self._reason = self._reason or reason
         self._process.kill()
 
     def _bury(self) -> EngineDown:
-        ended, was_ready = self._process, self.ready
-        ended.channel.close()
-        exit_text = ended.exit_text()
+        exit_text, was_ready = self._process.bury(), self.ready
         reason, self._reason = self._reason or f"the engine process {exit_text}", ""
-        self._process, self.ready = None, False
+        self._process, self._ended, self.ready = None, self._process, False
         self._restart_at = time.monotonic() + self._delay()
         self._num_failures += 1
         log.error("engine is down: %s", reason)

@@ -173,6 +173,13 @@ def test_silent_engine_is_killed_by_the_watchdog(start_adapter):
     assert execute(adapter, text_input="xy", max_tokens=2).sender.text() == "xy"
 
 
+def test_idleness_is_no_silence(start_adapter):
+    adapter = start_adapter(watchdog_timeout=0.3)
+    for _ in range(2):
+        time.sleep(0.6)
+        assert execute(adapter, text_input="xy", max_tokens=2).sender.text() == "xy"
+
+
 def test_engine_that_cannot_restart_answers_instead_of_hanging(adapter):
     adapter._responder._supervisor._params["random_seed"] = UNLUCKY_SEED
     os.kill(pid(adapter), signal.SIGKILL)
