@@ -1,7 +1,8 @@
 """The scheduler under random traffic: whoever is evicted, retracted or cancelled, every answer is what it must be.
 
 `FakeDecoder` stands in for the networks. Its next token is a function of (seed, position), so the right answer is
-known; and it remembers what the KV of each slot was computed from, so that it notices when a request is given wrong slots.
+known; and it remembers what the KV of each slot was computed from, so that it notices a request that is given wrong
+slots.
 """
 
 import random
@@ -303,12 +304,18 @@ def test_one_request_may_fill_the_whole_pool():
         simulation.check_answer(request)
 
 
-def test_retracted_requests_lose_and_repeat_nothing():
-    """Four requests start in a pool that holds one and a half of them at full length."""
-    simulation = Simulation(Setup(spare_slots=12), random.Random(0))
-    retracted = []
-    retract = simulation.scheduler._retract
-    simulation.scheduler._retract = lambda request: (retracted.append(request), retract(request))
+def test_the_youngest_steps_back_first_in_line_and_loses_nothing(monkeypatch):
+    """Four requests, two at a time, in a pool that holds one and a half of them at full length."""
+    simulation = Simulation(Setup(spare_slots=12, rows=2), random.Random(0))
+    scheduler, retract, retracted = simulation.scheduler, simulation.scheduler._retract, []
+
+    def checked_retract(request: Request) -> None:
+        assert request is scheduler.running[-1]
+        retract(request)
+        assert request is scheduler.waiting[0]
+        retracted.append(request)
+
+    monkeypatch.setattr(scheduler, "_retract", checked_retract)
     requests = [endless(f"r{index}", [index, 1, 2]) for index in range(4)]
     simulation.run(requests)
     assert retracted
@@ -335,6 +342,18 @@ def test_prefilling_requests_may_hold_all_slots():
     simulation.run([second])
     simulation.check_answer(first)
     simulation.check_answer(second)
+
+
+@pytest.mark.parametrize("length, admitted", [(12, True), (13, False)])
+def test_admits_only_what_leaves_the_running_requests_a_step(length, admitted):
+    """Of 25 slots the first holds 11. The second needs one for each token, one to decode and one left for the first."""
+    simulation = Simulation(Setup(spare_slots=0), random.Random(0))
+    first, second = endless("a", [1] * 10), endless("b", [2] * length)
+    simulation.add(first)
+    run_until(simulation, lambda: first.status == RequestStatus.RUNNING)
+    simulation.add(second)
+    simulation.scheduler.schedule()
+    assert (second.status == RequestStatus.PREFILLING) == admitted
 
 
 def test_prompt_chunks_and_decode_steps_take_turns():
