@@ -68,7 +68,7 @@ tokens) and uses the target's embeddings.
 | Agreement per TTT step | {accuracy} (with the target's first choice, same 100 steps) |
 
 Accept length (tokens emitted per verification, the bonus token included) on the first {prompts} GSM8K test questions,
-greedy, at most {max_new_tokens} new tokens, by `tools/eagle3_reference.py`:
+greedy, at most {max_new_tokens} new tokens, through `specbackend.Engine`:
 
 | num_steps, topk, num_draft_tokens | accept length |
 |---|---|
