@@ -24,7 +24,7 @@ class TorchPlan:
     def run(self, q_BQHD: torch.Tensor, kv_S2GD: torch.Tensor) -> torch.Tensor:
         B, Q, H, D = q_BQHD.shape
         kv = kv_S2GD.index_select(0, self._slots).view(B, -1, 2, kv_S2GD.shape[2], D)
-        k_BGCD, v_BGCD = kv.permute(2, 0, 3, 1, 4)
+        k_BGCD, v_BGCD = kv.permute(2, 0, 3, 1, 4).unbind()
         out_BHQD = F.scaled_dot_product_attention(
             q_BQHD.transpose(1, 2), k_BGCD, v_BGCD, attn_mask=self._bias, enable_gqa=True
         )

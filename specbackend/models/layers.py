@@ -32,10 +32,10 @@ def _scale_llama3(frequency: torch.Tensor, scaling: RopeScaling) -> torch.Tensor
     return frequency * (blend + (1 - blend) / scaling.factor)
 
 
-def rotate(heads_THD: torch.Tensor, rope: torch.Tensor) -> torch.Tensor:
-    """Apply RoPE to heads whose pairs are adjacent (see `adjacent_pairs`); rope is the table at the rows' positions."""
-    pairs = torch.view_as_complex(heads_THD.float().unflatten(-1, (-1, 2)))
-    return torch.view_as_real(pairs * rope).flatten(-2).to(heads_THD.dtype)
+def rotate_(heads_THD: torch.Tensor, rope: torch.Tensor) -> None:
+    """Rotate float32 heads in place; their pairs are adjacent (see `adjacent_pairs`), rope is at the rows' positions."""
+    T, H, D = heads_THD.shape
+    torch.view_as_complex(heads_THD.view(T, H, D // 2, 2)).mul_(rope)
 
 
 def adjacent_pairs(weight: torch.Tensor, head_dim: int) -> torch.Tensor:
@@ -60,11 +60,11 @@ class Attention:
 
     def __call__(self, x_TD, residual_TD, rope, slot_T, plan: AttentionPlan, kv_S2GD, shape_BQ) -> torch.Tensor:
         """Write the rows' K and V to their slots, attend, and return residual + output."""
-        qkv = F.linear(x_TD, self.qkv).view(-1, self.H + 2 * self.G, self.D)
-        qk = rotate(qkv[:, : self.H + self.G], rope)
-        new_kv = torch.stack([qk[:, self.H :], qkv[:, self.H + self.G :]], dim=1)
-        kv_S2GD.index_copy_(0, slot_T, new_kv)
-        attended = plan.run(qk[:, : self.H].view(*shape_BQ, self.H, self.D), kv_S2GD)
+        qkv = F.linear(x_TD, self.qkv).view(-1, self.H + 2 * self.G, self.D).float()
+        rotate_(qkv[:, : self.H + self.G], rope)
+        q, kv = qkv.to(x_TD.dtype).split_with_sizes((self.H, 2 * self.G), dim=1)
+        kv_S2GD.index_copy_(0, slot_T, kv.view(-1, 2, self.G, self.D))
+        attended = plan.run(q.view(*shape_BQ, self.H, self.D), kv_S2GD)
         return torch.addmm(residual_TD, attended.view(-1, self.H * self.D), self.out)
 
 
@@ -72,15 +72,15 @@ class GatedMLP:
     """down(silu(gate(x)) * up(x)); gate and up in one projection."""
 
     def __init__(self, weights: Weights, prefix: str, config: ModelConfig):
-        hidden, self.inner = config.hidden_size, config.intermediate_size
-        gate = weights.take(f"{prefix}.gate_proj.weight", self.inner, hidden)
-        up = weights.take(f"{prefix}.up_proj.weight", self.inner, hidden)
+        hidden, inner = config.hidden_size, config.intermediate_size
+        gate = weights.take(f"{prefix}.gate_proj.weight", inner, hidden)
+        up = weights.take(f"{prefix}.up_proj.weight", inner, hidden)
         self.gate_up = torch.cat([gate, up])
-        self.down = weights.take(f"{prefix}.down_proj.weight", hidden, self.inner).t()
+        self.down = weights.take(f"{prefix}.down_proj.weight", hidden, inner).t()
 
     def __call__(self, x_TD: torch.Tensor, residual_TD: torch.Tensor) -> torch.Tensor:
         """Return residual + MLP(x)."""
-        gate, up = F.linear(x_TD, self.gate_up).split(self.inner, dim=-1)
+        gate, up = F.linear(x_TD, self.gate_up).chunk(2, dim=-1)
         return torch.addmm(residual_TD, F.silu(gate).mul_(up), self.down)
 
 
