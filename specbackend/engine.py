@@ -253,7 +253,10 @@ def _listed(value, single: bool) -> list:
 
 def _device(config: EngineConfig) -> torch.device:
     if config.device != "auto":
-        return torch.device(config.device)
+        try:
+            return torch.device(config.device)
+        except RuntimeError as error:
+            raise ConfigError(f"device: {config.device!r} is not a device of torch") from error
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
@@ -312,6 +315,9 @@ def _bytes_per_slot(model: LlamaModel | Eagle3Model) -> int:
 
 def _eagle_decoder(config: EngineConfig, runner: TargetRunner, draft: Eagle3Model, attention, num_slots: int):
     steps, topk, rows = config.speculative_num_steps, config.speculative_eagle_topk, config.max_running_requests
+    if topk > len(draft.target_id):
+        draft_V = len(draft.target_id)
+        raise ConfigError(f"speculative_eagle_topk: {topk} is more than the draft's vocabulary of {draft_V}")
     first_scratch = num_slots + 1  # slot numbers are shared with the target, scratch slots are the draft's own
     pool = _kv_pool(draft, first_scratch + rows * num_scratch_slots(steps, topk))
     drafter = Drafter(draft, pool, attention, rows, first_scratch, steps, topk)

@@ -128,6 +128,35 @@ def test_full_queue_is_refused():
     engine.shutdown()
 
 
+@pytest.mark.parametrize(
+    ("params", "message"),
+    [
+        ({"device": "abacus"}, "device: 'abacus'"),
+        ({"context_length": 2048}, "context_length: 2048 is more than the model's 1024"),
+        (
+            {
+                "speculative_algorithm": "EAGLE3",
+                "speculative_draft_model_path": str(DEMO_EAGLE3),
+                "speculative_num_steps": 2,
+                "speculative_eagle_topk": 641,
+                "speculative_num_draft_tokens": 8,
+            },
+            "speculative_eagle_topk: 641 is more than the draft's vocabulary of 640",
+        ),
+    ],
+    ids=["device", "context_length", "topk"],
+)
+def test_what_does_not_fit_the_checkpoint_is_refused(params, message):
+    with pytest.raises(ConfigError, match=message):
+        Engine(model_path=str(DEMO_TARGET), **params)
+
+
+def test_broken_config_json_is_refused(tmp_path):
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(ConfigError, match="is not JSON"):
+        Engine(model_path=str(tmp_path))
+
+
 def test_pool_too_small_for_one_request_is_refused():
     with pytest.raises(ConfigError, match="max_total_tokens"):
         Engine(model_path=str(DEMO_TARGET), max_total_tokens=100)

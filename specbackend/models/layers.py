@@ -33,7 +33,7 @@ def _scale_llama3(frequency: torch.Tensor, scaling: RopeScaling) -> torch.Tensor
 
 
 def rotate_(heads_THD: torch.Tensor, rope: torch.Tensor) -> None:
-    """Rotate float32 heads in place; their pairs are adjacent (see `adjacent_pairs`), rope is at the rows' positions."""
+    """Rotate float32 heads in place. Their pairs are adjacent (see `adjacent_pairs`); rope is that of the rows."""
     T, H, D = heads_THD.shape
     torch.view_as_complex(heads_THD.view(T, H, D // 2, 2)).mul_(rope)
 

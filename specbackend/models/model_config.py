@@ -44,7 +44,10 @@ class ModelConfig:
         path = folder / "config.json"
         if not path.is_file():
             raise ConfigError(f"no checkpoint at {folder}: config.json is missing")
-        raw = json.loads(path.read_text())
+        try:
+            raw = json.loads(path.read_text())
+        except ValueError as error:
+            raise ConfigError(f"{path}: is not JSON: {error}") from error
         required = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
         if missing := [name for name in required if name not in raw]:
             raise ConfigError(f"{path}: {', '.join(missing)} missing")

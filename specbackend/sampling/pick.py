@@ -40,7 +40,9 @@ def pick_tokens(logits_BNV: torch.Tensor, position_BN: torch.Tensor, sampling: S
     if not sampling.any_sampled:
         return logits_BNV.argmax(dim=-1)
     temperature_B11 = sampling.temperature_B[:, None, None]
-    scaled = logits_BNV.float() / temperature_B11.masked_fill(temperature_B11 == 0, 1.0)
+    logits_BNV = logits_BNV.float()
+    below_best = logits_BNV - logits_BNV.amax(dim=-1, keepdim=True)  # so that a tiny temperature cannot overflow to inf
+    scaled = below_best / temperature_B11.masked_fill(temperature_B11 == 0, 1.0)
     noise = gumbel_noise(sampling.seed_B, position_BN, logits_BNV.shape[-1])
     return torch.where(temperature_B11 == 0, scaled, scaled + noise).argmax(dim=-1)
 

@@ -133,6 +133,12 @@ def test_low_temperature_is_nearly_greedy():
     assert (draws(1e-6, first_seed=0, positions=[1]) == LOGITS_V.argmax()).all()
 
 
+def test_tiny_temperature_is_greedy_and_does_not_overflow():
+    logits = torch.tensor([[[1.0, 5.0, 9.0, 2.0]]])
+    picked = pick_tokens(logits, torch.tensor([[5]]), sampling_batch(1e-38, [3]))
+    assert picked.tolist() == [[2]]
+
+
 def test_sampling_batch_of_requests():
     requests = [
         Request("a", [1], SamplingParams(temperature=0), seed=(1 << 64) - 1),
