@@ -46,7 +46,11 @@ def mean_accept_length(answers: list[dict]) -> float:
 def test_greedy_equals_hf_generate(tree, batch, chunk, radix_cache, demo_prompts, expected, request):
     count = len(demo_prompts) if batch > 1 or request.config.getoption("--full") else 8
     engine = make_engine(
-        tree, max_running_requests=batch, chunked_prefill_size=chunk, disable_radix_cache=not radix_cache
+        tree,
+        max_running_requests=batch,
+        chunked_prefill_size=chunk,
+        disable_radix_cache=not radix_cache,
+        max_total_tokens=1 << 14,  # room for every prompt, so that the second round finds them all
     )
     cold = engine.generate(input_ids=demo_prompts[:count], sampling_params=GREEDY)
     assert [answer["output_ids"] for answer in cold] == expected[:count]

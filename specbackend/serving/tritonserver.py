@@ -11,6 +11,7 @@ import http.client
 import importlib.util
 import os
 import re
+import resource
 import shutil
 import signal
 import socket
@@ -35,6 +36,7 @@ LIBPYTHON = f"libpython{PYTHON_VERSION}.so.1.0"
 LOAD_FAILURE = re.compile(r"failed to load '(?P<model>[^']+)' version \d+: (?P<reason>.*)")
 LOADER_FAILED = 127  # exit code of a program whose shared libraries are not all there
 PR_SET_PDEATHSIG = 1
+STACK_BYTES = 256 << 20  # reserved, not used: four times the largest body
 LOG_TAIL = 12  # lines shown when the server fails
 KILL_TIMEOUT_S = 5  # how long a killed process may take to be gone
 
@@ -263,7 +265,7 @@ class TritonServer:
                 stderr=subprocess.STDOUT,
                 pass_fds=[lock],
                 start_new_session=True,  # a Ctrl-C at the terminal is ours to handle
-                preexec_fn=_end_with_parent,
+                preexec_fn=_prepare_child,
             )
 
     def wait_ready(self, timeout_s: float) -> None:
@@ -319,8 +321,20 @@ def readable(logged: str) -> str:
     return "\n".join(line for line in lines if line and "<frozen importlib" not in line)
 
 
-def _end_with_parent() -> None:
+def _prepare_child() -> None:
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+    raise_stack_limit()
+
+
+def raise_stack_limit() -> None:
+    """For the process that becomes tritonserver: this limit is what its threads get as stack.
+
+    tritonserver copies a form-encoded body (what curl -d sends unless told otherwise) to the stack twice: 5 MB of it
+    end the whole server where stacks have the usual 8 MB.
+    """
+    _, hard = resource.getrlimit(resource.RLIMIT_STACK)
+    soft = STACK_BYTES if hard == resource.RLIM_INFINITY else min(STACK_BYTES, hard)
+    resource.setrlimit(resource.RLIMIT_STACK, (soft, hard))
 
 
 def choose_ports(address: str, wanted: Sequence[int]) -> tuple[int, ...]:

@@ -1,5 +1,7 @@
 """The real tritonserver, real clients, the real engine."""
 
+import http.client
+import json
 import os
 import signal
 import time
@@ -128,6 +130,17 @@ def test_bad_input_is_named_and_the_server_lives(server, model, inputs, status, 
     assert message in body["error"]
     assert got_status in (status if isinstance(status, tuple) else (status,))
     assert generate_http(server.http_url, model, {"text_input": "How many", "max_tokens": 1})[0] == 200
+
+
+def test_large_form_encoded_body_is_refused_and_the_server_lives(server):
+    """curl -d names this content type by default; tritonserver then parses the body on a thread's stack."""
+    body = json.dumps({"text_input": "x" * 10_000_000})
+    headers = {"Content-Type": "application/x-www-form-urlencoded"}
+    with closing(http.client.HTTPConnection(server.http_url, timeout=30)) as connection:
+        connection.request("POST", "/v2/models/llm/generate", body, headers)
+        response = connection.getresponse()
+        assert (response.status, "text_input: has 10000000 bytes" in response.read().decode()) == (400, True)
+    assert generate_http(server.http_url, "llm", {"text_input": "How many", "max_tokens": 1})[0] == 200
 
 
 def test_bad_token_ids(server):
