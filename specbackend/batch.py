@@ -52,6 +52,6 @@ class Accepted:
     count_B: torch.Tensor  # int64
 
     def tolists(self) -> list[list[int]]:
-        """The step's one device-to-host copy."""
+        """To the host, in one copy."""
         packed = torch.cat([self.count_B[:, None], self.token_BP], dim=1).tolist()
         return [row[1 : 1 + row[0]] for row in packed]

@@ -33,14 +33,14 @@ class EngineConfig:
     max_total_tokens: int | None = None  # slots in the KV pool; None: from mem_fraction_static
     mem_fraction_static: float = 0.5  # of free memory, for the KV pool
     chunked_prefill_size: int = 2048  # prompt tokens per request and step; -1 switches chunking off
-    max_prefill_tokens: int = 16384  # prompt tokens per step over all requests
+    max_prefill_tokens: int = 16384  # prompt tokens per step over all requests, padding included
     schedule_policy: str = "fcfs"  # fcfs, or lpm: longest cached prefix first
     page_size: int = 1
     disable_radix_cache: bool = False
     attention_backend: str = "torch"
     stream_interval: int = 1  # decode steps between two responses of one request
     random_seed: int = 0
-    num_threads: int | None = None  # CPU threads of the engine; None: torch's default
+    num_threads: int | None = None  # CPU threads of the engine; None: torch's default, less one beside tritonserver
     watchdog_timeout: float = 300.0  # seconds one step may take before the engine is restarted
 
     def __post_init__(self) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from specbackend.attention.torch_sdpa import TorchAttention
-from specbackend.batch import ExtendBatch
+from specbackend.batch import DecodeBatch, ExtendBatch
 from specbackend.cache.kv_pool import KVPool, RequestTable
 from specbackend.cache.slots import SlotManager
 from specbackend.config import EngineConfig
@@ -72,7 +72,8 @@ class Engine:
     def _load(self, target_path: Path) -> None:
         config, context = self.config, self.context_length
         num_nodes = config.speculative_num_draft_tokens or 1
-        num_positions = context + num_nodes  # a tree may reach past the last token that counts
+        # a tree may reach past the last token that counts, and drafting deeper than the tree that is kept of it
+        num_positions = context + max(num_nodes, config.speculative_num_steps or 0)
         model = LlamaModel(target_path, self.model_config, self.dtype, self.device, num_positions)
         draft = None
         if config.speculative_algorithm:
@@ -134,7 +135,7 @@ class Engine:
         else:
             accepted = self.plain.decode(batch)
         updates = self.scheduler.commit(batch, accepted)
-        self._count(updates)
+        self._count(batch, updates)
         return updates
 
     def stats(self) -> EngineStats:
@@ -147,10 +148,6 @@ class Engine:
             total_slots=slots.num_slots,
             **self._totals,
         )
-
-    def flush_cache(self) -> None:
-        """Forget every cached prefix that no request uses."""
-        self.slots.flush()
 
     def generate(self, prompt=None, sampling_params=None, input_ids=None, stream=False):
         """Generate like SGLang's offline Engine.
@@ -179,19 +176,24 @@ class Engine:
                 self.cancel(request.request_id)
 
     def _generate(self, prompts: list[list[int]], params: list[SamplingParams]) -> Iterator[dict]:
+        if self.has_work:
+            raise RuntimeError("generate: the engine is busy; finish or close the stream that is open")
         answers = {
             f"generate-{index}": _Answer(index, TextStream(self.tokenizer.decode, each.stop))
             for index, each in enumerate(params)
         }
-        for request_id, ids, each in zip(answers, prompts, params, strict=True):
-            self.submit(Request(request_id, list(ids), each))
-        while self.has_work:
-            for update in self.step():
-                answer = answers[update.request_id]
-                answer.take(update)
-                if answer.stopped and not update.finished:
-                    self.cancel(update.request_id)
-                yield answer.to_dict()
+        try:
+            for request_id, ids, each in zip(answers, prompts, params, strict=True):
+                self.submit(Request(request_id, list(ids), each))
+            while self.has_work:
+                for update in self.step():
+                    answer = answers[update.request_id]
+                    answer.take(update)
+                    if answer.stopped and not update.finished:
+                        self.cancel(update.request_id)
+                    yield answer.to_dict()
+        finally:  # a prompt was refused, or the caller has left the stream
+            self.shutdown()
 
     def _check(self, request: Request) -> None:
         ids, vocab = request.input_ids, self.model_config.vocab_size
@@ -203,13 +205,21 @@ class Engine:
             if isinstance(token, bool) or not isinstance(token, int) or not 0 <= token < vocab:
                 raise InvalidRequest("input_ids", f"{token!r} is not an id of the vocabulary of {vocab}")
 
-    def _count(self, updates: list[Update]) -> None:
+    def _count(self, batch: ExtendBatch | DecodeBatch, updates: list[Update]) -> None:
+        """Step by step, because a request that is cancelled has no last update."""
+        self._totals["completion_tokens"] += sum(len(update.token_ids) for update in updates)
+        if isinstance(batch, DecodeBatch):
+            self._totals["verify_steps"] += len(updates)
         for update in updates:
-            self._totals["completion_tokens"] += len(update.token_ids)
-            if update.finished:
+            if update.completion_tokens == 1 and update.spec_verify_ct == 0:
                 self._totals["prompt_tokens"] += update.prompt_tokens
                 self._totals["cached_tokens"] += update.cached_tokens
-                self._totals["verify_steps"] += update.spec_verify_ct
+
+
+def serving_engine(**params) -> Engine:
+    """An Engine beside a tritonserver on the same machine: unless told otherwise, it leaves one core to that."""
+    engine_threads = max(1, torch.get_num_threads() - 1)
+    return Engine(**{**params, "num_threads": params.get("num_threads") or engine_threads})
 
 
 class _Answer:
@@ -296,10 +306,13 @@ def _num_slots(config: EngineConfig, model: LlamaModel, draft: Eagle3Model | Non
 def _free_memory(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    for line in Path("/proc/meminfo").read_text().splitlines():
-        if line.startswith("MemAvailable:"):
-            return int(line.split()[1]) * 1024
-    raise ConfigError("cannot tell how much memory is free; set max_total_tokens")
+    meminfo = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+    available = int(meminfo["MemAvailable"].split()[0]) * 1024
+    limit = Path("/sys/fs/cgroup/memory.max")  # of a container
+    if limit.is_file() and (text := limit.read_text().strip()) != "max":
+        used = int((limit.parent / "memory.current").read_text())
+        available = min(available, int(text) - used)
+    return available
 
 
 def _kv_pool(model: LlamaModel | Eagle3Model, num_slots: int) -> KVPool:

@@ -69,7 +69,7 @@ class Scheduler:
         return self._decode_batch()
 
     def _admit(self) -> None:
-        if self.config.schedule_policy == "lpm" and len(self.waiting) > 1:
+        if self.config.schedule_policy == "lpm" and len(self.waiting) > 1 and self.table.num_free_rows:
             self.waiting = deque(sorted(self.waiting, key=lambda request: -self.slots.cached_length(request.all_ids)))
         while self.waiting and self.table.num_free_rows and self._start(self.waiting[0]):
             self.prefilling.append(self.waiting.popleft())

@@ -119,6 +119,41 @@ def test_cancel_at_every_stage_frees_everything(engine):
             assert all(update.request_id == "kept" for update in engine.step())
 
 
+def test_refused_prompt_leaves_nothing_behind(engine):
+    with pytest.raises(InvalidRequest):
+        engine.generate(input_ids=[[5, 6, 7], []], sampling_params=GREEDY)
+    answer = engine.generate(input_ids=[9, 10, 11], sampling_params={**GREEDY, "max_new_tokens": 4})
+    assert len(answer["output_ids"]) == 4
+
+
+def test_stream_that_is_left_is_dropped_and_an_open_one_is_not_disturbed(engine):
+    stream = engine.generate("Tom has 3 apples.", GREEDY, stream=True)
+    next(stream)
+    with pytest.raises(RuntimeError, match="busy"):
+        engine.generate("Tom has", GREEDY)
+    stream.close()
+    assert not engine.has_work
+
+
+def test_totals_count_cancelled_requests_too(engine):
+    before = engine.stats()
+    engine.submit(Request("left", [3, 4, 5] * 20, SamplingParams(max_new_tokens=50, temperature=0, ignore_eos=True)))
+    tokens = sum(len(update.token_ids) for _ in range(8) for update in engine.step())
+    engine.cancel("left")
+    after = engine.stats()
+    assert after.completion_tokens - before.completion_tokens == tokens
+    assert after.verify_steps - before.verify_steps == 7
+    assert after.prompt_tokens - before.prompt_tokens == 60
+
+
+def test_drafting_deeper_than_the_tree_reaches_the_end_of_the_context():
+    draft = {"speculative_algorithm": "EAGLE3", "speculative_draft_model_path": str(DEMO_EAGLE3)}
+    tree = {"speculative_num_steps": 9, "speculative_eagle_topk": 4, "speculative_num_draft_tokens": 5}
+    engine = Engine(model_path=str(DEMO_TARGET), context_length=64, **draft, **tree)
+    answer = engine.generate(input_ids=[7] * 62, sampling_params=GREEDY)
+    assert len(answer["output_ids"]) == 2
+
+
 def test_full_queue_is_refused():
     engine = Engine(model_path=str(DEMO_TARGET), max_queued_requests=2)
     for index in range(2):

@@ -71,7 +71,3 @@ class SlotManager:
 
     def unpin(self, pinned: PrefixMatch) -> None:
         self.tree.unlock(pinned.node)
-
-    def flush(self) -> None:
-        """Drop every prefix that no request uses."""
-        self._free += self.tree.evict(self.tree.num_slots)

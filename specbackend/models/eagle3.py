@@ -18,6 +18,15 @@ from specbackend.models.llama import LlamaModel
 from specbackend.models.loader import Weights
 from specbackend.models.model_config import ModelConfig
 
+# Fields of a draft's config.json that would change the forward below, with the value it implements.
+IMPLEMENTED = {
+    "attention_bias": False,
+    "mlp_bias": False,
+    "hidden_act": "silu",
+    "norm_before_residual": False,
+    "norm_output": False,
+}
+
 
 class Eagle3Model:
     """`forward` works on hidden states of the head's own width; `fuse` makes them from the target's features."""
@@ -26,11 +35,12 @@ class Eagle3Model:
 
     def __init__(self, folder: Path, target: LlamaModel, dtype, device, num_positions: int):
         config = ModelConfig.read(folder)
+        _check_config(folder, config)
         _check_pairing(folder, config, target.config)
         weights = Weights(folder, dtype, device)
-        hidden, features = config.hidden_size, 3 * target.config.hidden_size
+        self.captured_layers = captured_layers(folder, config, target.config.num_hidden_layers)
+        hidden, features = config.hidden_size, len(self.captured_layers) * target.config.hidden_size
         self.config = config
-        self.captured_layers = captured_layers(target.config.num_hidden_layers)
         self.fc = weights.take("fc.weight", hidden, features)
         self.input_layernorm = RMSNorm(weights, "midlayer.input_layernorm", config)
         self.hidden_norm = RMSNorm(weights, "midlayer.hidden_norm", config)
@@ -66,7 +76,7 @@ class Eagle3Model:
             raise ConfigError(f"{folder}: d2t does not map to distinct ids below the target's vocabulary of {V}")
 
     def fuse(self, feature_TF: torch.Tensor) -> torch.Tensor:
-        """Target features [T, 3 * target width] to draft hidden states [T, D]."""
+        """Target features [T, layers * target width] to draft hidden states [T, D]."""
         return F.linear(feature_TF, self.fc)
 
     def forward(self, batch: ForwardBatch, hidden_TD: torch.Tensor, plan: AttentionPlan, kv_pool: KVPool):
@@ -84,9 +94,25 @@ class Eagle3Model:
         return top_logprob, self.target_id[draft_id]
 
 
-def captured_layers(num_layers: int) -> tuple[int, ...]:
-    """The target layers whose inputs EAGLE-3 reads."""
-    return (2, num_layers // 2, num_layers - 3)
+def captured_layers(folder: Path, draft: ModelConfig, num_layers: int) -> tuple[int, ...]:
+    """The target layers whose inputs the head reads, in the order it wants them.
+
+    Two conventions: a top-level list (speculators, vLLM) names these layers; one inside eagle_config (SGLang,
+    SpecForge, ModelOpt) names the layers whose output it is, one less each.
+    """
+    name = "eagle_aux_hidden_state_layer_ids"
+    nested = (draft.raw.get("eagle_config") or {}).get(name)
+    layers = draft.raw.get(name) or (nested and [layer + 1 for layer in nested])
+    layers = tuple(layers or (2, num_layers // 2, num_layers - 3))
+    if sorted(set(layers)) != list(layers) or not 0 <= layers[0] <= layers[-1] < num_layers:
+        raise ConfigError(f"{folder}: {name} {layers} are not rising layers of a target of {num_layers}")
+    return layers
+
+
+def _check_config(folder: Path, config: ModelConfig) -> None:
+    for name, value in IMPLEMENTED.items():
+        if config.raw.get(name, value) != value:
+            raise ConfigError(f"{folder}: {name}={config.raw[name]!r} is not served, only {value!r} is")
 
 
 def _check_pairing(folder: Path, draft: ModelConfig, target: ModelConfig) -> None:

@@ -124,7 +124,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--socket-fd", type=int, required=True, help="inherited socket to the adapter")
     parser.add_argument("--stub-pid", type=int, required=True, help="the adapter's process")
     parser.add_argument("--server-pid", type=int, required=True, help="the tritonserver it belongs to")
-    parser.add_argument("--engine", default="specbackend.engine:Engine", help="module:class")
+    parser.add_argument("--engine", default="specbackend.engine:serving_engine", help="module:factory")
     return parser.parse_args(arguments)
 
 

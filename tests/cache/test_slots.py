@@ -89,8 +89,8 @@ class SlotMachine(RuleBasedStateMachine):
         self.manager.unpin(user.pinned)
 
     @rule()
-    def flush(self):
-        self.manager.flush()
+    def evict_all(self):
+        self.manager.release(self.manager.allocate(self.manager.num_available))
         assert self.manager.tree.num_evictable == 0
 
     @rule(tokens=TOKENS)
