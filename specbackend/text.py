@@ -30,7 +30,9 @@ class Detokenizer:
         complete = not text.endswith(REPLACEMENT) or len(self._pending) > MAX_PENDING
         new = (text if complete else text.rstrip(REPLACEMENT))[self._sent_chars :]
         self._sent_chars += len(new)
-        if complete and text:  # tokens without text stay pending: alone they would be a misleading context
+        if not text:
+            self._pending = self._pending[-MAX_PENDING:]  # a run of eos has no text, however long it gets
+        elif complete:  # tokens without text stay pending: alone they would be a misleading context
             self._context, self._pending, self._sent_chars = self._pending, [], 0
             self._context_chars = len(self._decode(self._context))
         return new

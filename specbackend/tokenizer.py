@@ -90,7 +90,7 @@ def _read_json(path: Path) -> dict:
 
 
 def _template_environment() -> ImmutableSandboxedEnvironment:
-    """What transformers offers to chat templates."""
+    """What chat templates use of transformers' environment; its generation tag, for training, is not there."""
     environment = ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
     )

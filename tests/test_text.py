@@ -119,3 +119,11 @@ def test_text_stream_ends_with_the_token_that_completes_the_stop_string():
 def test_text_stream_shows_a_partial_stop_string_only_at_the_end(last):
     piece = TextStream(TOKENIZER.decode, ["END"]).push(encode("abEN"), last=last)
     assert piece.text == ("abEN" if last else "ab")
+
+
+def test_a_long_run_of_tokens_without_text_stays_cheap():
+    decoded = []
+    detokenizer = Detokenizer(lambda ids: decoded.append(len(ids)) or "")
+    for _ in range(1000):
+        detokenizer.push([3])
+    assert max(decoded) <= 2 * MAX_PENDING

@@ -41,13 +41,7 @@ class ModelConfig:
     @classmethod
     def read(cls, folder: Path) -> "ModelConfig":
         """Read `folder`/config.json (and generation_config.json for the eos ids). Raises ConfigError."""
-        path = folder / "config.json"
-        if not path.is_file():
-            raise ConfigError(f"no checkpoint at {folder}: config.json is missing")
-        try:
-            raw = json.loads(path.read_text())
-        except ValueError as error:
-            raise ConfigError(f"{path}: is not JSON: {error}") from error
+        path, raw = folder / "config.json", _read_config(folder)
         required = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
         if missing := [name for name in required if name not in raw]:
             raise ConfigError(f"{path}: {', '.join(missing)} missing")
@@ -64,12 +58,31 @@ class ModelConfig:
             rms_norm_eps=raw.get("rms_norm_eps", 1e-6),
             rope_theta=rope.get("rope_theta") or raw.get("rope_theta") or 10000.0,
             rope_scaling=_rope_scaling(path, raw.get("rope_scaling") or rope),
-            max_position_embeddings=raw.get("max_position_embeddings", 2048),
+            max_position_embeddings=_max_positions(raw),
             tie_word_embeddings=raw.get("tie_word_embeddings", False),
             eos_token_ids=_eos_token_ids(folder, raw),
             torch_dtype=str(raw.get("torch_dtype") or raw.get("dtype") or "float32").removeprefix("torch."),
             raw=raw,
         )
+
+
+def read_max_positions(folder: Path) -> int:
+    """`max_position_embeddings` of any checkpoint, served or not."""
+    return _max_positions(_read_config(folder))
+
+
+def _read_config(folder: Path) -> dict:
+    path = folder / "config.json"
+    if not path.is_file():
+        raise ConfigError(f"no checkpoint at {folder}: config.json is missing")
+    try:
+        return json.loads(path.read_text())
+    except ValueError as error:
+        raise ConfigError(f"{path}: is not JSON: {error}") from error
+
+
+def _max_positions(raw: dict) -> int:
+    return raw.get("max_position_embeddings", 2048)
 
 
 def _rope_scaling(path: Path, scaling: dict) -> RopeScaling | None:

@@ -3,7 +3,7 @@
 import json
 import time
 from collections.abc import Iterable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import numpy as np
@@ -27,7 +27,7 @@ PARAMETER_TYPES = {
     **dict.fromkeys(("FP16", "FP32", "FP64"), NUMBER),
     "JSON": ((int, str), "a number or a JSON list of numbers"),
 }
-SAMPLING_FIELDS = ("max_new_tokens", "temperature", "seed", "stop", "stop_token_ids", "ignore_eos", "speculative")
+SAMPLING_FIELDS = tuple(f.name for f in fields(SamplingParams))
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ class Fields:
             self._check_neutral(spec, values)
             return
         values = list(values)
-        value = values if spec.dims != (1,) else _single(spec.name, values)
+        value = values if spec.dims != (1,) else only_value(spec.name, values)
         if spec.sets in self._values and self._values[spec.sets] != value:
             raise InvalidRequest(spec.name, f"contradicts {self._names[spec.sets]}")
         self._values[spec.sets] = value
@@ -127,7 +127,7 @@ def _plain(name: str, value: Any) -> Any:
     return value.item() if isinstance(value, np.generic) else value
 
 
-def _single(name: str, values: list) -> Any:
+def only_value(name: str, values: list) -> Any:
     if len(values) != 1:
         raise InvalidRequest(name, f"must have one element, got {len(values)}")
     return values[0]

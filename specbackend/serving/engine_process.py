@@ -93,10 +93,13 @@ def take(commands: queue.SimpleQueue, wait: bool) -> list[Command]:
 
 def read_commands(channel: Channel, commands: queue.SimpleQueue) -> None:
     """Pass on what the adapter sends; the end of the adapter is the end of this process."""
-    with suppress(EOFError, ConnectionError):
+    try:
         while True:
             for command in channel.receive():
                 commands.put(command)
+    except Exception as error:
+        if not isinstance(error, (EOFError, ConnectionError)):  # a bug; but an engine that hears nothing helps nobody
+            traceback.print_exc()
     os._exit(0)  # from whatever the engine is doing: there is nobody left to do it for
 
 

@@ -128,14 +128,21 @@ class Responder:
     def _take_arrivals(self) -> None:
         while not self._inbox.empty():
             arrival = self._inbox.get()
-            match arrival.outcome:
-                case Call() as call:
-                    self._begin(arrival.sender, call)
-                case CancelCall(client_id):
-                    self._cancel(client_id)
-                    arrival.sender.send({"text_output": ""}, final=True)
-                case error:
-                    arrival.sender.fail(error)
+            try:
+                self._take_arrival(arrival)
+            except Exception as error:  # a bug; but this client must hear of it, and the others are waiting
+                log.exception("while taking a request")
+                arrival.sender.fail(error)
+
+    def _take_arrival(self, arrival: Arrival) -> None:
+        match arrival.outcome:
+            case Call() as call:
+                self._begin(arrival.sender, call)
+            case CancelCall(client_id):
+                self._cancel(client_id)
+                arrival.sender.send({"text_output": ""}, final=True)
+            case error:
+                arrival.sender.fail(error)
 
     def _begin(self, sender: Sender, call: Call) -> None:
         request_id = str(next(self._ids))
