@@ -31,7 +31,7 @@ class Detokenizer:
         new = (text if complete else text.rstrip(REPLACEMENT))[self._sent_chars :]
         self._sent_chars += len(new)
         if not text:
-            self._pending = self._pending[-MAX_PENDING:]  # a run of eos has no text, however long it gets
+            self._pending = self._pending[-MAX_PENDING // 2 :]  # a run of eos has no text, however long it gets
         elif complete:  # tokens without text stay pending: alone they would be a misleading context
             self._context, self._pending, self._sent_chars = self._pending, [], 0
             self._context_chars = len(self._decode(self._context))

@@ -4,12 +4,13 @@ Without transformers, which would bring torch, 4 s and 260 MB, into Triton's pro
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import datetime
 from functools import cached_property
 from pathlib import Path
 
 import jinja2
+import jinja2.ext
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import Tokenizer as FastTokenizer
 
@@ -56,7 +57,10 @@ class Tokenizer:
     @cached_property
     def _template(self) -> jinja2.Template | None:
         source = self._template_source()
-        return None if source is None else _template_environment().from_string(source)
+        try:
+            return None if source is None else _template_environment().from_string(source)
+        except jinja2.TemplateSyntaxError as error:
+            raise ConfigError(f"{self._path}: chat template: {error}") from error
 
     def _template_source(self) -> str | None:
         own_file = self._path / "chat_template.jinja"
@@ -89,12 +93,26 @@ def _read_json(path: Path) -> dict:
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
 
 
+class _Generation(jinja2.ext.Extension):
+    """{% generation %} marks what the assistant says, for training; here it is only a block."""
+
+    tags = frozenset(("generation",))
+
+    def parse(self, parser: jinja2.parser.Parser) -> jinja2.nodes.Node:
+        line = next(parser.stream).lineno
+        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        return jinja2.nodes.CallBlock(self.call_method("_render"), [], [], body).set_lineno(line)
+
+    def _render(self, caller: Callable[[], str]) -> str:
+        return caller()
+
+
 def _template_environment() -> ImmutableSandboxedEnvironment:
-    """What chat templates use of transformers' environment; its generation tag, for training, is not there."""
+    """What transformers offers to chat templates."""
     environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", _Generation]
     )
-    environment.filters["tojson"] = lambda value, **options: json.dumps(value, ensure_ascii=False, **options)
+    environment.filters["tojson"] = lambda value, **options: json.dumps(value, **{"ensure_ascii": False, **options})
     environment.globals["raise_exception"] = _raise
     environment.globals["strftime_now"] = lambda pattern: datetime.now().strftime(pattern)
     return environment

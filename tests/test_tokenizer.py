@@ -1,5 +1,6 @@
 """The tokenizer without transformers says what transformers says."""
 
+import json
 import subprocess
 import sys
 
@@ -46,6 +47,28 @@ def test_missing_parts_are_named(tmp_path):
     assert not Tokenizer(folder).has_chat_template
     with pytest.raises(ConfigError, match="no chat template"):
         Tokenizer(folder).apply_chat_template(CHAT)
+
+
+def with_template(folder, template: str) -> Tokenizer:
+    (save_byte_checkpoint(folder) / "tokenizer_config.json").write_text(json.dumps({"chat_template": template}))
+    return Tokenizer(folder)
+
+
+def test_template_with_a_syntax_error_is_refused_while_loading(tmp_path):
+    with pytest.raises(ConfigError, match="chat template: unexpected"):
+        _ = with_template(tmp_path, "{{ }").has_chat_template
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{% set x = 1 %}{% generation %}{% set x = 2 %}{{ messages[0].content }}{% endgeneration %}{{ x }}",
+        "{{ messages | tojson(ensure_ascii=true, indent=2) }}",
+    ],
+)
+def test_template_features_equal_transformers(tmp_path, theirs, template):
+    expected = theirs.apply_chat_template(CHAT, chat_template=template, tokenize=False)
+    assert with_template(tmp_path, template).apply_chat_template(CHAT) == expected
 
 
 def test_the_stub_side_does_not_import_torch():

@@ -97,9 +97,11 @@ def read_commands(channel: Channel, commands: queue.SimpleQueue) -> None:
         while True:
             for command in channel.receive():
                 commands.put(command)
-    except Exception as error:
-        if not isinstance(error, (EOFError, ConnectionError)):  # a bug; but an engine that hears nothing helps nobody
-            traceback.print_exc()
+    except (EOFError, ConnectionError):
+        pass
+    except Exception:  # a bug; but an engine that hears nothing helps nobody
+        traceback.print_exc()
+        os._exit(1)
     os._exit(0)  # from whatever the engine is doing: there is nobody left to do it for
 
 

@@ -220,15 +220,22 @@ class Responder:
     def _sweep(self, now: float) -> None:
         """End the streams whose client went away or whose time is over."""
         for stream in list(self._streams.values()):
-            deadline = stream.call.deadline
-            if deadline is not None and now >= deadline:
-                self._abandon(stream, TIMEOUT)
-            elif stream.sender.is_cancelled():
-                self._abandon(stream, "Request was cancelled")
+            try:
+                if error := self._reason_to_end(stream, now):
+                    self._abandon(stream, error)
+            except Exception as error:  # a bug; but the other streams must be looked at
+                log.exception("in the sweep")
+                self._abandon(stream, error)
 
-    def _abandon(self, stream: Stream, reason: str) -> None:
+    def _reason_to_end(self, stream: Stream, now: float) -> Exception | None:
+        deadline = stream.call.deadline
+        if deadline is not None and now >= deadline:
+            return Cancelled(TIMEOUT)
+        return Cancelled("Request was cancelled") if stream.sender.is_cancelled() else None
+
+    def _abandon(self, stream: Stream, error: Exception) -> None:
         self._drop(stream)
-        stream.sender.fail(Cancelled(reason))
+        stream.sender.fail(error)
 
     def _drop(self, stream: Stream, tell_engine: bool = True) -> None:
         """Forget a stream, always before its final response: should that fail, nothing is sent twice."""

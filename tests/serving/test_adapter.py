@@ -12,6 +12,7 @@ from specbackend.errors import ConfigError
 from specbackend.request import FinishReason, Update
 from specbackend.serving.adapter import Adapter, read_parameters
 from specbackend.serving.errors import EngineError
+from specbackend.serving.protocol import Submit
 from specbackend.serving.responder import merge
 from tests.fakes import (
     UNLUCKY_SEED,
@@ -186,6 +187,37 @@ def test_engine_that_cannot_restart_answers_instead_of_hanging(adapter):
     time.sleep(0.1)
     error = execute(adapter, max_tokens=3).sender.error()
     assert error.code == FakeError.UNAVAILABLE and "is unlucky" in str(error)
+
+
+def test_an_arrival_that_cannot_be_handled_fails_alone(adapter, monkeypatch):
+    send = adapter._responder._supervisor.send
+
+    def send_most(message):
+        if isinstance(message, Submit) and message.params.seed == 1:
+            raise OverflowError("too big")
+        send(message)
+
+    monkeypatch.setattr(adapter._responder._supervisor, "send", send_most)
+    requests = [FakeRequest(text_input="abc", max_tokens=3, seed=seed) for seed in (1, 2, 1, 2)]
+    execute(adapter, *requests)
+    for bad, good in (requests[:2], requests[2:]):
+        assert (bad.sender.error().code, str(bad.sender.error())) == (FakeError.INTERNAL, "OverflowError: too big")
+        assert good.sender.text() == "abc"
+    check_use(*requests)
+
+
+def test_a_stream_that_breaks_the_sweep_fails_alone(start_adapter):
+    adapter = start_adapter(SLOW_ENGINE, max_queued_requests=2)
+    broken, left = requests = [FakeRequest(text_input="abc", max_tokens=400, stream=True) for _ in range(2)]
+    broken.sender.is_cancelled = lambda: 1 / 0
+    left.sender.cancelled = True
+    execute(adapter, *requests)
+    assert left.sender.error().code == FakeError.CANCELLED
+    assert broken.sender.error().code == FakeError.INTERNAL
+    time.sleep(0.3)  # a sweep later their places are free
+    assert execute(adapter, text_input="xy", max_tokens=2).sender.text() == "xy"
+    assert not adapter._responder._streams
+    check_use(*requests)
 
 
 def test_finalize_ends_the_engine_and_answers_the_rest(triton_args):

@@ -9,7 +9,7 @@ import time
 
 import pytest
 
-from specbackend.serving.protocol import Channel, Ready, Start
+from specbackend.serving.protocol import LENGTH, Channel, Ready, Start
 from tests.serving.conftest import FAKE_ENGINE
 
 
@@ -50,6 +50,13 @@ def test_end_of_the_socket_ends_the_engine(family):
     channel.close()
     assert engine.wait(2) == 0
     assert stub.poll() is None
+
+
+def test_an_engine_that_cannot_read_ends(family):
+    """It would go on, hear nothing and answer nobody."""
+    *_, engine, channel = family
+    channel._socket.sendall(LENGTH.pack(1) + b"\xc1")  # msgpack has no such byte
+    assert engine.wait(2) == 1
 
 
 def test_idle_engine_does_not_burn_time(family):
