@@ -28,6 +28,21 @@ class DecodeBatch:
 
 
 @dataclass(frozen=True)
+class Sequences:
+    """Where the requests of a decode step stand, on the device.
+
+    Request b has length_B[b] tokens in the KV pool, at the slots of its table row; root_B[b] is the token after them,
+    the last that the target picked.
+    """
+
+    requests: list[Request]
+    row_B: torch.Tensor  # int64, of the request table
+    length_B: torch.Tensor  # int64
+    root_B: torch.Tensor  # int64
+    prefix_slot_BL: torch.Tensor  # int64, see ForwardBatch
+
+
+@dataclass(frozen=True)
 class ForwardBatch:
     """Q new rows for each of B sequences, as every forward of target and draft sees them.
 

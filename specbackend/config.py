@@ -10,9 +10,33 @@ from pathlib import Path
 from specbackend.errors import ConfigError
 
 # Parameters of SGLang's page whose code is not here yet: accepted at the value that changes nothing, refused otherwise.
-NOT_SERVED = {"speculative_token_map": None, "tp_size": 1, "enable_torch_compile": False, "cuda_graph_max_bs": 0}
+NOT_SERVED = {"tp_size": 1, "enable_torch_compile": False, "cuda_graph_max_bs": 0}
 
-DEFAULT_TREE = (5, 4, 8)  # SGLang's (steps, topk, draft tokens) for Llama when none of the three is given
+TREE = ("speculative_num_steps", "speculative_eagle_topk", "speculative_num_draft_tokens")
+
+
+@dataclass(frozen=True)
+class Algorithm:
+    """What a speculative_algorithm needs to be told, and SGLang's defaults for the rest."""
+
+    default_tree: tuple[int, int, int] | None  # TREE; None: the trees come from the text, only their size is set
+    draft_path: str  # required, optional or refused
+    takes_token_map: bool = False  # only where the draft has the target's LM head
+
+
+ALGORITHMS = {
+    "EAGLE": Algorithm((5, 4, 8), "required", takes_token_map=True),
+    "EAGLE3": Algorithm((5, 4, 8), "required"),
+    "NEXTN": Algorithm((3, 1, 4), "optional", takes_token_map=True),  # the target's own MTP layer
+    "STANDALONE": Algorithm((3, 1, 4), "required"),
+    "NGRAM": Algorithm(None, "refused"),
+}
+ALIASES = {"MTP": "NEXTN"}
+NGRAM_DEFAULTS = {
+    "speculative_num_draft_tokens": 12,
+    "speculative_ngram_min_match_window_size": 1,
+    "speculative_ngram_max_match_window_size": 12,
+}
 
 
 @dataclass(frozen=True)
@@ -20,11 +44,14 @@ class EngineConfig:
     """Everything the engine must know before it loads. `from_params` is the way in; fields are what users may set."""
 
     model_path: str
-    speculative_algorithm: str | None = None  # EAGLE3; None decodes plainly
+    speculative_algorithm: str | None = None  # a key of ALGORITHMS, or MTP; None decodes plainly
     speculative_draft_model_path: str | None = None
+    speculative_token_map: str | None = None  # FR-Spec's freq_*.pt
     speculative_num_steps: int | None = None
     speculative_eagle_topk: int | None = None
     speculative_num_draft_tokens: int | None = None  # nodes of the tree verified per step, root included
+    speculative_ngram_min_match_window_size: int | None = None  # tokens that must match before NGRAM proposes
+    speculative_ngram_max_match_window_size: int | None = None  # longer matches are no better
     dtype: str = "auto"  # auto: as the checkpoint says; else float32, bfloat16, float16
     device: str = "auto"  # auto: cuda if there is one, else cpu
     context_length: int | None = None  # None: the checkpoint's max_position_embeddings
@@ -44,13 +71,19 @@ class EngineConfig:
     watchdog_timeout: float = 300.0  # seconds one step may take before the engine is restarted
 
     def __post_init__(self) -> None:
+        self._default("speculative_algorithm", ALIASES.get(self.speculative_algorithm, self.speculative_algorithm))
         self._check_choices()
         self._check_ranges()
         if self.speculative_algorithm is None:
-            self._check_no_tree()
+            self._refuse_speculative("speculative_", "speculative_algorithm is not")
+            return
+        self._check_draft()
+        if self.speculative_algorithm == "NGRAM":
+            self._resolve_ngram()
         else:
+            self._refuse_speculative("speculative_ngram_", f"{self.speculative_algorithm} does not look for n-grams")
             self._resolve_tree()
-            check_tree(self.speculative_num_steps, self.speculative_eagle_topk, self.speculative_num_draft_tokens)
+            check_tree(*(getattr(self, name) for name in TREE))
 
     @classmethod
     def from_params(cls, params: Mapping[str, object]) -> EngineConfig:
@@ -74,12 +107,12 @@ class EngineConfig:
 
     def resolve_paths(self, base: Path) -> EngineConfig:
         """Read relative checkpoint paths as relative to `base`, the folder that holds the model repository."""
-        paths = ("model_path", "speculative_draft_model_path")
+        paths = ("model_path", "speculative_draft_model_path", "speculative_token_map")
         absolute = {name: str(base / getattr(self, name)) for name in paths if getattr(self, name)}
         return EngineConfig(**{**self.to_params(), **absolute})
 
     def _check_choices(self) -> None:
-        _one_of("speculative_algorithm", self.speculative_algorithm, (None, "EAGLE3"))
+        _one_of("speculative_algorithm", self.speculative_algorithm, (None, *ALGORITHMS, *ALIASES))
         _one_of("dtype", self.dtype, ("auto", "float32", "bfloat16", "float16"))
         _one_of("schedule_policy", self.schedule_policy, ("fcfs", "lpm"))
         _one_of("attention_backend", self.attention_backend, ("torch",))
@@ -98,21 +131,42 @@ class EngineConfig:
         if not self.watchdog_timeout > 0:  # false for nan too
             raise ConfigError(f"watchdog_timeout: must be positive, got {self.watchdog_timeout}")
 
-    def _check_no_tree(self) -> None:
+    def _refuse_speculative(self, prefix: str, reason: str) -> None:
         for f in fields(self):
-            if f.name.startswith("speculative_") and getattr(self, f.name) is not None:
-                raise ConfigError(f"{f.name}: is set, but speculative_algorithm is not")
+            if f.name.startswith(prefix) and getattr(self, f.name) is not None:
+                raise ConfigError(f"{f.name}: is set, but {reason}")
+
+    def _check_draft(self) -> None:
+        name, algorithm = self.speculative_algorithm, ALGORITHMS[self.speculative_algorithm]
+        if algorithm.draft_path == "required" and self.speculative_draft_model_path is None:
+            raise ConfigError(f"speculative_draft_model_path: {name} needs a draft checkpoint")
+        if algorithm.draft_path == "refused":
+            self._refuse_speculative("speculative_draft_model_path", f"{name} drafts without a model")
+        if not algorithm.takes_token_map:
+            served = ", ".join(key for key, each in ALGORITHMS.items() if each.takes_token_map)
+            self._refuse_speculative("speculative_token_map", f"{name} has no use for it; {served} have")
 
     def _resolve_tree(self) -> None:
-        if self.speculative_draft_model_path is None:
-            raise ConfigError(f"speculative_draft_model_path: {self.speculative_algorithm} needs a draft checkpoint")
-        names = ("speculative_num_steps", "speculative_eagle_topk", "speculative_num_draft_tokens")
-        given = [name for name in names if getattr(self, name) is not None]
+        given = [name for name in TREE if getattr(self, name) is not None]
         if not given:
-            for name, value in zip(names, DEFAULT_TREE, strict=True):
-                object.__setattr__(self, name, value)  # still inside construction of a frozen dataclass
+            for name, value in zip(TREE, ALGORITHMS[self.speculative_algorithm].default_tree, strict=True):
+                self._default(name, value)
         elif len(given) < 3:
-            raise ConfigError(f"set all of {', '.join(names)} or none; got only {', '.join(given)}")
+            raise ConfigError(f"set all of {', '.join(TREE)} or none; got only {', '.join(given)}")
+
+    def _resolve_ngram(self) -> None:
+        for name in ("speculative_num_steps", "speculative_eagle_topk"):
+            self._refuse_speculative(name, "NGRAM takes its trees from the text")
+        for name, value in NGRAM_DEFAULTS.items():
+            if getattr(self, name) is None:
+                self._default(name, value)
+        shortest, longest = (getattr(self, f"speculative_ngram_{end}_match_window_size") for end in ("min", "max"))
+        _at_least("speculative_num_draft_tokens", self.speculative_num_draft_tokens, 2)
+        _at_least("speculative_ngram_min_match_window_size", shortest, 1)
+        _at_least("speculative_ngram_max_match_window_size", longest, shortest)
+
+    def _default(self, name: str, value: object) -> None:
+        object.__setattr__(self, name, value)  # still inside construction of a frozen dataclass
 
 
 def check_tree(num_steps: int, topk: int, num_draft_tokens: int) -> None:

@@ -4,6 +4,7 @@ In-process for offline use and tests, in a process of its own behind Triton; the
 """
 
 import random
+import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -17,16 +18,21 @@ from specbackend.cache.kv_pool import KVPool, RequestTable
 from specbackend.cache.slots import SlotManager
 from specbackend.config import EngineConfig
 from specbackend.errors import ConfigError, InvalidRequest
-from specbackend.models.eagle3 import Eagle3Model
+from specbackend.models.draft import DraftModel
 from specbackend.models.llama import LlamaModel
 from specbackend.models.model_config import ModelConfig
+from specbackend.models.registry import load_draft
 from specbackend.request import FinishReason, Request, SamplingParams, Update
 from specbackend.runner import TargetRunner
 from specbackend.scheduler import Scheduler
 from specbackend.speculative.decoder import Decoder
-from specbackend.speculative.drafter import Drafter, num_scratch_slots
-from specbackend.speculative.eagle import EagleDecoder
+from specbackend.speculative.drafter import CacheRule, Drafter
+from specbackend.speculative.head_drafter import HeadDrafter
+from specbackend.speculative.ngram import NgramDrafter
 from specbackend.speculative.plain import PlainDecoder
+from specbackend.speculative.standalone import StandaloneDrafter
+from specbackend.speculative.tree_decoder import TreeDecoder
+from specbackend.speculative.tree_growth import TreeGrower, num_scratch_slots
 from specbackend.text import TextStream
 from specbackend.tokenizer import Tokenizer
 
@@ -73,24 +79,23 @@ class Engine:
         config, context = self.config, self.context_length
         num_nodes = config.speculative_num_draft_tokens or 1
         # a tree may reach past the last token that counts, and drafting deeper than the tree that is kept of it
-        num_positions = context + max(num_nodes, config.speculative_num_steps or 0)
+        num_positions = context + max(num_nodes, (config.speculative_num_steps or 0) + 1)
         model = LlamaModel(target_path, self.model_config, self.dtype, self.device, num_positions)
-        draft = None
-        if config.speculative_algorithm:
-            draft_path = Path(config.speculative_draft_model_path)
-            draft = Eagle3Model(draft_path, model, self.dtype, self.device, num_positions)
+        draft = load_draft(config, model, self.dtype, self.device, num_positions)
+        if draft is not None:
             model.captured_layers = draft.captured_layers
         num_slots = _num_slots(config, model, draft, context, num_nodes)
         table = RequestTable(config.max_running_requests, context + num_nodes, self.device)
         attention = TorchAttention()
-        runner = TargetRunner(model, _kv_pool(model, num_slots + 1), table, attention)
+        runner = TargetRunner(model, _kv_pool(model, num_slots + 1, self.dtype, self.device), table, attention)
         self.plain = PlainDecoder(runner)
         self.decoder: Decoder = self.plain
-        if draft is not None:
-            self.decoder = _eagle_decoder(config, runner, draft, attention, num_slots)
-        self.slots = SlotManager(
-            num_slots, successor_keys=draft is not None, cache_prefixes=not config.disable_radix_cache
-        )
+        cache_rule = CacheRule()
+        if config.speculative_algorithm:
+            drafter = _drafter(config, draft, table, attention, num_slots)
+            cache_rule = drafter.cache_rule
+            self.decoder = TreeDecoder(runner, drafter, num_nodes)
+        self.slots = SlotManager(num_slots, cache_rule.successor_keys, cache_prefixes=not config.disable_radix_cache)
         self.scheduler = Scheduler(
             config,
             self.slots,
@@ -98,7 +103,7 @@ class Engine:
             self.decoder.num_nodes,
             context,
             frozenset(self.model_config.eos_token_ids),
-            speculative=draft is not None,
+            cache_rule,
         )
 
     @property
@@ -276,7 +281,7 @@ def _dtype(config: EngineConfig, model_config: ModelConfig) -> torch.dtype:
 
 
 def _context_length(config: EngineConfig, model_config: ModelConfig) -> int:
-    longest = model_config.max_position_embeddings
+    longest = min(model_config.max_position_embeddings, model_config.sliding_window or sys.maxsize)
     if config.context_length is None:
         return longest
     if config.context_length > longest:
@@ -284,7 +289,7 @@ def _context_length(config: EngineConfig, model_config: ModelConfig) -> int:
     return config.context_length
 
 
-def _num_slots(config: EngineConfig, model: LlamaModel, draft: Eagle3Model | None, context: int, num_nodes: int) -> int:
+def _num_slots(config: EngineConfig, model: LlamaModel, draft: DraftModel | None, context: int, num_nodes: int) -> int:
     """Size of the KV pool: as asked for, or what fits into mem_fraction_static, but no more than can be used."""
     smallest = context + num_nodes  # one request of full length always runs
     if config.max_total_tokens is not None:
@@ -294,7 +299,8 @@ def _num_slots(config: EngineConfig, model: LlamaModel, draft: Eagle3Model | Non
                 f"and its tree of {num_nodes}"
             )
         return config.max_total_tokens
-    per_slot = _bytes_per_slot(model) + (_bytes_per_slot(draft) if draft else 0)
+    dtype = model.lm_head.dtype
+    per_slot = sum(_bytes_per_slot(each, dtype) for each in (model, draft) if each)
     fits = int(config.mem_fraction_static * _free_memory(model.lm_head.device)) // per_slot
     if fits < smallest:
         raise ConfigError(
@@ -315,23 +321,32 @@ def _free_memory(device: torch.device) -> int:
     return available
 
 
-def _kv_pool(model: LlamaModel | Eagle3Model, num_slots: int) -> KVPool:
-    config, head = model.config, model.lm_head
-    layers, dtype = model.num_kv_layers, head.dtype
-    return KVPool(layers, num_slots, config.num_key_value_heads, config.head_dim, dtype, head.device)
-
-
-def _bytes_per_slot(model: LlamaModel | Eagle3Model) -> int:
+def _kv_pool(model: LlamaModel | DraftModel, num_slots: int, dtype: torch.dtype, device) -> KVPool:
     config = model.config
-    return KVPool.bytes_per_slot(model.num_kv_layers, config.num_key_value_heads, config.head_dim, model.lm_head.dtype)
+    return KVPool(model.num_kv_layers, num_slots, config.num_key_value_heads, config.head_dim, dtype, device)
 
 
-def _eagle_decoder(config: EngineConfig, runner: TargetRunner, draft: Eagle3Model, attention, num_slots: int):
+def _bytes_per_slot(model: LlamaModel | DraftModel, dtype: torch.dtype) -> int:
+    config = model.config
+    return KVPool.bytes_per_slot(model.num_kv_layers, config.num_key_value_heads, config.head_dim, dtype)
+
+
+def _drafter(config: EngineConfig, draft: DraftModel | None, table: RequestTable, attention, num_slots: int) -> Drafter:
+    if draft is None:
+        return NgramDrafter(
+            config.speculative_num_draft_tokens,
+            config.speculative_ngram_min_match_window_size,
+            config.speculative_ngram_max_match_window_size,
+            table.slots.device,
+        )
     steps, topk, rows = config.speculative_num_steps, config.speculative_eagle_topk, config.max_running_requests
-    if topk > len(draft.target_id):
-        draft_V = len(draft.target_id)
-        raise ConfigError(f"speculative_eagle_topk: {topk} is more than the draft's vocabulary of {draft_V}")
+    lm_head_WD = draft.vocabulary.lm_head_WD
+    if topk > len(lm_head_WD):
+        raise ConfigError(f"speculative_eagle_topk: {topk} is more than the draft's vocabulary of {len(lm_head_WD)}")
     first_scratch = num_slots + 1  # slot numbers are shared with the target, scratch slots are the draft's own
-    pool = _kv_pool(draft, first_scratch + rows * num_scratch_slots(steps, topk))
-    drafter = Drafter(draft, pool, attention, rows, first_scratch, steps, topk)
-    return EagleDecoder(runner, drafter, config.speculative_num_draft_tokens)
+    num_draft_slots = first_scratch + rows * num_scratch_slots(steps, topk)
+    pool = _kv_pool(draft, num_draft_slots, lm_head_WD.dtype, lm_head_WD.device)
+    grower = TreeGrower(draft, pool, attention, rows, first_scratch, steps, topk)
+    if config.speculative_algorithm == "STANDALONE":
+        return StandaloneDrafter(grower, table)
+    return HeadDrafter(grower)

@@ -3,7 +3,7 @@
 import torch
 
 from specbackend.attention.base import AttentionBackend
-from specbackend.batch import ExtendBatch, ForwardBatch
+from specbackend.batch import ExtendBatch, ForwardBatch, Sequences
 from specbackend.cache.kv_pool import KVPool, RequestTable
 from specbackend.cache.slots import DUMMY_SLOT
 from specbackend.models.llama import LlamaModel, TargetOutput
@@ -20,6 +20,11 @@ class TargetRunner:
 
     def forward(self, batch: ForwardBatch) -> TargetOutput:
         return self.model.forward(batch, self.attention.plan(batch, self.dtype), self.kv_pool)
+
+    def sequences(self, requests: list[Request]) -> Sequences:
+        row_B = self.rows(requests)
+        root_B = torch.tensor([request.output_ids[-1] for request in requests], device=self.device)
+        return Sequences(requests, row_B, self.lengths(requests), root_B, self.prefix_slots(requests, row_B))
 
     def rows(self, requests: list[Request]) -> torch.Tensor:
         return torch.tensor([request.row for request in requests], device=self.device)

@@ -9,6 +9,7 @@ from specbackend.cache.slots import SlotManager
 from specbackend.config import EngineConfig
 from specbackend.errors import QueueFull
 from specbackend.request import FinishReason, Request, RequestStatus, Update
+from specbackend.speculative.drafter import CacheRule
 
 
 class Scheduler:
@@ -26,11 +27,11 @@ class Scheduler:
         num_nodes: int,
         context_length: int,
         eos_token_ids: frozenset[int],
-        speculative: bool,
+        cache_rule: CacheRule,
     ):
         self.config, self.slots, self.table = config, slots, table
         self.num_nodes, self.context_length, self.eos_token_ids = num_nodes, context_length, eos_token_ids
-        self.speculative = speculative
+        self.cache_rule = cache_rule
         self.waiting: deque[Request] = deque()
         self.prefilling: list[Request] = []
         self.running: list[Request] = []
@@ -124,7 +125,7 @@ class Scheduler:
         return DecodeBatch(kept) if kept else None
 
     def is_speculative(self, request: Request) -> bool:
-        return self.speculative and request.params.speculative
+        return self.config.speculative_algorithm is not None and request.params.speculative
 
     def _refill_windows(self, requests: list[Request]) -> list[Request]:
         """Make each request own num_nodes slots beyond its computed ones; the youngest step back when slots run out.
@@ -222,9 +223,10 @@ class Scheduler:
     def _release(self, request: Request) -> None:
         """Cache what may be cached of the request's KV, free the rest and its row."""
         # Tokens past num_tokens - 1 may have KV too (a stop token cut the path short), but no known successor.
-        cacheable = min(request.num_computed, request.num_tokens - 1)
-        if not self.is_speculative(request) and self.speculative:
-            cacheable = len(self._pinned[request].slots)  # plain decoding left no draft KV behind
+        known, cacheable = len(self._pinned[request].slots), min(request.num_computed, request.num_tokens - 1)
+        if self.cache_rule.has_draft_kv:
+            fed = cacheable - self.cache_rule.unfed_tokens if self.is_speculative(request) else 0
+            cacheable = max(known, fed)
         self._share(request, request.all_ids, cacheable)
         pinned = self._pinned.pop(request)
         owned = self.table.read(request.row, self._num_owned.pop(request))

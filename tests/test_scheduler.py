@@ -22,6 +22,7 @@ from specbackend.config import EngineConfig
 from specbackend.errors import QueueFull
 from specbackend.request import FinishReason, Request, RequestStatus, SamplingParams, Update
 from specbackend.scheduler import Scheduler
+from specbackend.speculative.drafter import CacheRule
 from tests.cache.test_slots import tree_slots
 
 VOCABULARY = 12
@@ -128,13 +129,15 @@ class Simulation:
             chunked_prefill_size=setup.chunk,
             max_prefill_tokens=setup.max_prefill,
             schedule_policy=setup.policy,
+            speculative_algorithm="NGRAM" if setup.speculative else None,
         )
         self.table = RequestTable(setup.rows, setup.context + setup.num_nodes, "cpu")
         num_slots = setup.context + setup.num_nodes + setup.spare_slots
-        self.slots = SlotManager(num_slots, successor_keys=setup.speculative, cache_prefixes=setup.radix)
+        rule = CacheRule(successor_keys=setup.speculative, has_draft_kv=setup.speculative)
+        self.slots = SlotManager(num_slots, rule.successor_keys, cache_prefixes=setup.radix)
         self.decoder = FakeDecoder(self.table, setup.num_nodes, setup.speculative, rng)
         self.scheduler = Scheduler(
-            config, self.slots, self.table, setup.num_nodes, setup.context, frozenset({EOS}), setup.speculative
+            config, self.slots, self.table, setup.num_nodes, setup.context, frozenset({EOS}), rule
         )
         self.updates: dict[str, list[Update]] = {}
         self.steps = 0

@@ -1,9 +1,11 @@
 """The EAGLE-3 draft head: one decoder layer over (feature, next token), with its own reduced vocabulary.
 
-Row t consumes target feature f_t and token x_{t+1}, sits at RoPE position t and predicts x_{t+2}.
-Source: SafeAILab/EAGLE cnets.py; weight names as published by EAGLE, SpecForge and SGLang.
+The feature is the inputs of three of the target's layers, fused by `fc`. Official heads, SGLang's and SpecForge's
+exports, NVIDIA ModelOpt's and vLLM's speculators name and configure the same network in different ways.
+Source: SafeAILab/EAGLE cnets.py; EAGLE-3.1's extra norms: SGLang and vLLM `llama_eagle3.py`.
 """
 
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -13,19 +15,50 @@ from specbackend.attention.base import AttentionPlan
 from specbackend.batch import ForwardBatch
 from specbackend.cache.kv_pool import KVPool
 from specbackend.errors import ConfigError
+from specbackend.models.draft import DraftVocabulary, check_pairing, finish_draft, shaped_by_file, take_embedding
 from specbackend.models.layers import Attention, GatedMLP, RMSNorm, rope_table
 from specbackend.models.llama import LlamaModel
 from specbackend.models.loader import Weights
 from specbackend.models.model_config import ModelConfig
 
-# Fields of a draft's config.json that would change the forward below, with the value it implements.
-IMPLEMENTED = {
-    "attention_bias": False,
-    "mlp_bias": False,
-    "hidden_act": "silu",
-    "norm_before_residual": False,
-    "norm_output": False,
+# Entries of ModelOpt's `eagle_config` that would change the network, with the value that is implemented.
+MODELOPT = {
+    "use_input_layernorm_in_first_layer": True,
+    "use_last_layernorm": True,
+    "use_mtp_layernorm": False,
+    "parallel_draft_step": 1,
 }
+SGLANG_FC_NORMS = {"aux_norm_low": "fc_norm.0", "aux_norm_mid": "fc_norm.1", "aux_norm_high": "fc_norm.2"}
+
+
+@dataclass(frozen=True)
+class Eagle3Config:
+    """A head's options beyond the shape of its layer."""
+
+    layer: ModelConfig
+    captured_layers: tuple[int, ...]  # of the target, in the order `fc` wants them; none: its final hidden state
+    draft_vocab_size: int
+    norm_before_residual: bool  # the residual is the normed feature instead of the feature itself
+    norm_output: bool  # a drafted row's feature is taken after the final norm instead of before
+
+    @classmethod
+    def read(cls, folder: Path, target: ModelConfig) -> "Eagle3Config":
+        layer = ModelConfig.read(folder)
+        raw, modelopt = layer.raw, layer.raw.get("eagle_config") or {}
+        layer.check_implemented(folder)
+        for name, value in MODELOPT.items():
+            if modelopt.get(name, value) != value:
+                raise ConfigError(f"{folder}: eagle_config.{name}={modelopt[name]!r} is not served, only {value!r} is")
+        is_speculators = "speculators_model_type" in raw
+        if is_speculators and raw["speculators_model_type"] != "eagle3":
+            raise ConfigError(f"{folder}: speculators_model_type {raw['speculators_model_type']!r} is not eagle3")
+        return cls(
+            layer=layer,
+            captured_layers=captured_layers(folder, raw, target.num_hidden_layers),
+            draft_vocab_size=raw.get("draft_vocab_size") or target.vocab_size,
+            norm_before_residual=raw.get("norm_before_residual", is_speculators),
+            norm_output=raw.get("norm_output", False),
+        )
 
 
 class Eagle3Model:
@@ -34,89 +67,120 @@ class Eagle3Model:
     num_kv_layers = 1
 
     def __init__(self, folder: Path, target: LlamaModel, dtype, device, num_positions: int):
-        config = ModelConfig.read(folder)
-        _check_config(folder, config)
-        _check_pairing(folder, config, target.config)
-        weights = Weights(folder, dtype, device)
-        self.captured_layers = captured_layers(folder, config, target.config.num_hidden_layers)
-        hidden, features = config.hidden_size, len(self.captured_layers) * target.config.hidden_size
-        self.config = config
-        self.fc = weights.take("fc.weight", hidden, features)
-        self.input_layernorm = RMSNorm(weights, "midlayer.input_layernorm", config)
-        self.hidden_norm = RMSNorm(weights, "midlayer.hidden_norm", config)
+        options = Eagle3Config.read(folder, target.config)
+        check_pairing(folder, options.layer, target.config)
+        weights = Weights(folder, dtype, device, rename=canonical_name)
+        _check_one_layer(folder, weights)
+        config = shaped_by_file(options.layer, weights, "midlayer")
+        hidden = config.hidden_size
+        self.config, self.captured_layers = config, options.captured_layers
+        self.norm_before_residual, self.norm_output = options.norm_before_residual, options.norm_output
+        self._load_fusion(weights, target.config.hidden_size)
+        self.input_layernorm = RMSNorm.take(weights, "midlayer.input_layernorm", config)
+        self.hidden_norm = RMSNorm.take(weights, "midlayer.hidden_norm", config)
         self.attention = Attention(weights, "midlayer.self_attn", config, input_size=2 * hidden)
-        self.post_attention_layernorm = RMSNorm(weights, "midlayer.post_attention_layernorm", config)
+        self.post_attention_layernorm = RMSNorm.take(weights, "midlayer.post_attention_layernorm", config)
         self.mlp = GatedMLP(weights, "midlayer.mlp", config)
-        self.norm = RMSNorm(weights, "norm", config)
-        self._load_vocabulary(folder, weights, target)
-        weights.finish()
+        self.norm = RMSNorm.take(weights, "norm", config)
+        self.embed_tokens = take_embedding(weights, config, target)
+        self.vocabulary = _load_vocabulary(weights, options, target)
+        finish_draft(weights)
         self.rope = rope_table(config, num_positions, device)
 
-    def _load_vocabulary(self, folder: Path, weights: Weights, target: LlamaModel) -> None:
-        """Embedding, LM head and `target_id`, the map from draft to target ids. d2t in the file holds offsets."""
-        config, V = self.config, target.config.vocab_size
-        draft_V = config.raw.get("draft_vocab_size") or V
-        weights.discard("t2d")  # the inverse of d2t, for training
-        if "embed_tokens.weight" in weights:
-            self.embed_tokens = weights.take("embed_tokens.weight", V, config.hidden_size)
-        elif config.hidden_size == target.config.hidden_size:
-            self.embed_tokens = target.embed_tokens
-        else:
-            raise ConfigError(
-                f"{folder}: no embed_tokens, and the target's cannot serve: "
-                f"width {target.config.hidden_size}, the draft has {config.hidden_size}"
-            )
-        self.lm_head = weights.take("lm_head.weight", draft_V, config.hidden_size)
-        self.target_id = torch.arange(draft_V, device=self.lm_head.device)
-        if "d2t" in weights:
-            self.target_id = self.target_id + weights.take("d2t", draft_V)
-        elif draft_V != V:
-            raise ConfigError(f"{folder}: draft_vocab_size is {draft_V}, the target has {V}, and d2t is missing")
-        if self.target_id.min() < 0 or self.target_id.max() >= V or self.target_id.unique().numel() != draft_V:
-            raise ConfigError(f"{folder}: d2t does not map to distinct ids below the target's vocabulary of {V}")
+    def _load_fusion(self, weights: Weights, target_width: int) -> None:
+        """`fc` and the norms before it: one per feature (3.1) or one over all (`norm_before_fc`), as the file has them.
+
+        A head that is fed the final hidden state has no `fc`.
+        """
+        config, hidden, count = self.config, self.config.hidden_size, len(self.captured_layers)
+        if count == 0 and hidden != target_width:
+            raise ConfigError(f"{weights.folder}: without fc its width of {hidden} must be the target's {target_width}")
+        norms = [f"fc_norm.{i}" for i in range(count) if "fc_norm.0.weight" in weights]
+        self.feature_norms = [RMSNorm.take(weights, name, config, target_width) for name in norms]
+        self.fc_input_norm = None
+        if "input_norm.weight" in weights:
+            self.fc_input_norm = RMSNorm.take(weights, "input_norm", config, count * target_width)
+        self.fc = weights.take("fc.weight", hidden, count * target_width) if count else None
+        self.fc_bias = weights.take_if_there("fc.bias", hidden)
 
     def fuse(self, feature_TF: torch.Tensor) -> torch.Tensor:
         """Target features [T, layers * target width] to draft hidden states [T, D]."""
-        return F.linear(feature_TF, self.fc)
+        if self.fc is None:
+            return feature_TF
+        if self.feature_norms:
+            chunks = feature_TF.chunk(len(self.feature_norms), dim=-1)
+            feature_TF = torch.cat([norm(x) for norm, x in zip(self.feature_norms, chunks, strict=True)], dim=-1)
+        if self.fc_input_norm:
+            feature_TF = self.fc_input_norm(feature_TF)
+        return F.linear(feature_TF, self.fc, self.fc_bias)
 
     def forward(self, batch: ForwardBatch, hidden_TD: torch.Tensor, plan: AttentionPlan, kv_pool: KVPool):
-        """One pass over T = B * Q rows; returns hidden_TD as the next drafted row consumes it."""
         embedded = F.embedding(batch.token_BQ.flatten(), self.embed_tokens)
-        x = torch.cat([self.input_layernorm(embedded), self.hidden_norm(hidden_TD)], dim=-1)
-        rope = self.rope[batch.position_BQ.flatten()]
-        y = self.attention(x, hidden_TD, rope, batch.slot_BQ.flatten(), plan, kv_pool.layer(0), batch.token_BQ.shape)
-        return self.mlp(self.post_attention_layernorm(y), y)
+        normed_TD = self.hidden_norm(hidden_TD)
+        x = torch.cat([self.input_layernorm(embedded), normed_TD], dim=-1)
+        residual_TD = normed_TD if self.norm_before_residual else hidden_TD
+        rope, slot_T = self.rope[batch.position_BQ.flatten()], batch.slot_BQ.flatten()
+        y = self.attention(x, residual_TD, rope, slot_T, plan, kv_pool.layer(0), batch.token_BQ.shape)
+        z = self.mlp(self.post_attention_layernorm(y), y)
+        return self.norm(z) if self.norm_output else z
 
     def top_tokens(self, hidden: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """The k likeliest tokens after hidden [..., D]: float32 log-probabilities and target ids, both [..., k]."""
-        logprob = torch.log_softmax(F.linear(self.norm(hidden), self.lm_head).float(), dim=-1)
-        top_logprob, draft_id = logprob.topk(k, dim=-1)
-        return top_logprob, self.target_id[draft_id]
+        return self.vocabulary.top_tokens(hidden if self.norm_output else self.norm(hidden), k)
 
 
-def captured_layers(folder: Path, draft: ModelConfig, num_layers: int) -> tuple[int, ...]:
+def canonical_name(name: str) -> str:
+    """The official name of a tensor that others call `model.x`, `layers.0.x`, `midlayer.0.x` or `aux_norm_low.x`."""
+    name = name.removeprefix("model.")
+    for prefix in ("layers.0.", "midlayer.0."):
+        if name.startswith(prefix):
+            return "midlayer." + name.removeprefix(prefix)
+    module, _, rest = name.partition(".")
+    return f"{SGLANG_FC_NORMS.get(module, module)}.{rest}" if rest else name
+
+
+def _load_vocabulary(weights: Weights, options: Eagle3Config, target: LlamaModel) -> DraftVocabulary:
+    """d2t in the file holds offsets: target id = draft id + d2t[draft id]. t2d is its inverse, for training."""
+    W, V, folder = options.draft_vocab_size, target.config.vocab_size, weights.folder
+    weights.discard("t2d")
+    D, whole = options.layer.hidden_size, DraftVocabulary.of_target(target)
+    if whole.lm_head_WD.shape == (W, D) and "d2t" not in weights and "lm_head.weight" not in weights:
+        return whole
+    lm_head_WD = weights.take("lm_head.weight", W, D)
+    target_id_W = whole.target_id_W[:W]
+    if "d2t" in weights:
+        target_id_W = target_id_W + weights.take("d2t", W)
+    elif W != V:
+        raise ConfigError(f"{folder}: draft_vocab_size is {W}, the target has {V}, and d2t is missing")
+    if target_id_W.min() < 0 or target_id_W.max() >= V or target_id_W.unique().numel() != W:
+        raise ConfigError(f"{folder}: d2t does not map to distinct ids below the target's vocabulary of {V}")
+    return DraftVocabulary(lm_head_WD, target_id_W)
+
+
+def captured_layers(folder: Path, raw: dict, num_layers: int) -> tuple[int, ...]:
     """The target layers whose inputs the head reads, in the order it wants them.
 
     Two conventions: a top-level list (speculators, vLLM) names these layers; one inside eagle_config (SGLang,
     SpecForge, ModelOpt) names the layers whose output it is, one less each.
     """
-    name = "eagle_aux_hidden_state_layer_ids"
-    nested = (draft.raw.get("eagle_config") or {}).get(name)
-    layers = draft.raw.get(name) or (nested and [layer + 1 for layer in nested])
+    name, nested = "eagle_aux_hidden_state_layer_ids", raw.get("eagle_config") or {}
+    if not nested.get("use_aux_hidden_state", raw.get("use_aux_hidden_state", True)):
+        return ()
+    layers = raw.get(name) or [layer + 1 for layer in nested.get(name) or ()]
+    if not layers and num_layers < 7:
+        raise ConfigError(
+            f"{folder}: EAGLE3 reads three inner layers of a target of 7 layers or more, this one has {num_layers}"
+        )
     layers = tuple(layers or (2, num_layers // 2, num_layers - 3))
     if sorted(set(layers)) != list(layers) or not 0 <= layers[0] <= layers[-1] < num_layers:
         raise ConfigError(f"{folder}: {name} {layers} are not rising layers of a target of {num_layers}")
     return layers
 
 
-def _check_config(folder: Path, config: ModelConfig) -> None:
-    for name, value in IMPLEMENTED.items():
-        if config.raw.get(name, value) != value:
-            raise ConfigError(f"{folder}: {name}={config.raw[name]!r} is not served, only {value!r} is")
-
-
-def _check_pairing(folder: Path, draft: ModelConfig, target: ModelConfig) -> None:
-    if draft.vocab_size != target.vocab_size:
-        raise ConfigError(f"{folder}: made for a vocabulary of {draft.vocab_size}, the target has {target.vocab_size}")
-    if target.num_hidden_layers < 7:
-        raise ConfigError(f"EAGLE3 needs a target of 7 layers or more, this one has {target.num_hidden_layers}")
+def _check_one_layer(folder: Path, weights: Weights) -> None:
+    """Heads of several layers, and those that draft in parallel, are other networks under the same names."""
+    if "mask_hidden" in weights:
+        raise ConfigError(f"{folder}: a head that drafts in parallel (mask_hidden) is not served")
+    names = [name for name in weights.remaining() if name.startswith(("layers.", "midlayer."))]
+    numbers = {int(part) for name in names if (part := name.split(".")[1]).isdigit()}
+    if numbers:
+        raise ConfigError(f"{folder}: the head has {max(numbers) + 1} layers, EAGLE3 heads of 1 are served")

@@ -1,4 +1,4 @@
-"""The target: a Llama decoder from a Hugging Face checkpoint."""
+"""The target: a decoder of the Llama kind (Llama, Mistral, Qwen2, Qwen3, MiMo) from a Hugging Face checkpoint."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,54 +10,46 @@ from specbackend.attention.base import AttentionPlan
 from specbackend.batch import ForwardBatch
 from specbackend.cache.kv_pool import KVPool
 from specbackend.errors import ConfigError
-from specbackend.models.layers import Attention, GatedMLP, RMSNorm, rope_table
+from specbackend.models.layers import DecoderLayer, RMSNorm, rope_table
 from specbackend.models.loader import Weights
-from specbackend.models.model_config import ModelConfig
+from specbackend.models.model_config import FAMILIES, ModelConfig
 
-# Fields of a llama config.json that would change the forward below, with the value it implements.
-IMPLEMENTED = {"attention_bias": False, "mlp_bias": False, "hidden_act": "silu"}
+MTP_PREFIX = "model.mtp_layers."  # MiMo's own draft layers, which are `models.mtp`'s to load
 
 
 @dataclass(frozen=True)
 class TargetOutput:
-    """hidden_TD: after the final norm. feature_TF: inputs of the captured layers side by side, None if none are."""
+    """hidden_TD: after the final norm. feature_TF: what a draft is fed, see `LlamaModel.captured_layers`."""
 
     hidden_TD: torch.Tensor
-    feature_TF: torch.Tensor | None
-
-
-class DecoderLayer:
-    """x + attention(norm(x)), then x + mlp(norm(x))."""
-
-    def __init__(self, weights: Weights, prefix: str, config: ModelConfig):
-        self.input_layernorm = RMSNorm(weights, f"{prefix}.input_layernorm", config)
-        self.attention = Attention(weights, f"{prefix}.self_attn", config, input_size=config.hidden_size)
-        self.post_attention_layernorm = RMSNorm(weights, f"{prefix}.post_attention_layernorm", config)
-        self.mlp = GatedMLP(weights, f"{prefix}.mlp", config)
-
-    def __call__(self, x_TD, rope, slot_T, plan: AttentionPlan, kv_S2GD, shape_BQ) -> torch.Tensor:
-        x_TD = self.attention(self.input_layernorm(x_TD), x_TD, rope, slot_T, plan, kv_S2GD, shape_BQ)
-        return self.mlp(self.post_attention_layernorm(x_TD), x_TD)
+    feature_TF: torch.Tensor
 
 
 class LlamaModel:
-    """A target network. `captured_layers` lists the layers whose inputs the draft wants as features."""
+    """A target network.
+
+    A draft's features are the inputs of `captured_layers` side by side, or the final hidden state if it lists none.
+    """
 
     def __init__(self, folder: Path, config: ModelConfig, dtype, device, num_positions: int):
-        _check_config(folder, config)
+        config.check_implemented(folder)
+        if config.architecture not in FAMILIES:
+            known = ", ".join(FAMILIES)
+            raise ConfigError(f"{folder}: architecture {config.architecture} is not served; served are {known}")
         weights = Weights(folder, dtype, device)
         self.config = config
         self.num_kv_layers = config.num_hidden_layers
         self.captured_layers: tuple[int, ...] = ()
         self.embed_tokens = weights.take("model.embed_tokens.weight", config.vocab_size, config.hidden_size)
         self.layers = [DecoderLayer(weights, f"model.layers.{i}", config) for i in range(config.num_hidden_layers)]
-        self.norm = RMSNorm(weights, "model.norm", config)
+        self.norm = RMSNorm.take(weights, "model.norm", config)
         if config.tie_word_embeddings:
             weights.discard("lm_head.weight")
             self.lm_head = self.embed_tokens
         else:
             self.lm_head = weights.take("lm_head.weight", config.vocab_size, config.hidden_size)
-        weights.finish()
+        weights.discard_prefix(MTP_PREFIX)
+        weights.finish()  # a tensor that nobody takes, such as a bias, would change what the model says
         self.rope = rope_table(config, num_positions, device)
 
     def forward(self, batch: ForwardBatch, plan: AttentionPlan, kv_pool: KVPool) -> TargetOutput:
@@ -70,16 +62,9 @@ class LlamaModel:
             if index in self.captured_layers:
                 captured.append(x_TD)
             x_TD = layer(x_TD, rope, slot_T, plan, kv_pool.layer(index), batch.token_BQ.shape)
-        return TargetOutput(self.norm(x_TD), torch.cat(captured, dim=-1) if captured else None)
+        hidden_TD = self.norm(x_TD)
+        return TargetOutput(hidden_TD, torch.cat(captured, dim=-1) if captured else hidden_TD)
 
     def logits(self, hidden_TD: torch.Tensor) -> torch.Tensor:
         """[T, V] in the engine's dtype."""
         return F.linear(hidden_TD, self.lm_head)
-
-
-def _check_config(folder: Path, config: ModelConfig) -> None:
-    if config.architecture != "LlamaForCausalLM":
-        raise ConfigError(f"{folder}: architecture {config.architecture} is not served, only LlamaForCausalLM is")
-    for name, value in IMPLEMENTED.items():
-        if config.raw.get(name, value) != value:
-            raise ConfigError(f"{folder}: {name}={config.raw[name]!r} is not served, only {value!r} is")

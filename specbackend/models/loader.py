@@ -1,70 +1,103 @@
 """Checkpoint files to tensors: safetensors or .bin (weights_only), sharded or not."""
 
 import json
+from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 from pickle import UnpicklingError
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors import SafetensorError, safe_open
 
 from specbackend.errors import ConfigError
 
 IGNORED_SUFFIXES = ("rotary_emb.inv_freq",)  # old exports carry what every engine computes itself
 
+Reader = Callable[[], torch.Tensor]
+
 
 class Weights:
-    """The tensors of one checkpoint, taken by name. What is missing or left over is an error, not a surprise."""
+    """The tensors of one checkpoint, taken by name and read when they are taken.
 
-    def __init__(self, folder: Path, dtype: torch.dtype, device: torch.device):
-        self._folder, self._dtype, self._device = folder, dtype, device
-        self._tensors = {
-            name: tensor for name, tensor in _read_all(folder).items() if not name.endswith(IGNORED_SUFFIXES)
+    What is missing or of another shape is an error; what is left over is the caller's to judge (`remaining`, `finish`).
+    `rename` maps the names in the file to those used here, for checkpoints that exist under several conventions.
+    """
+
+    def __init__(
+        self, folder: Path, dtype: torch.dtype, device: torch.device, rename: Callable[[str], str] = lambda name: name
+    ):
+        self.folder, self._dtype, self._device = folder, dtype, device
+        self._readers = {
+            rename(name): read for name, read in _readers(folder).items() if not name.endswith(IGNORED_SUFFIXES)
         }
         self._missing: list[str] = []
 
     def __contains__(self, name: str) -> bool:
-        return name in self._tensors
+        return name in self._readers
 
     def take(self, name: str, *shape: int) -> torch.Tensor:
         """Remove and return a tensor of this shape: floating ones in the engine's dtype, others as stored.
 
-        A missing name gives zeros and is reported by `finish`, so that one error lists them all.
+        A missing name gives zeros and is reported by `check_complete`, so that one error lists them all.
         """
-        tensor = self._tensors.pop(name, None)
-        if tensor is None:
+        read = self._readers.pop(name, None)
+        if read is None:
             self._missing.append(name)
             return torch.zeros(shape, dtype=self._dtype, device=self._device)
+        tensor = read()
         if tuple(tensor.shape) != shape:
-            raise ConfigError(f"{self._folder}: {name} is {list(tensor.shape)}, the config asks for {list(shape)}")
+            raise ConfigError(f"{self.folder}: {name} is {list(tensor.shape)}, the config asks for {list(shape)}")
         dtype = self._dtype if tensor.is_floating_point() else tensor.dtype
         return tensor.to(self._device, dtype).contiguous()
+
+    def take_if_there(self, name: str, *shape: int) -> torch.Tensor | None:
+        """`take` for tensors that a checkpoint may do without."""
+        return self.take(name, *shape) if name in self else None
 
     def discard(self, *names: str) -> None:
         """Known names that are not needed."""
         for name in names:
-            self._tensors.pop(name, None)
+            self._readers.pop(name, None)
+
+    def discard_prefix(self, prefix: str) -> None:
+        for name in [name for name in self._readers if name.startswith(prefix)]:
+            del self._readers[name]
+
+    def remaining(self) -> list[str]:
+        """What nobody has taken yet."""
+        return sorted(self._readers)
+
+    def check_complete(self) -> None:
+        """Raise ConfigError if a tensor was missing."""
+        if self._missing:
+            raise ConfigError(f"{self.folder}: missing tensors: {', '.join(self._missing)}")
 
     def finish(self) -> None:
         """Raise ConfigError if a tensor was missing or nobody took it."""
-        if self._missing:
-            raise ConfigError(f"{self._folder}: missing tensors: {', '.join(self._missing)}")
-        if self._tensors:
-            raise ConfigError(f"{self._folder}: tensors of an unknown kind: {', '.join(sorted(self._tensors))}")
+        self.check_complete()
+        if unknown := self.remaining():
+            raise ConfigError(f"{self.folder}: tensors of an unknown kind: {', '.join(unknown)}")
 
 
-def _read_all(folder: Path) -> dict[str, torch.Tensor]:
-    tensors: dict[str, torch.Tensor] = {}
+def tensor_names(folder: Path) -> Iterable[str]:
+    """The names in a checkpoint's files, as stored."""
+    return _readers(folder).keys()
+
+
+def _readers(folder: Path) -> dict[str, Reader]:
+    readers: dict[str, Reader] = {}
     for path in _weight_files(folder):
-        tensors |= _read_file(path)
-    return tensors
+        readers |= _file_readers(path)
+    return readers
 
 
-def _read_file(path: Path) -> dict[str, torch.Tensor]:
+def _file_readers(path: Path) -> dict[str, Reader]:
     try:
         if path.suffix == ".safetensors":
-            return load_file(path)
-        return torch.load(path, map_location="cpu", weights_only=True)
+            file = safe_open(path, framework="pt")
+            return {name: partial(file.get_tensor, name) for name in file.keys()}  # noqa: SIM118
+        tensors = torch.load(path, map_location="cpu", weights_only=True)
+        return {name: tensor.detach for name, tensor in tensors.items()}
     except (SafetensorError, UnpicklingError, RuntimeError, EOFError, OSError) as error:
         raise ConfigError(f"{path}: cannot be read: {error}") from error
 

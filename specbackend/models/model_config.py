@@ -18,6 +18,24 @@ class RopeScaling:
 
 
 @dataclass(frozen=True)
+class Family:
+    """What an architecture implies without saying it in its config.json."""
+
+    qkv_bias: bool = False
+    qk_norm: bool = False  # RMSNorm over each query and key head
+    head_dim: int | None = None  # where the config is silent; None: hidden_size / num_attention_heads
+
+
+FAMILIES = {
+    "LlamaForCausalLM": Family(),
+    "MistralForCausalLM": Family(),
+    "Qwen2ForCausalLM": Family(qkv_bias=True),
+    "Qwen3ForCausalLM": Family(qk_norm=True, head_dim=128),
+    "MiMoForCausalLM": Family(qkv_bias=True),
+}
+
+
+@dataclass(frozen=True)
 class ModelConfig:
     """Shape of a Llama-like decoder."""
 
@@ -33,6 +51,11 @@ class ModelConfig:
     rope_theta: float
     rope_scaling: RopeScaling | None
     max_position_embeddings: int
+    sliding_window: int | None  # a longer context would need a mask that is not here
+    qkv_bias: bool
+    output_bias: bool  # of the attention's output projection
+    mlp_bias: bool
+    qk_norm: bool
     tie_word_embeddings: bool
     eos_token_ids: tuple[int, ...]
     torch_dtype: str
@@ -40,30 +63,47 @@ class ModelConfig:
 
     @classmethod
     def read(cls, folder: Path) -> "ModelConfig":
-        """Read `folder`/config.json (and generation_config.json for the eos ids). Raises ConfigError."""
+        """Read `folder`/config.json (and generation_config.json for the eos ids). Raises ConfigError.
+
+        A draft in vLLM's speculators format keeps the shape of its layer in a block of its own.
+        """
         path, raw = folder / "config.json", _read_config(folder)
+        raw = {**(raw.get("transformer_layer_config") or {}), **raw}
+        architecture = (raw.get("architectures") or ["unknown"])[0]
+        family = FAMILIES.get(architecture, Family())
         required = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
         if missing := [name for name in required if name not in raw]:
             raise ConfigError(f"{path}: {', '.join(missing)} missing")
         rope = raw.get("rope_parameters") or {}
         return cls(
-            architecture=(raw.get("architectures") or ["unknown"])[0],
+            architecture=architecture,
             vocab_size=raw["vocab_size"],
             hidden_size=raw["hidden_size"],
             intermediate_size=raw["intermediate_size"],
             num_hidden_layers=raw["num_hidden_layers"],
             num_attention_heads=raw["num_attention_heads"],
             num_key_value_heads=raw.get("num_key_value_heads") or raw["num_attention_heads"],
-            head_dim=raw.get("head_dim") or raw["hidden_size"] // raw["num_attention_heads"],
+            head_dim=raw.get("head_dim") or family.head_dim or raw["hidden_size"] // raw["num_attention_heads"],
             rms_norm_eps=raw.get("rms_norm_eps", 1e-6),
             rope_theta=rope.get("rope_theta") or raw.get("rope_theta") or 10000.0,
             rope_scaling=_rope_scaling(path, raw.get("rope_scaling") or rope),
             max_position_embeddings=_max_positions(raw),
+            sliding_window=raw.get("sliding_window") if raw.get("use_sliding_window", True) else None,
+            qkv_bias=family.qkv_bias or raw.get("attention_bias", False),
+            output_bias=raw.get("attention_bias", False) and not family.qkv_bias,
+            mlp_bias=raw.get("mlp_bias", False),
+            qk_norm=family.qk_norm,
             tie_word_embeddings=raw.get("tie_word_embeddings", False),
             eos_token_ids=_eos_token_ids(folder, raw),
             torch_dtype=str(raw.get("torch_dtype") or raw.get("dtype") or "float32").removeprefix("torch."),
             raw=raw,
         )
+
+    def check_implemented(self, folder: Path) -> None:
+        """Refuse what would change the layers of `models.layers`."""
+        activation = self.raw.get("hidden_act", "silu")
+        if activation != "silu":
+            raise ConfigError(f"{folder}: hidden_act={activation!r} is not served, only 'silu' is")
 
 
 def read_max_positions(folder: Path) -> int:

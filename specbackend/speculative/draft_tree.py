@@ -26,6 +26,11 @@ class DraftTree:
     mask_BNN: torch.Tensor  # bool; [n, m]: m is n or one of n's ancestors
     depth_BN: torch.Tensor  # int64; the root has 0
 
+    @classmethod
+    def of(cls, token_BN: torch.Tensor, parent_BN: torch.Tensor) -> "DraftTree":
+        mask_BNN = ancestor_mask(parent_BN)
+        return cls(token_BN, parent_BN, mask_BNN, depth_BN=mask_BNN.sum(dim=2) - 1)
+
 
 @dataclass(frozen=True)
 class Candidates:
@@ -50,8 +55,7 @@ def build_tree(root_token_B: torch.Tensor, candidates: Candidates, num_nodes: in
     root_parent = torch.zeros_like(root_token_B)[:, None]
     token_BN = torch.cat([root_token_B[:, None], candidates.token_BC.gather(1, kept)], dim=1)
     parent_BN = torch.cat([root_parent, parent], dim=1)
-    mask_BNN = ancestor_mask(parent_BN)
-    return DraftTree(token_BN, parent_BN, mask_BNN, depth_BN=mask_BNN.sum(dim=2) - 1)
+    return DraftTree.of(token_BN, parent_BN)
 
 
 def ancestor_mask(parent_BN: torch.Tensor) -> torch.Tensor:

@@ -1,141 +1,44 @@
-"""The draft loop: from the state the last draft extend left, grow candidates level by level.
-
-K = topk, S = num_steps, W = (S - 1) * K drafted rows, M = K * K candidates of a level, R = rows of the request table.
-Level 1 is known when a step begins. Each further level runs K rows of the draft model, which see the prefix and their
-own ancestors among the drafted rows, nothing else. Drafted K and V live in scratch slots and are never kept.
-"""
+"""What the tree decoder needs of a drafter, whatever it drafts with."""
 
 from dataclasses import dataclass
+from typing import Protocol
 
-import torch
-
-from specbackend.attention.base import AttentionBackend, AttentionPlan
-from specbackend.batch import ForwardBatch
-from specbackend.cache.kv_pool import KVPool
-from specbackend.models.eagle3 import Eagle3Model
-from specbackend.speculative.draft_tree import Candidates
+from specbackend.batch import Accepted, ExtendBatch, ForwardBatch, Sequences
+from specbackend.models.llama import TargetOutput
+from specbackend.speculative.draft_tree import DraftTree
+from specbackend.speculative.verifier import AcceptedPath
 
 
 @dataclass(frozen=True)
-class DraftState:
-    """What the draft knows of each request between two steps."""
+class Verified:
+    """One verification: what the target was given, what it said, and the path that it accepted."""
 
-    logprob_RK: torch.Tensor  # float32, of the likeliest tokens after the last one the draft was fed
-    token_RK: torch.Tensor  # int64, these tokens
-    hidden_RD: torch.Tensor  # the draft's hidden state there
-
-    @classmethod
-    def empty(cls, num_rows: int, topk: int, hidden_size: int, dtype, device) -> "DraftState":
-        return cls(
-            logprob_RK=torch.zeros(num_rows, topk, device=device),
-            token_RK=torch.zeros(num_rows, topk, dtype=torch.int64, device=device),
-            hidden_RD=torch.zeros(num_rows, hidden_size, dtype=dtype, device=device),
-        )
+    forward: ForwardBatch
+    output: TargetOutput
+    path: AcceptedPath
+    accepted: Accepted
 
 
 @dataclass(frozen=True)
-class Beam:
-    """The K nodes of a level that are continued."""
+class CacheRule:
+    """What a prefix in the cache must hold for drafts after it to be as good as drafts without a cache."""
 
-    score_BK: torch.Tensor
-    token_BK: torch.Tensor
-    candidate_BK: torch.Tensor  # each node's index among all candidates
-    hidden_BKD: torch.Tensor  # the draft's hidden state at the node's parent
-    ancestor_BKW: torch.Tensor  # bool: the drafted rows above the node
+    successor_keys: bool = False  # draft KV of a slot depends on the next token too
+    has_draft_kv: bool = False  # slots filled by plain decoding lack it
+    unfed_tokens: int = 0  # at most so many of a running request's last tokens have no draft KV yet
 
 
-def num_scratch_slots(num_steps: int, topk: int) -> int:
-    """Draft slots that one request needs while a tree is drafted."""
-    return (num_steps - 1) * topk
+class Drafter(Protocol):
+    max_depth: int  # of its trees; the root has depth 0
+    cache_rule: CacheRule
 
+    def follow_prompt(
+        self, batch: ExtendBatch, forward: ForwardBatch, output: TargetOutput, accepted: Accepted
+    ) -> None:
+        """Take note of prompt chunks that the target has computed."""
 
-class Drafter:
-    """Draft model, its KV pool and its state. Scratch slots of table row r start at first_scratch_slot + r * W."""
+    def propose(self, at: Sequences, num_nodes: int) -> DraftTree:
+        """Draft what may follow each sequence's root."""
 
-    def __init__(
-        self,
-        model: Eagle3Model,
-        kv_pool: KVPool,
-        attention: AttentionBackend,
-        num_rows: int,
-        first_scratch_slot: int,
-        num_steps: int,
-        topk: int,
-    ):
-        self.model, self.kv_pool, self.attention = model, kv_pool, attention
-        self.num_steps, self.topk = num_steps, topk
-        self.dtype, self.device = model.lm_head.dtype, model.lm_head.device
-        self.state = DraftState.empty(num_rows, topk, model.config.hidden_size, self.dtype, self.device)
-        W = num_scratch_slots(num_steps, topk)
-        self._scratch_RW = first_scratch_slot + torch.arange(num_rows * W, device=self.device).view(num_rows, W)
-        self._own_LKW = torch.eye(W, dtype=torch.bool, device=self.device).view(num_steps - 1, topk, W)
-
-    def extend(self, batch: ForwardBatch, feature_TF: torch.Tensor, row_B: torch.Tensor, last_B: torch.Tensor) -> None:
-        """Feed true tokens with the target's features; row last_B[b] of each sequence becomes its state."""
-        plan = self.attention.plan(batch, self.dtype)
-        hidden_BQD = self._forward(batch, self.model.fuse(feature_TF), plan)
-        last_BD = hidden_BQD[torch.arange(len(row_B), device=self.device), last_B]
-        logprob_BK, token_BK = self.model.top_tokens(last_BD, self.topk)
-        self.state.logprob_RK[row_B] = logprob_BK
-        self.state.token_RK[row_B] = token_BK
-        self.state.hidden_RD[row_B] = last_BD
-
-    def propose(self, row_B: torch.Tensor, length_B: torch.Tensor, prefix_slot_BL: torch.Tensor) -> Candidates:
-        """Draft K + (S - 1) * K^2 candidates per request; length_B is how many tokens the KV pool holds of each."""
-        beam, plan = self._first_beam(row_B), None
-        scores, tokens, parents = [beam.score_BK], [beam.token_BK], [torch.full_like(beam.token_BK, -1)]
-        for level in range(1, self.num_steps):
-            batch = self._level_batch(level, beam, row_B, length_B, prefix_slot_BL)
-            if plan is None:
-                plan = self.attention.plan(batch, self.dtype)
-            else:
-                plan.set_window_mask(batch.window_mask_BQW)
-            hidden_BKD = self._forward(batch, beam.hidden_BKD.flatten(0, 1), plan)
-            logprob_BKK, token_BKK = self.model.top_tokens(hidden_BKD, self.topk)
-            score_BM, token_BM = (beam.score_BK[:, :, None] + logprob_BKK).flatten(1), token_BKK.flatten(1)
-            scores.append(score_BM)
-            tokens.append(token_BM)
-            parents.append(beam.candidate_BK[:, :, None].expand_as(token_BKK).flatten(1))
-            if level < self.num_steps - 1:
-                beam = self._next_beam(level, score_BM, token_BM, hidden_BKD, batch.window_mask_BQW)
-        return Candidates(torch.cat(scores, dim=1), torch.cat(tokens, dim=1), torch.cat(parents, dim=1))
-
-    def _first_beam(self, row_B: torch.Tensor) -> Beam:
-        B, K, W = len(row_B), self.topk, self._scratch_RW.shape[1]
-        return Beam(
-            score_BK=self.state.logprob_RK[row_B],
-            token_BK=self.state.token_RK[row_B],
-            candidate_BK=torch.arange(K, device=self.device).expand(B, K),
-            hidden_BKD=self.state.hidden_RD[row_B][:, None].expand(B, K, -1),
-            ancestor_BKW=torch.zeros(B, K, W, dtype=torch.bool, device=self.device),
-        )
-
-    def _next_beam(self, level: int, score_BM, token_BM, hidden_BKD, seen_BKW) -> Beam:
-        """The K best of a level's candidates, each with its parent's hidden state and everything its parent saw."""
-        K = self.topk
-        score_BK, chosen_BK = score_BM.topk(K, dim=1)
-        parent_BK1 = chosen_BK.div(K, rounding_mode="floor")[:, :, None]
-        return Beam(
-            score_BK=score_BK,
-            token_BK=token_BM.gather(1, chosen_BK),
-            candidate_BK=chosen_BK + (K + (level - 1) * K * K),
-            hidden_BKD=hidden_BKD.gather(1, parent_BK1.expand_as(hidden_BKD)),
-            ancestor_BKW=seen_BKW.gather(1, parent_BK1.expand_as(seen_BKW)),
-        )
-
-    def _level_batch(self, level: int, beam: Beam, row_B, length_B, prefix_slot_BL) -> ForwardBatch:
-        """The beam's tokens as rows; all of a level sit at the same position."""
-        scratch_BW = self._scratch_RW[row_B]
-        return ForwardBatch(
-            token_BQ=beam.token_BK,
-            position_BQ=(length_B + (level - 1))[:, None].expand_as(beam.token_BK),
-            slot_BQ=scratch_BW[:, (level - 1) * self.topk : level * self.topk],
-            prefix_slot_BL=prefix_slot_BL,
-            prefix_len_B=length_B,
-            window_slot_BW=scratch_BW,
-            window_mask_BQW=beam.ancestor_BKW | self._own_LKW[level - 1],
-        )
-
-    def _forward(self, batch: ForwardBatch, hidden_TD: torch.Tensor, plan: AttentionPlan) -> torch.Tensor:
-        hidden_TD = self.model.forward(batch, hidden_TD, plan, self.kv_pool)
-        return hidden_TD.view(*batch.token_BQ.shape, -1)
+    def follow_path(self, verified: Verified, at: Sequences) -> None:
+        """Take note of what became of the proposal; `at` is as it was proposed for."""

@@ -20,22 +20,21 @@ class PlainDecoder:
 
     def decode(self, batch: DecodeBatch) -> Accepted:
         runner, requests = self.runner, batch.requests
-        row_B, length_B = runner.rows(requests), runner.lengths(requests)
-        last_token = [request.output_ids[-1] for request in requests]
-        slot_B1 = runner.table.slots[row_B, length_B][:, None]
+        at = runner.sequences(requests)
+        slot_B1 = runner.table.slots[at.row_B, at.length_B][:, None]
         forward = ForwardBatch(
-            token_BQ=torch.tensor(last_token, device=runner.device)[:, None],
-            position_BQ=length_B[:, None],
+            token_BQ=at.root_B[:, None],
+            position_BQ=at.length_B[:, None],
             slot_BQ=slot_B1,
-            prefix_slot_BL=runner.prefix_slots(requests, row_B),
-            prefix_len_B=length_B,
+            prefix_slot_BL=at.prefix_slot_BL,
+            prefix_len_B=at.length_B,
             window_slot_BW=slot_B1,
             window_mask_BQW=torch.ones(len(requests), 1, 1, dtype=torch.bool, device=runner.device),
         )
         logits_BV = runner.model.logits(runner.forward(forward).hidden_TD)
         sampling = SamplingBatch.of(requests, runner.device)
-        token_B1 = pick_tokens(logits_BV[:, None], length_B[:, None] + 1, sampling)
-        return Accepted(token_B1, torch.ones_like(length_B))
+        token_B1 = pick_tokens(logits_BV[:, None], at.length_B[:, None] + 1, sampling)
+        return Accepted(token_B1, torch.ones_like(at.length_B))
 
 
 def pick_after_prompt(runner: TargetRunner, batch: ExtendBatch, output: TargetOutput) -> Accepted:

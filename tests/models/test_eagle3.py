@@ -1,21 +1,17 @@
 """Which target layers a head reads; everything else of EAGLE-3 is compared in tests/speculative/test_drafter.py."""
 
-import dataclasses
 from pathlib import Path
 
 import pytest
 
 from specbackend.errors import ConfigError
 from specbackend.models.eagle3 import captured_layers
-from specbackend.models.model_config import ModelConfig
-from tests.conftest import DEMO_EAGLE3
 
 IDS = "eagle_aux_hidden_state_layer_ids"
 
 
 def layers(raw: dict, num_layers: int = 16) -> tuple[int, ...]:
-    draft = dataclasses.replace(ModelConfig.read(DEMO_EAGLE3), raw=raw)
-    return captured_layers(Path("head"), draft, num_layers)
+    return captured_layers(Path("head"), raw, num_layers)
 
 
 @pytest.mark.parametrize(

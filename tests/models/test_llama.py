@@ -128,9 +128,7 @@ def test_engine_decodes_as_hf_with_a_random_draft(head, tmp_path):
 
 
 UNSUPPORTED = [
-    ("architectures", ["MistralForCausalLM"], "architecture MistralForCausalLM"),
-    ("attention_bias", True, "attention_bias=True"),
-    ("mlp_bias", True, "mlp_bias=True"),
+    ("architectures", ["GPT2LMHeadModel"], "architecture GPT2LMHeadModel is not served; served are Llama"),
     ("hidden_act", "gelu", "hidden_act='gelu'"),
     ("rope_parameters", {"rope_type": "yarn", "factor": 2.0}, "rope scaling 'yarn'"),
     ("rope_scaling", {"type": "linear", "factor": 2.0}, "rope scaling 'linear'"),

@@ -112,7 +112,7 @@ def test_captured_layers(layers, captured, tmp_path):
 
 def test_d2t_maps_draft_ids_to_target_ids(tmp_path):
     write_pair(tmp_path, draft_vocab_size=40)
-    assert load_pair(tmp_path).target_id.tolist() == list(range(24, 64))
+    assert load_pair(tmp_path).vocabulary.target_id_W.tolist() == list(range(24, 64))
 
 
 def test_head_without_embedding_uses_the_targets(tmp_path):

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from specbackend.request import Request, SamplingParams
-from specbackend.speculative import eagle
+from specbackend.speculative import head_drafter
 from tests.conftest import DEMO_EAGLE3
 from tests.speculative.reference_eagle3 import ReferenceDraft, grow_tree
 from tests.test_equivalence import make_engine
@@ -17,13 +17,13 @@ def reference(hf_target) -> ReferenceDraft:
 
 def drafted_trees(engine, prompt: list[int], steps: int, monkeypatch) -> list[tuple[list[int], list[int], list[int]]]:
     """Run a few decode steps; return (all tokens before the step, tree tokens, tree parents) of each."""
-    trees, build_tree = [], eagle.build_tree
+    trees, build_tree = [], head_drafter.build_tree
 
     def recording_build_tree(*args):
         trees.append(build_tree(*args))
         return trees[-1]
 
-    monkeypatch.setattr(eagle, "build_tree", recording_build_tree)
+    monkeypatch.setattr(head_drafter, "build_tree", recording_build_tree)
     request = Request("probe", prompt, SamplingParams(max_new_tokens=200, temperature=0))
     engine.submit(request)
     contexts = []

@@ -1,0 +1,78 @@
+"""Drafting with a head (EAGLE, EAGLE-3, MTP), which is fed the target's features.
+
+A head's row t pairs the target's feature at t with token x_{t+1}. It shares the slot of the target's row t.
+"""
+
+import dataclasses
+
+import torch
+
+from specbackend.batch import Accepted, ExtendBatch, ForwardBatch, Sequences
+from specbackend.cache.slots import DUMMY_SLOT
+from specbackend.models.llama import TargetOutput
+from specbackend.runner import causal_mask
+from specbackend.speculative.draft_tree import DraftTree, build_tree
+from specbackend.speculative.drafter import CacheRule, Verified
+from specbackend.speculative.tree_growth import DraftPrefix, FirstLevel, TreeGrower
+
+
+class HeadDrafter:
+    """Keeps, per table row, where the last feed left the head: the first level of the next tree."""
+
+    cache_rule = CacheRule(successor_keys=True, has_draft_kv=True)
+
+    def __init__(self, grower: TreeGrower):
+        self.grower, self.max_depth, self.device = grower, grower.num_steps, grower.device
+        R, K, D = grower.num_rows, grower.topk, grower.model.config.hidden_size
+        self._logprob_RK = torch.zeros(R, K, device=self.device)
+        self._token_RK = torch.zeros(R, K, dtype=torch.int64, device=self.device)
+        self._hidden_RD = torch.zeros(R, D, dtype=grower.dtype, device=self.device)
+        self._causal_PP = causal_mask(self.max_depth + 1, self.device)
+
+    def follow_prompt(
+        self, batch: ExtendBatch, forward: ForwardBatch, output: TargetOutput, accepted: Accepted
+    ) -> None:
+        """The prompt shifted by one: a chunk's tail is the true next prompt token, or the one just picked."""
+        Q = forward.token_BQ.shape[1]
+        following = []
+        for request, length in zip(batch.requests, batch.chunk_lens, strict=True):
+            tokens = request.all_ids[request.num_computed + 1 : request.num_computed + length + 1]
+            following.append(tokens + [0] * (Q - len(tokens)))
+        last_B = torch.tensor(batch.chunk_lens, device=self.device) - 1
+        token_BQ = torch.tensor(following, device=self.device)
+        tail_B1 = token_BQ.gather(1, last_B[:, None]).where(accepted.count_B[:, None] == 0, accepted.token_BP)
+        token_BQ.scatter_(1, last_B[:, None], tail_B1)
+        row_B = torch.tensor([request.row for request in batch.requests], device=self.device)
+        self._feed(dataclasses.replace(forward, token_BQ=token_BQ), output.feature_TF, last_B, row_B)
+
+    def propose(self, at: Sequences, num_nodes: int) -> DraftTree:
+        first = FirstLevel(self._logprob_RK[at.row_B], self._token_RK[at.row_B], self._hidden_RD[at.row_B])
+        candidates = self.grower.grow(first, DraftPrefix(at.row_B, at.length_B, at.prefix_slot_BL))
+        return build_tree(at.root_B, candidates, num_nodes)
+
+    def follow_path(self, verified: Verified, at: Sequences) -> None:
+        """Row j of the path pairs the feature of its node with the token after it; the width is fixed."""
+        verify, path, accepted = verified.forward, verified.path, verified.accepted
+        B, P = accepted.token_BP.shape
+        N = path.order_BN.shape[1]
+        node_BP = path.order_BN[:, :P]
+        offset_P = torch.arange(P, device=self.device)
+        slot_BP = verify.slot_BQ.gather(1, node_BP).where(offset_P < path.count_B[:, None], DUMMY_SLOT)
+        batch = ForwardBatch(
+            token_BQ=accepted.token_BP,
+            position_BQ=at.length_B[:, None] + offset_P,
+            slot_BQ=slot_BP,
+            prefix_slot_BL=at.prefix_slot_BL,
+            prefix_len_B=at.length_B,
+            window_slot_BW=slot_BP,
+            window_mask_BQW=self._causal_PP[:P, :P].expand(B, P, P),
+        )
+        first_row_B1 = torch.arange(0, B * N, N, device=self.device)[:, None]
+        feature_TF = verified.output.feature_TF[(first_row_B1 + node_BP).flatten()]
+        self._feed(batch, feature_TF, path.count_B - 1, at.row_B)
+
+    def _feed(self, batch: ForwardBatch, feature_TF: torch.Tensor, last_B: torch.Tensor, row_B: torch.Tensor) -> None:
+        first = self.grower.feed(batch, self.grower.model.fuse(feature_TF), last_B)
+        self._logprob_RK[row_B] = first.logprob_BK
+        self._token_RK[row_B] = first.token_BK
+        self._hidden_RD[row_B] = first.hidden_BD

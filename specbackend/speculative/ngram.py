@@ -1,0 +1,105 @@
+"""Drafting without a network: what followed the last few tokens when they stood in this text before.
+
+Prompt lookup (Saxena 2023; vLLM's and SGLang's "ngram"), grown into a tree: each earlier occurrence proposes what came
+after it, longest match first, the later of two equally long ones first.
+"""
+
+from dataclasses import dataclass, field
+from weakref import WeakKeyDictionary
+
+import torch
+
+from specbackend.batch import Accepted, ExtendBatch, ForwardBatch, Sequences
+from specbackend.models.llama import TargetOutput
+from specbackend.request import Request
+from specbackend.speculative.draft_tree import DraftTree
+from specbackend.speculative.drafter import CacheRule, Verified
+
+MAX_OCCURRENCES = 64  # looked at per step, the latest ones: bounds the work on text that repeats itself
+
+
+@dataclass
+class NgramIndex:
+    """A text and where each n-gram of the shortest size ends in it, kept up to date as the text grows."""
+
+    size: int
+    tokens: list[int] = field(default_factory=list)
+    ends: dict[tuple[int, ...], list[int]] = field(default_factory=dict)
+
+    def extend(self, tokens: list[int]) -> None:
+        for token in tokens:
+            self.tokens.append(token)
+            if len(self.tokens) >= self.size:
+                self.ends.setdefault(tuple(self.tokens[-self.size :]), []).append(len(self.tokens))
+
+    def matches(self, longest: int) -> list[int]:
+        """Ends of earlier occurrences of the text's last tokens, best first."""
+        own = len(self.tokens)
+        ends = self.ends.get(tuple(self.tokens[-self.size :]), [])
+        earlier = [end for end in ends[-MAX_OCCURRENCES - 1 :] if end < own]
+        return sorted(earlier, key=lambda end: (-self._match_length(end, longest), -end))
+
+    def _match_length(self, end: int, longest: int) -> int:
+        length = self.size
+        while length < min(longest, end) and self.tokens[end - 1 - length] == self.tokens[-1 - length]:
+            length += 1
+        return length
+
+
+class TokenTree:
+    """A draft tree as lists; node 0 is the root. Siblings have distinct tokens."""
+
+    def __init__(self, root: int):
+        self.tokens, self.parents = [root], [0]
+        self._children: dict[tuple[int, int], int] = {}
+
+    def add_path(self, tokens: list[int], num_nodes: int) -> None:
+        """Add the path below the root, as far as it is new, until the tree has num_nodes."""
+        node = 0
+        for token in tokens:
+            child = self._children.get((node, token))
+            if child is None:
+                if len(self.tokens) == num_nodes:
+                    return
+                child = self._children[node, token] = len(self.tokens)
+                self.tokens.append(token)
+                self.parents.append(node)
+            node = child
+
+
+class NgramDrafter:
+    cache_rule = CacheRule()
+
+    def __init__(self, num_draft_tokens: int, min_match: int, max_match: int, device):
+        self.max_depth, self.min_match, self.max_match = num_draft_tokens - 1, min_match, max_match
+        self.device = device
+        self._indexes: WeakKeyDictionary[Request, NgramIndex] = WeakKeyDictionary()
+
+    def follow_prompt(
+        self, batch: ExtendBatch, forward: ForwardBatch, output: TargetOutput, accepted: Accepted
+    ) -> None:
+        """Nothing to do: texts are read when something is proposed for them."""
+
+    def propose(self, at: Sequences, num_nodes: int) -> DraftTree:
+        trees = [self._tree(request, num_nodes) for request in at.requests]
+        token_BN = torch.tensor([tree.tokens for tree in trees], device=self.device)
+        return DraftTree.of(token_BN, torch.tensor([tree.parents for tree in trees], device=self.device))
+
+    def follow_path(self, verified: Verified, at: Sequences) -> None:
+        """Nothing to do, as above."""
+
+    def _tree(self, request: Request, num_nodes: int) -> TokenTree:
+        index = self._index(request)
+        tree = TokenTree(index.tokens[-1])
+        for end in index.matches(self.max_match):
+            tree.add_path(index.tokens[end : end + self.max_depth], num_nodes)
+        tree.add_path([0] * num_nodes, num_nodes)  # the forward has num_nodes rows anyway
+        return tree
+
+    def _index(self, request: Request) -> NgramIndex:
+        index = self._indexes.get(request)
+        if index is None:
+            index = self._indexes[request] = NgramIndex(self.min_match)
+            index.extend(request.input_ids)
+        index.extend(request.output_ids[len(index.tokens) - len(request.input_ids) :])
+        return index

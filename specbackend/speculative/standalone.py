@@ -1,0 +1,68 @@
+"""Drafting with a small language model that reads the same tokens as the target, and shares its slot numbers."""
+
+import torch
+
+from specbackend.batch import Accepted, ExtendBatch, ForwardBatch, Sequences
+from specbackend.cache.kv_pool import RequestTable
+from specbackend.cache.slots import DUMMY_SLOT
+from specbackend.models.llama import TargetOutput
+from specbackend.runner import causal_mask
+from specbackend.speculative.draft_tree import DraftTree, build_tree
+from specbackend.speculative.drafter import CacheRule, Verified
+from specbackend.speculative.tree_growth import DraftPrefix, TreeGrower
+
+
+class StandaloneDrafter:
+    """Before it drafts, it reads the last P tokens of each sequence, root included: at least all that are new to it.
+
+    P is the longest path that a step can accept, whose first node was read as the root of that step, plus the new root.
+    Reading some tokens again costs nothing, as the width is fixed anyway, and saves keeping count of what is new.
+    """
+
+    def __init__(self, grower: TreeGrower, table: RequestTable):
+        self.grower, self.table, self.max_depth = grower, table, grower.num_steps
+        self.cache_rule = CacheRule(has_draft_kv=True, unfed_tokens=self.max_depth)
+        self._back_P = torch.arange(-self.max_depth, 1, device=grower.device)
+
+    def follow_prompt(
+        self, batch: ExtendBatch, forward: ForwardBatch, output: TargetOutput, accepted: Accepted
+    ) -> None:
+        last_B = torch.tensor(batch.chunk_lens, device=self.grower.device) - 1
+        self.grower.feed(forward, None, last_B)
+
+    def propose(self, at: Sequences, num_nodes: int) -> DraftTree:
+        P = len(self._back_P)
+        first = self.grower.feed(self._recent(at), None, torch.full_like(at.length_B, P - 1))
+        slot_BL = self.table.slots[at.row_B, : at.prefix_slot_BL.shape[1] + 1]  # one more: the root has been read
+        candidates = self.grower.grow(first, DraftPrefix(at.row_B, at.length_B + 1, slot_BL))
+        return build_tree(at.root_B, candidates, num_nodes)
+
+    def follow_path(self, verified: Verified, at: Sequences) -> None:
+        """Nothing to do: the next proposal reads what was accepted."""
+
+    def _recent(self, at: Sequences) -> ForwardBatch:
+        """The last P tokens as rows on the right; a shorter sequence is padded on the left."""
+        P = len(self._back_P)
+        tokens = [_last(request.input_ids, request.output_ids, P) for request in at.requests]
+        position_BP = at.length_B[:, None] + self._back_P
+        valid_BP = position_BP >= 0
+        position_BP = position_BP.clamp(min=0)
+        slot_BP = self.table.slots[at.row_B[:, None], position_BP].where(valid_BP, DUMMY_SLOT)
+        seen_BPP = causal_mask(P, self.grower.device) & valid_BP[:, None, :]
+        own_PP = torch.eye(P, dtype=torch.bool, device=self.grower.device)
+        return ForwardBatch(
+            token_BQ=torch.tensor(tokens, device=self.grower.device),
+            position_BQ=position_BP,
+            slot_BQ=slot_BP,
+            prefix_slot_BL=at.prefix_slot_BL,
+            prefix_len_B=position_BP[:, 0],
+            window_slot_BW=slot_BP,
+            window_mask_BQW=seen_BPP | own_PP,
+        )
+
+
+def _last(prompt: list[int], output: list[int], count: int) -> list[int]:
+    """The last `count` tokens of prompt and output, zeros in front if there are fewer."""
+    tail = output[-count:]
+    tail = prompt[max(0, len(prompt) - (count - len(tail))) :] + tail if len(tail) < count else tail
+    return [0] * (count - len(tail)) + tail

@@ -1,0 +1,61 @@
+"""Speculative decoding: draft a tree, verify it in one target forward, keep the accepted path, tell the drafter."""
+
+import torch
+
+from specbackend.batch import Accepted, DecodeBatch, ExtendBatch, ForwardBatch, Sequences
+from specbackend.runner import TargetRunner, extend_forward_batch
+from specbackend.sampling import SamplingBatch, pick_tokens
+from specbackend.speculative.draft_tree import DraftTree
+from specbackend.speculative.drafter import Drafter, Verified
+from specbackend.speculative.plain import pick_after_prompt
+from specbackend.speculative.verifier import AcceptedPath, accept_path
+
+
+class TreeDecoder:
+    """A request of n computed tokens owns the slots of table columns [0, n + N): the last N are the tree's window.
+
+    Accepting a path permutes the window so that the path's slots come first. Nothing is copied or freed; the scheduler
+    refills the window's end before the next step.
+    """
+
+    def __init__(self, runner: TargetRunner, drafter: Drafter, num_nodes: int):
+        self.runner, self.drafter, self.num_nodes = runner, drafter, num_nodes
+        self.max_path = min(drafter.max_depth + 1, num_nodes)
+        self._node_N = torch.arange(num_nodes, device=runner.device)
+
+    def extend(self, batch: ExtendBatch) -> Accepted:
+        forward = extend_forward_batch(self.runner, batch)
+        output = self.runner.forward(forward)
+        accepted = pick_after_prompt(self.runner, batch, output)
+        self.drafter.follow_prompt(batch, forward, output, accepted)
+        return accepted
+
+    def decode(self, batch: DecodeBatch) -> Accepted:
+        at = self.runner.sequences(batch.requests)
+        tree = self.drafter.propose(at, self.num_nodes)
+        verify = self._verify_batch(tree, at)
+        output = self.runner.forward(verify)
+        logits_BNV = self.runner.model.logits(output.hidden_TD).view(*tree.token_BN.shape, -1)
+        sampling = SamplingBatch.of(batch.requests, self.runner.device)
+        pick_BN = pick_tokens(logits_BNV, verify.position_BQ + 1, sampling)
+        path = accept_path(tree, pick_BN)
+        self._keep_path(path, verify, at)
+        accepted = Accepted(pick_BN.gather(1, path.order_BN[:, : self.max_path]), path.count_B)
+        self.drafter.follow_path(Verified(verify, output, path, accepted), at)
+        return accepted
+
+    def _verify_batch(self, tree: DraftTree, at: Sequences) -> ForwardBatch:
+        slot_BN = self.runner.table.slots[at.row_B[:, None], at.length_B[:, None] + self._node_N]
+        return ForwardBatch(
+            token_BQ=tree.token_BN,
+            position_BQ=at.length_B[:, None] + tree.depth_BN,
+            slot_BQ=slot_BN,
+            prefix_slot_BL=at.prefix_slot_BL,
+            prefix_len_B=at.length_B,
+            window_slot_BW=slot_BN,
+            window_mask_BQW=tree.mask_BNN,
+        )
+
+    def _keep_path(self, path: AcceptedPath, verify: ForwardBatch, at: Sequences) -> None:
+        column_BN = at.length_B[:, None] + self._node_N
+        self.runner.table.slots[at.row_B[:, None], column_BN] = verify.slot_BQ.gather(1, path.order_BN)
