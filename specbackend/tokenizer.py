@@ -17,8 +17,12 @@ from tokenizers import Tokenizer as FastTokenizer
 from specbackend.errors import ConfigError
 
 
+class ChatTemplateError(ValueError):
+    """What the chat template has against a conversation, in its own words."""
+
+
 class Tokenizer:
-    """Text to ids and back. Raises ConfigError if the folder has no tokenizer."""
+    """Text to ids and back. Raises ConfigError if the folder has no tokenizer, or one that cannot be read."""
 
     def __init__(self, path: str | Path):
         self._path = Path(path)
@@ -40,28 +44,34 @@ class Tokenizer:
 
     @property
     def has_chat_template(self) -> bool:
-        return self._template is not None
+        """Whether there is one; `check_chat_template` says whether it is any good."""
+        return self._template_source is not None
+
+    def check_chat_template(self) -> None:
+        """Raises ConfigError if there is no template, or its syntax is broken."""
+        _ = self._template
 
     def apply_chat_template(self, messages: list[dict[str, str]]) -> str:
         """Render the conversation up to where the assistant speaks; the text already holds its special tokens.
 
-        Raises ConfigError if there is no template, or the template's own complaint as ValueError.
+        Raises ConfigError like `check_chat_template`, and ChatTemplateError.
         """
-        if self._template is None:
-            raise ConfigError(f"the tokenizer in {self._path} has no chat template")
+        template = self._template
         try:
-            return self._template.render(messages=messages, add_generation_prompt=True, **self._special_tokens)
+            return template.render(messages=messages, add_generation_prompt=True, **self._special_tokens)
         except jinja2.TemplateError as error:
-            raise ValueError(f"chat template: {error}") from error
+            raise ChatTemplateError(f"chat template: {error}") from error
 
     @cached_property
-    def _template(self) -> jinja2.Template | None:
-        source = self._template_source()
+    def _template(self) -> jinja2.Template:
+        if self._template_source is None:
+            raise ConfigError("the tokenizer has no chat template")
         try:
-            return None if source is None else _template_environment().from_string(source)
+            return _template_environment().from_string(self._template_source)
         except jinja2.TemplateSyntaxError as error:
-            raise ConfigError(f"{self._path}: chat template: {error}") from error
+            raise ConfigError(f"chat template: {error}") from error
 
+    @cached_property
     def _template_source(self) -> str | None:
         own_file = self._path / "chat_template.jinja"
         if own_file.exists():
@@ -81,7 +91,10 @@ class Tokenizer:
 
 def _load(path: Path) -> FastTokenizer:
     if (path / "tokenizer.json").exists():
-        return FastTokenizer.from_file(str(path / "tokenizer.json"))
+        try:
+            return FastTokenizer.from_file(str(path / "tokenizer.json"))
+        except Exception as error:  # it has no class of its own
+            raise ConfigError(f"{path / 'tokenizer.json'}: {error}") from error
     if not (path / "tokenizer_config.json").exists():
         raise ConfigError(f"model_path: {path} has neither tokenizer.json nor tokenizer_config.json")
     from transformers import AutoTokenizer  # converts older formats; slow, so only where it must be
@@ -90,7 +103,10 @@ def _load(path: Path) -> FastTokenizer:
 
 
 def _read_json(path: Path) -> dict:
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    try:
+        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    except ValueError as error:
+        raise ConfigError(f"{path}: is not JSON: {error}") from error
 
 
 class _Generation(jinja2.ext.Extension):

@@ -54,9 +54,20 @@ def with_template(folder, template: str) -> Tokenizer:
     return Tokenizer(folder)
 
 
-def test_template_with_a_syntax_error_is_refused_while_loading(tmp_path):
-    with pytest.raises(ConfigError, match="chat template: unexpected"):
-        _ = with_template(tmp_path, "{{ }").has_chat_template
+def test_template_with_a_syntax_error_is_refused_where_it_is_used(tmp_path):
+    tokenizer = with_template(tmp_path, "{{ }")
+    assert tokenizer.has_chat_template
+    for use in (tokenizer.check_chat_template, lambda: tokenizer.apply_chat_template(CHAT)):
+        with pytest.raises(ConfigError, match="chat template: unexpected"):
+            use()
+
+
+def test_files_that_cannot_be_read_are_named(tmp_path):
+    for name in ("tokenizer_config.json", "tokenizer.json"):
+        folder = save_byte_checkpoint(tmp_path / name)
+        (folder / name).write_text("{broken")
+        with pytest.raises(ConfigError, match=name):
+            Tokenizer(folder)
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,6 @@
 """The llm model inside Triton's stub process: load, execute, finalize. Thin: the engine is a process of its own."""
 
 import json
-import logging
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,13 +11,11 @@ from specbackend.serving.calls import Call, CallReader, CancelCall
 from specbackend.serving.metrics import Metrics
 from specbackend.serving.responder import Arrival, Responder
 from specbackend.serving.supervisor import ENGINE_COMMAND, EngineSupervisor
-from specbackend.serving.triton_io import Sender
+from specbackend.serving.triton_io import Sender, log_bug
 from specbackend.tokenizer import Tokenizer
 
 # Parameters that Triton's Python backend reads itself, and ours that are not the engine's.
 TRITON_PARAMETERS = ("EXECUTION_ENV_PATH", "FORCE_CPU_ONLY_INPUT_TENSORS", "TRITON_ENABLE_GPU", "REPORT_CUSTOM_METRICS")
-
-log = logging.getLogger(__name__)
 
 
 class Adapter:
@@ -28,7 +25,7 @@ class Adapter:
         self._pb = pb_utils
         params = read_parameters(args)
         labels = {"model": args["model_name"], "version": args["model_version"]}
-        metrics = Metrics(pb_utils, labels) if is_true(params.get("REPORT_CUSTOM_METRICS", "false")) else None
+        metrics = Metrics(pb_utils, labels) if read_flag(params, "REPORT_CUSTOM_METRICS", False) else None
         config = EngineConfig.from_params({k: v for k, v in params.items() if k not in TRITON_PARAMETERS})
         config = config.resolve_paths(base_path(args))
         tokenizer = Tokenizer(config.model_path)
@@ -60,7 +57,7 @@ class Adapter:
         except InvalidRequest as error:
             return error
         except Exception as error:  # a bug; the client hears of it, and the other requests of this batch are served
-            log.exception("while reading a request")
+            log_bug(error)
             return error
 
 
@@ -82,5 +79,16 @@ def base_path(args: Mapping[str, str]) -> Path:
     return Path(args["model_repository"]).resolve().parent.parent
 
 
-def is_true(value: object) -> bool:
-    return str(value).strip().lower() in ("true", "yes", "1")
+def is_set(params: Mapping[str, object], name: str) -> bool:
+    """Whether a parameter has a value: an empty one and `none` mean the default, as for the engine's parameters."""
+    return str(params.get(name, "")).strip().lower() not in ("", "none")
+
+
+def read_flag(params: Mapping[str, object], name: str, default: bool) -> bool:
+    """Raises ConfigError for a word that is neither."""
+    words = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
+    value = params[name] if is_set(params, name) else default
+    try:
+        return words[str(value).strip().lower()]
+    except KeyError:
+        raise ConfigError(f"{name}: must be true or false, got {value!r}") from None

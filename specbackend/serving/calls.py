@@ -27,6 +27,7 @@ PARAMETER_TYPES = {
     **dict.fromkeys(("FP16", "FP32", "FP64"), NUMBER),
     "JSON": ((int, str), "a number or a JSON list of numbers"),
 }
+MOST_STOP_WORDS = 64  # every one is looked for after every token, in the thread that answers everybody
 SAMPLING_FIELDS = tuple(f.name for f in fields(SamplingParams))
 
 
@@ -89,17 +90,27 @@ class Fields:
             raise Unsupported(spec.name, f"is not supported{only}")
 
 
-def read_fields(request: Any) -> Fields:
+def read_fields(request: Any, context_length: int) -> Fields:
     """Collect the request's tensors and parameters. Raises InvalidRequest, naming the field."""
     fields = Fields()
     for tensor in request.inputs():
-        fields.add(TENSORS[tensor.name()], tensor_values(tensor.name(), tensor.as_numpy()))
+        spec, array = TENSORS[tensor.name()], tensor.as_numpy()
+        check_size(spec, array.size, context_length)
+        fields.add(spec, tensor_values(spec.name, array))
     for name, value in json.loads(request.parameters() or "{}").items():
         if name not in PARAMETERS:
             raise InvalidRequest(name, f"is not a known parameter (known: {', '.join(sorted(PARAMETERS))})")
         check_type(PARAMETERS[name], value)
         fields.add(PARAMETERS[name], [value])
     return fields
+
+
+def check_size(spec: Input, size: int, context_length: int) -> None:
+    """Before a tensor becomes a Python list, which takes a second per million values and holds up everybody."""
+    if spec.sets == "input_ids":
+        check_prompt_length(spec.name, size, context_length)
+    elif spec.sets == "stop" and size > MOST_STOP_WORDS:
+        raise InvalidRequest(spec.name, f"has {size} strings, at most {MOST_STOP_WORDS} are served")
 
 
 def check_type(spec: Input, value: Any) -> None:
@@ -142,7 +153,7 @@ class CallReader:
 
     def read(self, request: Any) -> Call | CancelCall:
         """Raises InvalidRequest or Unsupported, naming the field as the client calls it."""
-        fields = read_fields(request)
+        fields = read_fields(request, self._limits.context_length)
         if fields.get("cancel"):
             return _read_cancel(request)
         input_ids = self._read_prompt(fields)
@@ -169,7 +180,6 @@ class CallReader:
         length = fields.get("input_length", len(input_ids))
         if length != len(input_ids):
             raise InvalidRequest("input_lengths", f"is {length}, but input_ids has {len(input_ids)}")
-        check_prompt_length("input_ids", len(input_ids), self._limits.context_length)
         vocab_size = self._limits.vocab_size
         if not all(0 <= token < vocab_size for token in input_ids):
             raise InvalidRequest("input_ids", f"must lie between 0 and {vocab_size - 1}, the model's vocabulary")
@@ -253,7 +263,7 @@ def _read_timeout(fields: Fields) -> int:
 def _read_numbers(name: str, value: object) -> list[int]:
     try:
         numbers = json.loads(value) if isinstance(value, str) else value
-    except json.JSONDecodeError:
+    except (ValueError, RecursionError):  # no JSON, absurdly long numbers; absurdly deep lists
         raise InvalidRequest(name, f"must be a number or a JSON list of numbers, got {value!r}") from None
     return numbers if isinstance(numbers, list) else [numbers]
 

@@ -8,12 +8,12 @@ import numpy as np
 
 from specbackend.errors import ConfigError, InvalidRequest
 from specbackend.models.model_config import read_max_positions
-from specbackend.serving.adapter import TRITON_PARAMETERS, base_path, is_true, read_parameters
+from specbackend.serving.adapter import TRITON_PARAMETERS, base_path, is_set, read_flag, read_parameters
 from specbackend.serving.calls import encode_prompt, only_value, tensor_values
-from specbackend.serving.triton_io import triton_error
-from specbackend.tokenizer import Tokenizer
+from specbackend.serving.triton_io import log_bug, triton_error
+from specbackend.tokenizer import ChatTemplateError, Tokenizer
 
-PARAMETERS = ("model_path", "apply_chat_template", "context_length")  # the last two: as the checkpoint has it
+PARAMETERS = ("model_path", "apply_chat_template", "context_length")  # the last two, if unset: as the checkpoint has it
 
 
 class Preprocessor:
@@ -24,34 +24,45 @@ class Preprocessor:
         params = read_parameters(args)
         if unknown := sorted(set(params) - {*PARAMETERS, *TRITON_PARAMETERS}):
             raise ConfigError(f"unknown parameter {', '.join(unknown)}; known: {', '.join(PARAMETERS)}")
-        path = base_path(args) / str(params.get("model_path", ""))
+        if not is_set(params, "model_path"):
+            raise ConfigError("model_path: is required")
+        path = base_path(args) / str(params["model_path"])
         self._tokenizer = Tokenizer(path)
-        self._chat = is_true(params.get("apply_chat_template", self._tokenizer.has_chat_template))
         self._context_length = _context_length(params, path)
-        if self._chat and not self._tokenizer.has_chat_template:
-            raise ConfigError(f"apply_chat_template: the tokenizer in {path} has no chat template; set it to false")
+        self._chat = read_flag(params, "apply_chat_template", self._tokenizer.has_chat_template)
+        if self._chat:
+            self._check_template(path)
 
     def execute(self, requests: Iterable[Any]) -> list:
         return [self._respond(request) for request in requests]
 
+    def _check_template(self, path: Path) -> None:
+        try:
+            self._tokenizer.check_chat_template()
+        except ConfigError as error:
+            raise ConfigError(f"apply_chat_template: {path}: {error}; mend it, or set it to false") from error
+
     def _respond(self, request: Any) -> Any:
         try:
             inputs = {tensor.name(): _value(tensor) for tensor in request.inputs()}
-            input_ids = self._encode(inputs)
-        except Exception as error:  # of this request, perhaps from its template: the others of the batch go on
-            return self._pb.InferenceResponse(output_tensors=[], error=triton_error(self._pb, error))
-        tensor = self._pb.Tensor("input_ids", np.array([input_ids], np.int32))
-        return self._pb.InferenceResponse(output_tensors=[tensor])
+            tensor = self._pb.Tensor("input_ids", np.array([self._encode(inputs)], np.int32))
+            return self._pb.InferenceResponse(output_tensors=[tensor])
+        except InvalidRequest as error:
+            return self._failure(error)
+        except Exception as error:  # a bug, ours or the template's; the others of the batch go on
+            log_bug(error)
+            return self._failure(error)
+
+    def _failure(self, error: Exception) -> Any:
+        return self._pb.InferenceResponse(output_tensors=[], error=triton_error(self._pb, error))
 
     def _encode(self, inputs: Mapping[str, Any]) -> list[int]:
         chat = inputs.get("apply_chat_template", self._chat)
-        if chat and not self._tokenizer.has_chat_template:
-            raise InvalidRequest("apply_chat_template", "the tokenizer has no chat template")
         try:
             return encode_prompt(self._tokenizer, inputs.get("text_input"), self._context_length, chat)
-        except ValueError as error:
-            if isinstance(error, InvalidRequest):
-                raise
+        except ConfigError as error:  # the request wants a template that does not exist, or is broken
+            raise InvalidRequest("apply_chat_template", str(error)) from error
+        except ChatTemplateError as error:
             raise InvalidRequest("text_input", str(error)) from error
 
 
@@ -61,8 +72,7 @@ def _value(tensor: Any) -> Any:
 
 def _context_length(params: Mapping[str, object], path: Path) -> int:
     """The parameter, or how many tokens the checkpoint was made for."""
-    given = params.get("context_length") or read_max_positions(path)
-    try:
-        return int(str(given))
-    except ValueError:
-        raise ConfigError(f"context_length: {given!r} is not a number") from None
+    value = params["context_length"] if is_set(params, "context_length") else read_max_positions(path)
+    if not str(value).strip().isdecimal() or int(str(value)) == 0:
+        raise ConfigError(f"context_length: must be a positive integer, got {value!r}")
+    return int(str(value))

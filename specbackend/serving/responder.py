@@ -5,7 +5,6 @@ another finishes it. With one thread for all of this neither can happen, and no 
 """
 
 import itertools
-import logging
 import os
 import queue
 import threading
@@ -21,13 +20,11 @@ from specbackend.serving.generation import Generation
 from specbackend.serving.metrics import PUBLISH_INTERVAL_S, Metrics
 from specbackend.serving.protocol import Cancel, Message, Ready, Rejected, Step, Submit
 from specbackend.serving.supervisor import EngineDown, EngineSupervisor, wait_readable
-from specbackend.serving.triton_io import Sender
+from specbackend.serving.triton_io import Sender, log_bug
 
 SWEEP_INTERVAL_S = 0.1  # between two looks at cancellations and deadlines: 64 requests cost 2 ms
 QUEUE_FULL = "Exceeds maximum queue size"  # Triton's own words, here and below
 TIMEOUT = "Request timeout expired"
-
-log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -52,7 +49,11 @@ class Stream:
 
 
 class Responder:
-    """Owns the engine supervisor and all open streams. Only `put` and `close` are for other threads."""
+    """Owns the engine supervisor and all open streams. Only `put` and `close` are for other threads.
+
+    What is done for one client is done under its sender's `guard`: a bug there becomes the client's final answer and
+    touches nobody else. The stream that is left behind is dropped by the next sweep.
+    """
 
     def __init__(
         self,
@@ -95,9 +96,10 @@ class Responder:
         while not self._closing:
             try:
                 self._turn()
-            except Exception:  # a bug; but without this thread every client would hang
-                log.exception("in the response thread")
+            except Exception as error:  # a bug; but without this thread every client would hang
+                log_bug(error)
                 time.sleep(SWEEP_INTERVAL_S)
+        self._take_arrivals()
         self._fail_streams("the model is being unloaded")
         self._supervisor.close()
 
@@ -109,7 +111,8 @@ class Responder:
         if self._supervisor.fileno() in readable:
             self._take_events(self._supervisor.receive())
         now = time.monotonic()
-        self._supervisor.tend(now, busy=any(stream.submitted for stream in self._streams.values()))
+        busy = any(stream.submitted for stream in self._streams.values())
+        self._take_events(self._supervisor.tend(now, busy))
         if now >= self._next_sweep:
             self._next_sweep = now + SWEEP_INTERVAL_S
             self._sweep(now)
@@ -119,7 +122,7 @@ class Responder:
 
     def _wait(self) -> list[int]:
         engine_fd = self._supervisor.fileno()
-        idle = engine_fd is not None and not self._streams and not self._stats
+        idle = self._supervisor.ready and not self._streams and not self._stats
         files = [self._wake_fd] if engine_fd is None else [self._wake_fd, engine_fd]
         return wait_readable(files, None if idle else SWEEP_INTERVAL_S)
 
@@ -128,11 +131,8 @@ class Responder:
     def _take_arrivals(self) -> None:
         while not self._inbox.empty():
             arrival = self._inbox.get()
-            try:
+            with arrival.sender.guard():
                 self._take_arrival(arrival)
-            except Exception as error:  # a bug; but this client must hear of it, and the others are waiting
-                log.exception("while taking a request")
-                arrival.sender.fail(error)
 
     def _take_arrival(self, arrival: Arrival) -> None:
         match arrival.outcome:
@@ -161,8 +161,9 @@ class Responder:
 
     def _cancel(self, client_id: str) -> None:
         for stream in [stream for stream in self._streams.values() if stream.call.client_id == client_id]:
-            self._drop(stream)
-            stream.sender.send(stream.generation.abort(), final=True)
+            with stream.sender.guard():
+                self._drop(stream)
+                stream.sender.send(stream.generation.abort(), final=True)
 
     # ---- from the engine
 
@@ -178,7 +179,8 @@ class Responder:
                     self._reject(event)
                 case Ready():
                     for stream in self._streams.values():
-                        self._submit(stream)
+                        with stream.sender.guard():
+                            self._submit(stream)
                 case EngineDown(reason, was_ready):
                     self._fail_streams(f"the engine has ended, a new one is being started: {reason}", was_ready)
         for update in updates.values():
@@ -186,24 +188,21 @@ class Responder:
 
     def _advance(self, update: Update) -> None:
         stream = self._streams.get(update.request_id)
-        if stream is None:  # dropped while the update was on its way
+        if stream is None or stream.sender.is_done:  # dropped while the update was on its way, or about to be
             return
-        try:
+        with stream.sender.guard():
             outputs = stream.generation.advance(update)
-        except Exception as error:  # a bug; but the other streams must not lose their updates over it
-            log.exception("while answering")
-            self._drop(stream)
-            stream.sender.fail(error)
-            return
-        final = stream.generation.finish_reason is not None
-        if final:
-            self._drop(stream, tell_engine=not update.finished)
-        if outputs is not None:
-            stream.sender.send(outputs, final)
+            final = stream.generation.finish_reason is not None
+            if final:
+                self._drop(stream, tell_engine=not update.finished)
+            if outputs is not None:
+                stream.sender.send(outputs, final)
 
     def _reject(self, rejected: Rejected) -> None:
         stream = self._streams.get(rejected.request_id)
-        if stream is not None:
+        if stream is None:
+            return
+        with stream.sender.guard():
             self._drop(stream, tell_engine=False)
             queue_full = rejected.field is None
             error = Unavailable(QUEUE_FULL) if queue_full else InvalidRequest(rejected.field, rejected.message)
@@ -212,41 +211,43 @@ class Responder:
     def _fail_streams(self, reason: str, only_submitted: bool = False) -> None:
         """Answer UNAVAILABLE. Those not submitted can wait for the next engine, unless it fails to start."""
         for stream in [s for s in self._streams.values() if s.submitted or not only_submitted]:
-            self._drop(stream, tell_engine=False)
-            stream.sender.fail(Unavailable(reason))
+            with stream.sender.guard():
+                self._drop(stream, tell_engine=False)
+                stream.sender.fail(Unavailable(reason))
 
     # ---- by time
 
     def _sweep(self, now: float) -> None:
-        """End the streams whose client went away or whose time is over."""
+        """End the streams whose client went away or whose time is over, and drop those that a bug has ended."""
         for stream in list(self._streams.values()):
-            try:
-                if error := self._reason_to_end(stream, now):
-                    self._abandon(stream, error)
-            except Exception as error:  # a bug; but the other streams must be looked at
-                log.exception("in the sweep")
-                self._abandon(stream, error)
+            with stream.sender.guard():
+                if stream.sender.is_done:
+                    self._drop(stream)
+                elif reason := self._reason_to_end(stream, now):
+                    self._drop(stream)
+                    stream.sender.fail(Cancelled(reason))
 
-    def _reason_to_end(self, stream: Stream, now: float) -> Exception | None:
+    def _reason_to_end(self, stream: Stream, now: float) -> str | None:
         deadline = stream.call.deadline
         if deadline is not None and now >= deadline:
-            return Cancelled(TIMEOUT)
-        return Cancelled("Request was cancelled") if stream.sender.is_cancelled() else None
-
-    def _abandon(self, stream: Stream, error: Exception) -> None:
-        self._drop(stream)
-        stream.sender.fail(error)
+            return TIMEOUT
+        return "Request was cancelled" if stream.sender.is_cancelled() else None
 
     def _drop(self, stream: Stream, tell_engine: bool = True) -> None:
-        """Forget a stream, always before its final response: should that fail, nothing is sent twice."""
+        """Forget a stream, and let the engine forget it."""
         del self._streams[stream.generation.request_id]
         if tell_engine and stream.submitted:
             self._supervisor.send(Cancel(stream.generation.request_id))
 
     def _publish(self) -> None:
         stats, self._stats = self._stats, {}
-        if self._metrics is not None:
+        if self._metrics is None:
+            return
+        try:
             self._metrics.publish(stats)
+        except Exception as error:  # it would fail each time; answers matter more
+            log_bug(error)
+            self._metrics = None
 
 
 def merge(earlier: Update | None, later: Update) -> Update:

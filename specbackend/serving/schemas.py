@@ -45,7 +45,7 @@ LLM_INPUTS = (
     # length and end
     Input("max_tokens", "INT32", sets="max_new_tokens"),
     Input("request_output_len", "INT32", sets="max_new_tokens"),
-    Input("stop_words", "STRING", LIST, sets="stop"),
+    Input("stop_words", "STRING", LIST, sets="stop"),  # at most calls.MOST_STOP_WORDS
     Input("end_id", "INT32", sets="end_id"),  # -1: ignore_eos
     # choice of tokens
     Input("temperature", "FP32", sets="temperature"),  # absent: greedy

@@ -20,6 +20,8 @@ ENGINE_COMMAND = (sys.executable or "python3", "-m", "specbackend.serving.engine
 SEND_TIMEOUT_S = 10.0  # an engine that does not read for so long is treated as silent
 FIRST_DELAY_S, LONGEST_DELAY_S = 0.5, 30.0  # between failed restarts; the first restart is immediate
 EXIT_GRACE_S = 0.2  # for a process that has closed its socket to end by itself; clients wait for their answer meanwhile
+EXIT_LIMIT_S = 30.0  # for a killed process to be gone; a driver may hold it for ever
+LOAD_FACTOR = 3  # a restart may take so much longer than the first load: its files may have left the page cache
 
 log = logging.getLogger(__name__)
 
@@ -87,10 +89,11 @@ class EngineSupervisor:
         self._command = command
         self._process: EngineProcess | None = None
         self._ended: EngineProcess | None = None  # the one before
+        self._load_limit = 0.0  # for restarts; known once the first engine has loaded
         self._restart_at = 0.0
         self._num_failures = 0  # since the last step
         self._reason = ""  # why the process is about to end, if known
-        self._last_sign = 0.0  # of life
+        self._last_sign = 0.0  # of life: a message, the start, the end
         self._busy = False
         self.ready = False
 
@@ -100,13 +103,15 @@ class EngineSupervisor:
 
     def start(self) -> Ready:
         """The first start: wait until the engine has loaded. Raises EngineError with the engine's own message."""
+        start = time.monotonic()
         self._process = EngineProcess(self._params, self._command)
         while True:
-            wait_readable([self])  # loading takes as long as it takes
+            wait_readable([self])  # loading takes as long as it takes; who starts the server sees it
             for event in self.receive():
                 if isinstance(event, EngineDown):
                     raise EngineError(event.reason)
                 if isinstance(event, Ready):
+                    self._load_limit = LOAD_FACTOR * (time.monotonic() - start) + self._watchdog_timeout
                     return event
 
     def fileno(self) -> int | None:
@@ -130,6 +135,8 @@ class EngineSupervisor:
             messages = self._process.channel.receive()
         except (EOFError, ConnectionError):
             return [self._bury()]
+        except Exception as error:  # a bug; and what follows on the socket would mean nothing either
+            return [self._give_up(f"sent what cannot be read: {type(error).__name__}: {error}")]
         self._last_sign = time.monotonic()
         for message in messages:
             if isinstance(message, Ready):
@@ -140,16 +147,22 @@ class EngineSupervisor:
                 self._kill(message.message)  # it ends by itself, but slower
         return messages
 
-    def tend(self, now: float, busy: bool) -> None:
-        """Restart an engine that is gone; kill a ready one that is busy and says nothing."""
-        if not (busy and self._busy):
+    def tend(self, now: float, busy: bool) -> list[EngineDown]:
+        """Restart an engine that is gone; end one that says nothing though it is loading or busy."""
+        if self._process is None:
+            # before the old one has exited the device's memory is not free
+            gone = self._ended.exited or now > self._last_sign + EXIT_LIMIT_S
+            return self._restart(now) if gone and now >= self._restart_at else []
+        if self.ready and not (busy and self._busy):
             self._last_sign = now  # an idle engine says nothing, however long
         self._busy = busy
-        if self._process is None:
-            if now >= self._restart_at and self._ended.exited:  # before that the device's memory is not free
-                self._restart(now)
-        elif self.ready and now > self._last_sign + self._watchdog_timeout:
-            self._kill(f"finished no step in {self._watchdog_timeout:g} s (watchdog_timeout)")
+        silence = now - self._last_sign
+        if self.ready and silence > self._watchdog_timeout:
+            return [self._give_up(f"finished no step in {self._watchdog_timeout:g} s (watchdog_timeout)")]
+        if not self.ready and silence > self._load_limit:
+            limit = f"{self._load_limit:.1f} s ({LOAD_FACTOR} times what the first load took, and watchdog_timeout)"
+            return [self._give_up(f"did not load within {limit}")]
+        return []
 
     def close(self) -> None:
         """End the process and wait until it has ended."""
@@ -158,20 +171,33 @@ class EngineSupervisor:
             self._process.wait()
             self._process, self.ready = None, False
 
-    def _restart(self, now: float) -> None:
-        self._restart_at = now + LONGEST_DELAY_S  # should not even the process start
-        self._process = EngineProcess(self._params, self._command)
+    def _restart(self, now: float) -> list[EngineDown]:
+        self._last_sign = now
+        try:
+            self._process = EngineProcess(self._params, self._command)
+        except OSError as error:
+            return [self._go_down(f"the engine process cannot be started: {error}")]
         log.warning("engine restarted, pid %d", self._process.pid)
+        return []
+
+    def _give_up(self, reason: str) -> EngineDown:
+        self._kill(reason)
+        return self._bury()
 
     def _kill(self, reason: str) -> None:
         self._reason = self._reason or reason
         self._process.kill()
 
     def _bury(self) -> EngineDown:
-        exit_text, was_ready = self._process.bury(), self.ready
+        exit_text = self._process.bury()
         reason, self._reason = self._reason or f"the engine process {exit_text}", ""
-        self._process, self._ended, self.ready = None, self._process, False
-        self._restart_at = time.monotonic() + self._delay()
+        self._process, self._ended = None, self._process
+        return self._go_down(reason)
+
+    def _go_down(self, reason: str) -> EngineDown:
+        was_ready, self.ready = self.ready, False
+        self._last_sign = time.monotonic()
+        self._restart_at = self._last_sign + self._delay()
         self._num_failures += 1
         log.error("engine is down: %s", reason)
         return EngineDown(reason, was_ready)

@@ -1,7 +1,9 @@
 """From our answers to Triton's responses. `pb_utils` is an argument everywhere, so that tests can pass a fake."""
 
 import logging
-from collections.abc import Mapping
+import traceback
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -20,40 +22,59 @@ class Sender:
     """Where the answer to one request goes. For the response thread only.
 
     With the final response it forgets Triton's object: to ask that then whether it is cancelled ends tritonserver.
+    What is sent after that is dropped.
     """
 
     def __init__(self, pb_utils: Any, response_sender: Any):
         self._pb = pb_utils
         self._sender = response_sender
 
+    @property
+    def is_done(self) -> bool:
+        """Whether the final response is sent."""
+        return self._sender is None
+
     def is_cancelled(self) -> bool:
-        return self._sender is None or self._sender.is_cancelled()
+        return self._sender is not None and self._sender.is_cancelled()
+
+    @contextmanager
+    def guard(self) -> Iterator[None]:
+        """For what is done for this request: a bug in it is this request's answer, and no other's business."""
+        try:
+            yield
+        except Exception as error:
+            log_bug(error)
+            self.fail(error)
 
     def send(self, outputs: Mapping[str, object], final: bool) -> None:
-        """Send values by output name; lists become [1, n], single values [1, 1]."""
-        tensors = [make_tensor(self._pb, name, value) for name, value in outputs.items()]
-        self._send(self._pb.InferenceResponse(output_tensors=tensors), final)
+        """Send values by output name; lists become [1, n], single values [1, 1]. Raises what Triton does."""
+        if self._sender is not None:
+            tensors = [make_tensor(self._pb, name, value) for name, value in outputs.items()]
+            flags = self._pb.TRITONSERVER_RESPONSE_COMPLETE_FINAL if final else 0
+            self._sender.send(self._pb.InferenceResponse(output_tensors=tensors), flags=flags)
+            if final:
+                self._sender = None
 
     def fail(self, error: Exception) -> None:
-        """Answer with an error, which is final."""
-        self._send(self._pb.InferenceResponse(output_tensors=[], error=triton_error(self._pb, error)), final=True)
-
-    def _send(self, response: Any, final: bool) -> None:
-        sender, flags = self._sender, self._pb.TRITONSERVER_RESPONSE_COMPLETE_FINAL if final else 0
+        """Answer with an error, which is final. Never raises."""
+        sender, self._sender = self._sender, None
         if sender is None:
             return
-        if final:
-            self._sender = None
         try:
-            sender.send(response, flags=flags)
-        except Exception:  # Triton cannot pass it on: nobody to tell, and no reason to stop serving the others
-            log.exception("a response is lost")
-            self._sender = None
+            response = self._pb.InferenceResponse(output_tensors=[], error=triton_error(self._pb, error))
+            sender.send(response, flags=self._pb.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
+        except Exception as lost:  # Triton's own: nobody is left to tell, and the others are served on
+            log.error("an answer is lost: %s", lost)  # without the traceback, which would show `error` too
 
 
 def make_tensor(pb_utils: Any, name: str, value: object) -> Any:
     row = value if isinstance(value, list) else [value.encode() if isinstance(value, str) else value]
     return pb_utils.Tensor(name, np.array([row], dtype=NUMPY_TYPES[OUTPUT_TYPES[name]]))
+
+
+def log_bug(error: Exception) -> None:
+    """Where it is, and not what it says, which may quote a client's text. The client gets that as its answer."""
+    log.error("%s in\n%s", type(error).__name__, "".join(traceback.format_tb(error.__traceback__)).rstrip())
 
 
 def triton_error(pb_utils: Any, error: Exception) -> Any:

@@ -10,6 +10,7 @@ from tests.fakes import FakePbUtils, save_byte_checkpoint
 
 FAKE_ENGINE = (*ENGINE_COMMAND, "--engine", "tests.fakes:FakeEngine")
 SLOW_ENGINE = (*ENGINE_COMMAND, "--engine", "tests.fakes:SlowEngine")
+STUCK_ENGINE = (*ENGINE_COMMAND, "--engine", "tests.serving.engines:StuckEngine")
 
 
 @pytest.fixture(scope="session")

@@ -10,10 +10,13 @@ import pytest
 
 from specbackend.errors import ConfigError
 from specbackend.request import FinishReason, Update
+from specbackend.serving import protocol
+from specbackend.serving import supervisor as supervisor_module
 from specbackend.serving.adapter import Adapter, read_parameters
 from specbackend.serving.errors import EngineError
-from specbackend.serving.protocol import Submit
+from specbackend.serving.protocol import Cancel, Submit
 from specbackend.serving.responder import merge
+from specbackend.serving.supervisor import EngineProcess
 from tests.fakes import (
     UNLUCKY_SEED,
     FakeError,
@@ -22,7 +25,8 @@ from tests.fakes import (
     byte_tokenizer,
     fake_answer,
 )
-from tests.serving.conftest import SLOW_ENGINE
+from tests.serving.conftest import SLOW_ENGINE, STUCK_ENGINE
+from tests.serving.engines import STUCK_SEED
 
 PROMPT = "héllo 😀 "
 
@@ -189,21 +193,205 @@ def test_engine_that_cannot_restart_answers_instead_of_hanging(adapter):
     assert error.code == FakeError.UNAVAILABLE and "is unlucky" in str(error)
 
 
-def test_an_arrival_that_cannot_be_handled_fails_alone(adapter, monkeypatch):
-    send = adapter._responder._supervisor.send
+def test_engine_that_hangs_while_it_restarts_is_given_up(start_adapter):
+    """What waits for it hears of it, and the next one is tried."""
+    adapter = start_adapter(STUCK_ENGINE, watchdog_timeout=0.3)
+    supervisor = adapter._responder._supervisor
+    supervisor._params["random_seed"] = STUCK_SEED
+    os.kill(pid(adapter), signal.SIGKILL)
+    time.sleep(0.1)
+    first_limit = supervisor._load_limit
+    error = execute(adapter, max_tokens=3).sender.error()
+    assert error.code == FakeError.UNAVAILABLE and "did not load within" in str(error)
+    assert 0.3 < supervisor._load_limit == first_limit < 10
+    supervisor._params["random_seed"] = 0
+    assert execute(adapter, text_input="xy", max_tokens=2).sender.text() == "xy"
 
-    def send_most(message):
-        if isinstance(message, Submit) and message.params.seed == 1:
-            raise OverflowError("too big")
-        send(message)
 
-    monkeypatch.setattr(adapter._responder._supervisor, "send", send_most)
+def test_hanging_restart_is_noticed_though_nobody_asks(start_adapter):
+    adapter = start_adapter(STUCK_ENGINE, watchdog_timeout=0.3)
+    supervisor = adapter._responder._supervisor
+    supervisor._params["random_seed"] = STUCK_SEED
+    os.kill(pid(adapter), signal.SIGKILL)
+    time.sleep(0.1)
+    supervisor._params["random_seed"], stuck = 0, pid(adapter)
+    deadline = time.monotonic() + supervisor._load_limit + 5
+    while pid(adapter) in (stuck, None) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert execute(adapter, text_input="xy", max_tokens=2).sender.text() == "xy"
+
+
+def test_the_next_engine_waits_for_the_old_ones_end_but_not_for_ever(adapter, monkeypatch):
+    """A killed process that a driver holds cannot exit; as long as it lives, it may have the device's memory."""
+    monkeypatch.setattr(EngineProcess, "exited", False)
+    os.kill(pid(adapter), signal.SIGKILL)
+    request = execute(adapter, text_input="xy", max_tokens=2)
+    time.sleep(0.3)
+    assert pid(adapter) is None
+    monkeypatch.setattr(supervisor_module, "EXIT_LIMIT_S", 0.2)
+    assert execute(adapter, text_input="xy", max_tokens=2).sender.text() == "xy"
+    request.sender.wait()
+
+
+def test_engine_that_cannot_even_be_started_answers_instead_of_hanging(adapter, monkeypatch):
+    monkeypatch.setattr(adapter._responder._supervisor, "_command", ["/no/such/program"])
+    os.kill(pid(adapter), signal.SIGKILL)
+    time.sleep(0.1)
+    error = execute(adapter, max_tokens=3).sender.error()
+    assert error.code == FakeError.UNAVAILABLE and "/no/such/program" in str(error)
+
+
+def test_an_engine_that_cannot_be_understood_is_replaced(adapter, monkeypatch):
+    """Its next words could not be found in the stream of bytes."""
+    first_pid, decode = pid(adapter), protocol.decode
+
+    def decode_once(body):
+        monkeypatch.setattr(protocol, "decode", decode)
+        raise ValueError("no such message")
+
+    monkeypatch.setattr(protocol, "decode", decode_once)
+    error = execute(adapter, max_tokens=3).sender.error()
+    assert error.code == FakeError.UNAVAILABLE and "no such message" in str(error)
+    assert execute(adapter, text_input="xy", max_tokens=2).sender.text() == "xy"
+    assert pid(adapter) != first_pid
+
+
+@pytest.fixture
+def break_sending(monkeypatch):
+    """Make the supervisor's `send` raise for messages that `is_bad`."""
+
+    def break_it(adapter, is_bad):
+        supervisor = adapter._responder._supervisor
+        send = supervisor.send
+
+        def send_most(message):
+            if is_bad(message):
+                raise OverflowError("too big")
+            send(message)
+
+        monkeypatch.setattr(supervisor, "send", send_most)
+
+    return break_it
+
+
+def check_internal_error(*requests: FakeRequest) -> None:
+    for request in requests:
+        assert (request.sender.error().code, str(request.sender.error())) == (
+            FakeError.INTERNAL,
+            "OverflowError: too big",
+        )
+
+
+def too_big(*_) -> None:
+    raise OverflowError("too big")
+
+
+def test_an_arrival_that_cannot_be_handled_fails_alone(adapter, break_sending):
+    break_sending(adapter, lambda message: isinstance(message, Submit) and message.params.seed == 1)
     requests = [FakeRequest(text_input="abc", max_tokens=3, seed=seed) for seed in (1, 2, 1, 2)]
     execute(adapter, *requests)
-    for bad, good in (requests[:2], requests[2:]):
-        assert (bad.sender.error().code, str(bad.sender.error())) == (FakeError.INTERNAL, "OverflowError: too big")
-        assert good.sender.text() == "abc"
+    check_internal_error(*requests[::2])
+    assert [request.sender.text() for request in requests[1::2]] == ["abc", "abc"]
     check_use(*requests)
+
+
+def test_a_stream_that_cannot_be_submitted_again_fails_alone(adapter, break_sending):
+    break_sending(adapter, lambda message: isinstance(message, Submit) and message.params.seed == 1)
+    os.kill(pid(adapter), signal.SIGKILL)
+    time.sleep(0.1)
+    requests = [FakeRequest(text_input="abc", max_tokens=3, seed=seed) for seed in (2, 1, 2)]
+    execute(adapter, *requests)
+    check_internal_error(requests[1])
+    assert [request.sender.text() for request in requests[::2]] == ["abc", "abc"]
+    check_use(*requests)
+
+
+def test_a_stream_that_cannot_be_cancelled_fails_alone(start_adapter, monkeypatch):
+    adapter = start_adapter(SLOW_ENGINE)
+    requests = [FakeRequest("7", text_input="abc", max_tokens=400, return_finish_reason=True) for _ in range(2)]
+    execute(adapter, *requests)
+    time.sleep(0.2)
+    first = next(iter(adapter._responder._streams.values()))
+    monkeypatch.setattr(first.generation, "abort", too_big)
+    stop = execute(adapter, FakeRequest("7", stop=True))
+    assert stop.sender.text() == ""
+    check_internal_error(requests[0])
+    assert requests[1].sender.wait()[-1].outputs["finish_reason"][0, 0] == b"abort"
+    check_use(*requests, stop)
+
+
+def test_a_stream_that_cannot_be_rejected_fails_alone(start_adapter, monkeypatch):
+    adapter = start_adapter(SLOW_ENGINE, max_queued_requests=1)
+    monkeypatch.setattr("specbackend.serving.responder.Unavailable", too_big)
+    requests = [FakeRequest(text_input="abc", max_tokens=30) for _ in range(3)]
+    execute(adapter, *requests)
+    check_internal_error(*requests[1:])
+    assert requests[0].sender.text() == answer("abc", 30)
+
+
+def test_a_stream_that_cannot_be_dropped_fails_alone(start_adapter, break_sending):
+    adapter = start_adapter(SLOW_ENGINE)
+    requests = [FakeRequest(text_input="abc", max_tokens=400) for _ in range(3)]
+    execute(adapter, *requests)
+    time.sleep(0.2)
+    break_sending(adapter, lambda message: message == Cancel("0"))
+    for request in requests[:2]:
+        request.sender.cancelled = True
+    check_internal_error(requests[0])
+    assert requests[1].sender.error().code == FakeError.CANCELLED
+    requests[2].sender.cancelled = True
+    assert requests[2].sender.error().code == FakeError.CANCELLED
+    check_use(*requests)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_an_answer_that_has_no_tensor_fails_alone(start_adapter, monkeypatch, stream):
+    adapter = start_adapter(SLOW_ENGINE, max_queued_requests=2)
+    bad = FakeRequest(text_input="abc", max_tokens=30, stream=stream, return_num_input_tokens=True)
+    good = FakeRequest(text_input="xyz", max_tokens=30, stream=True)
+    make_tensor = FakePbUtils.Tensor
+    monkeypatch.setattr(
+        FakePbUtils, "Tensor", lambda name, array: too_big() if name == "num_input_tokens" else make_tensor(name, array)
+    )
+    execute(adapter, bad, good)
+    check_internal_error(bad)
+    assert good.sender.text() == answer("xyz", 30)
+    assert execute(adapter, text_input="xy", max_tokens=2).sender.text() == "xy"  # its place is free again
+    check_use(bad, good)
+
+
+def test_a_response_that_triton_does_not_take_is_followed_by_an_error(start_adapter, caplog):
+    """Say, because shared memory is full: without a FINAL the client would wait for ever."""
+    adapter = start_adapter(SLOW_ENGINE)
+    bad, lost, good = requests = [FakeRequest(text_input="abc", max_tokens=30, stream=True) for _ in range(3)]
+    send = bad.sender.send
+    bad.sender.send = lambda response, flags: too_big() if response.error is None else send(response, flags)
+    lost.sender.send = lambda response, flags: too_big()
+    execute(adapter, *requests)
+    check_internal_error(bad)
+    assert good.sender.text() == answer("abc", 30)
+    assert not adapter._responder._streams
+    assert caplog.text.count("an answer is lost: too big") == 1
+    check_use(bad, good)
+
+
+def test_gauges_that_fail_do_not_hold_up_answers(start_adapter, monkeypatch):
+    adapter = start_adapter(REPORT_CUSTOM_METRICS="true")
+    monkeypatch.setattr(adapter._responder._metrics, "publish", too_big)
+    for _ in range(2):
+        assert execute(adapter, text_input="xy", max_tokens=2).sender.text() == "xy"
+        time.sleep(0.3)
+    assert adapter._responder._metrics is None
+
+
+def test_a_bug_is_logged_without_what_it_says(adapter, monkeypatch, caplog):
+    """It may quote the client's text. The client reads it, the log has the place."""
+    monkeypatch.setattr(adapter._responder, "_decode", lambda ids: int("my secret"))
+    assert "my secret" in str(execute(adapter, max_tokens=3).sender.error())
+    monkeypatch.setattr(adapter._reader, "_read_prompt", lambda fields: int("my secret"))
+    assert "my secret" in str(execute(adapter, max_tokens=3).sender.error())
+    assert caplog.text.count("ValueError") == 2 and "generation.py" in caplog.text and "calls.py" in caplog.text
+    assert "secret" not in caplog.text.replace('int("my secret")', "")  # the traceback's line of this test
 
 
 def test_a_stream_that_breaks_the_sweep_fails_alone(start_adapter):
@@ -229,6 +417,17 @@ def test_finalize_ends_the_engine_and_answers_the_rest(triton_args):
     assert not Path(f"/proc/{engine}").exists()
 
 
+def test_finalize_answers_what_has_just_arrived(triton_args):
+    adapter = Adapter(FakePbUtils, triton_args(), SLOW_ENGINE)
+    responder = adapter._responder
+    responder._turn = lambda: time.sleep(0.01)
+    os.eventfd_write(responder._wake_fd, 1)
+    time.sleep(0.1)
+    request = execute(adapter, max_tokens=400)
+    adapter.finalize()
+    assert request.sender.error().code == FakeError.UNAVAILABLE
+
+
 def test_two_adapters_can_live_side_by_side(start_adapter):
     """While Triton reloads a model, the new instance starts before the old one ends."""
     adapters = [start_adapter(), start_adapter()]
@@ -242,6 +441,7 @@ def test_two_adapters_can_live_side_by_side(start_adapter):
         ({"random_seed": UNLUCKY_SEED}, "random_seed: 13 is unlucky"),
         ({"max_running_requests": 0}, "max_running_requests: must be at least 1"),
         ({"model_path": "/nowhere"}, "model_path: /nowhere has neither"),
+        ({"REPORT_CUSTOM_METRICS": "maybe"}, "REPORT_CUSTOM_METRICS: must be true or false, got 'maybe'"),
     ],
 )
 def test_load_errors_say_what_is_wrong(start_adapter, params, message):

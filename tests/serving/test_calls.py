@@ -1,5 +1,7 @@
 """What clients send, and what becomes of it: a value is used exactly, or refused by the name the client gave it."""
 
+import time
+
 import numpy as np
 import pytest
 
@@ -98,6 +100,9 @@ def test_values_are_used_exactly(read, inputs, expected):
         ({"parameters": {"ignore_eos": "yes"}}, "ignore_eos: must be a bool"),
         ({"parameters": {"stream": 1}}, "stream: must be a bool"),
         ({"parameters": {"stop_token_ids": "[1,"}}, "stop_token_ids: must be a number or a JSON list"),
+        ({"parameters": {"stop_token_ids": "[" * 100_000}}, "stop_token_ids: must be a number or a JSON list"),
+        ({"parameters": {"stop_token_ids": "9" * 5000}}, "stop_token_ids: must be a number or a JSON list"),
+        ({"stop_words": ["x"] * 65}, "stop_words: has 65 strings, at most 64 are served"),
         ({"parameters": {"stop_token_ids": '["a"]'}}, "stop_token_ids: must be an integer"),
         ({"parameters": {"max_new_tokens": "5"}}, "max_new_tokens: must be an integer"),
         ({"parameters": {"stop": 5}}, "stop: must be a string"),
@@ -146,6 +151,15 @@ def test_every_declared_input_is_served_or_refused(read):
 def test_prompt_is_tokenized_or_taken_as_it_is(read, tokenizer):
     assert read(text_input="hé").input_ids == tokenizer.encode("hé")
     assert read(input_ids=[5, 6], input_lengths=2).input_ids == [5, 6]
+
+
+def test_too_many_ids_cost_nothing(read):
+    """16 million fit a body; as a list they would hold up everybody for 20 s."""
+    ids = np.ones((1, 16_000_000), np.int32)
+    start = time.monotonic()
+    with pytest.raises(InvalidRequest, match="input_ids: has 16000000 tokens"):
+        read(input_ids=ids)
+    assert time.monotonic() - start < 0.1
 
 
 def test_echo_only_on_request(read, tokenizer):

@@ -1,5 +1,7 @@
 """Text to ids, with the chat template unless the request or the server says otherwise."""
 
+from pathlib import Path
+
 import pytest
 
 from specbackend.errors import ConfigError
@@ -70,6 +72,63 @@ def test_a_template_that_fails_fails_its_request_alone(triton_args, tmp_path, ch
     assert message in str(bad.error) and good.error is None
 
 
-def test_context_length_that_is_no_number_is_refused(triton_args):
-    with pytest.raises(ConfigError, match="context_length: 'long' is not a number"):
-        Preprocessor(FakePbUtils, triton_args(context_length="long"))
+def test_internal_errors_are_logged_without_what_they_say(triton_args, monkeypatch, caplog):
+    preprocessor = Preprocessor(FakePbUtils, triton_args())
+    monkeypatch.setattr(Tokenizer, "encode", lambda self, text, **_: int(text))
+    bad = [FakeRequest(text_input="my secret"), FakeRequest(text_input="")]
+    internal, invalid = (response.error for response in preprocessor.execute(bad))
+    assert internal.code == FakeError.INTERNAL and "my secret" in str(internal)
+    assert invalid.code == FakeError.INVALID_ARG
+    assert caplog.text.count("ValueError") == 1 and "preprocessor.py" in caplog.text
+    assert "secret" not in caplog.text
+
+
+@pytest.mark.parametrize("broken", ["{{ }", "{% for %}", "{% nonsense %}"])
+def test_broken_template_is_a_fault_only_where_it_is_used(triton_args, tmp_path, checkpoint, broken):
+    for name in ("tokenizer.json", "config.json"):
+        (tmp_path / name).write_bytes((checkpoint / name).read_bytes())
+    (tmp_path / "chat_template.jinja").write_text(broken)
+    for params in ({}, {"apply_chat_template": "true"}):
+        with pytest.raises(ConfigError, match=r"apply_chat_template: .*chat template: .*set it to false"):
+            Preprocessor(FakePbUtils, triton_args(model_path=tmp_path, **params))
+    preprocessor = Preprocessor(FakePbUtils, triton_args(model_path=tmp_path, apply_chat_template="false"))
+    requests = [FakeRequest(text_input="hi"), FakeRequest(text_input="hi", apply_chat_template=True)]
+    plain, chat = preprocessor.execute(requests)
+    assert plain.outputs["input_ids"].tolist() == [Tokenizer(tmp_path).encode("hi")]
+    assert chat.error.code == FakeError.INVALID_ARG
+    assert str(chat.error).startswith("apply_chat_template: chat template: ")
+    assert str(tmp_path) not in str(chat.error)
+
+
+@pytest.mark.parametrize(
+    ("params", "message"),
+    [
+        ({"context_length": "long"}, "context_length: must be a positive integer, got 'long'"),
+        ({"context_length": "0"}, "context_length: must be a positive integer, got '0'"),
+        ({"context_length": "-7"}, "context_length: must be a positive integer, got '-7'"),
+        ({"context_length": "1e3"}, "context_length: must be a positive integer, got '1e3'"),
+        ({"apply_chat_template": "maybe"}, "apply_chat_template: must be true or false, got 'maybe'"),
+        ({"model_path": ""}, "model_path: is required"),
+    ],
+)
+def test_parameters_that_make_no_sense_are_refused(triton_args, params, message):
+    with pytest.raises(ConfigError) as error:
+        Preprocessor(FakePbUtils, triton_args(**params))
+    assert str(error.value) == message
+
+
+def test_zero_in_model_json_is_no_default(triton_args):
+    args = triton_args()
+    folder = Path(args["model_repository"]) / "1"
+    folder.mkdir(parents=True)
+    (folder / "model.json").write_text('{"context_length": 0}')
+    with pytest.raises(ConfigError, match="context_length: must be a positive integer, got 0"):
+        Preprocessor(FakePbUtils, args)
+
+
+@pytest.mark.parametrize("unset", ["", "none"])
+def test_empty_parameters_mean_what_the_checkpoint_says(triton_args, checkpoint, unset):
+    preprocessor = Preprocessor(FakePbUtils, triton_args(context_length=unset, apply_chat_template=unset))
+    long, chat = preprocessor.execute([FakeRequest(text_input="x" * 600), FakeRequest(text_input="hi")])
+    assert "context_length 512" in str(long.error)
+    assert chat.outputs["input_ids"].tolist() == [Tokenizer(checkpoint).encode(CHAT)]

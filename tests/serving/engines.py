@@ -1,0 +1,14 @@
+"""Engines that go wrong in ways of their own, for `--engine tests.serving.engines:NAME`."""
+
+import time
+
+from tests.fakes import FakeEngine
+
+STUCK_SEED = 14  # a random_seed with which the engine never finishes loading
+
+
+class StuckEngine(FakeEngine):
+    def __init__(self, **params):
+        super().__init__(**params)
+        if self.config.random_seed == STUCK_SEED:
+            time.sleep(3600)
