@@ -12,6 +12,7 @@ from specbackend.errors import ConfigError
 # Parameters of SGLang's page whose code is not here yet: accepted at the value that changes nothing, refused otherwise.
 NOT_SERVED = {"tp_size": 1, "enable_torch_compile": False, "cuda_graph_max_bs": 0}
 
+PATHS = ("model_path", "speculative_draft_model_path", "speculative_token_map")
 TREE = ("speculative_num_steps", "speculative_eagle_topk", "speculative_num_draft_tokens")
 
 
@@ -107,8 +108,7 @@ class EngineConfig:
 
     def resolve_paths(self, base: Path) -> EngineConfig:
         """Read relative checkpoint paths as relative to `base`, the folder that holds the model repository."""
-        paths = ("model_path", "speculative_draft_model_path", "speculative_token_map")
-        absolute = {name: str(base / getattr(self, name)) for name in paths if getattr(self, name)}
+        absolute = {name: str(base / getattr(self, name)) for name in PATHS if getattr(self, name)}
         return EngineConfig(**{**self.to_params(), **absolute})
 
     def _check_choices(self) -> None:

@@ -11,6 +11,7 @@ from specbackend.errors import ConfigError
 
 BASE = {"model_path": "/models/target"}
 EAGLE3 = {**BASE, "speculative_algorithm": "EAGLE3", "speculative_draft_model_path": "/models/draft"}
+NGRAM = {**BASE, "speculative_algorithm": "NGRAM"}
 TREE_NAMES = ("speculative_num_steps", "speculative_eagle_topk", "speculative_num_draft_tokens")
 
 
@@ -41,7 +42,7 @@ def test_strings_as_config_pbtxt_gives_them():
             "num_threads": "",
             "tp_size": "1",
             "enable_torch_compile": "false",
-            "speculative_token_map": "None",
+            "speculative_ngram_min_match_window_size": "None",
         }
     )
     assert [getattr(config, name) for name in TREE_NAMES] == [3, 2, 7]
@@ -91,7 +92,6 @@ REFUSED = [
     ("disable_radix_cache", "yes"),
     ("disable_radix_cache", None),
     ("random_seed", "x"),
-    ("speculative_token_map", "/maps/hot.pt"),
     ("tp_size", 2),
     ("enable_torch_compile", True),
     ("cuda_graph_max_bs", 8),
@@ -104,7 +104,10 @@ def test_refusals_name_the_parameter(name, value):
         EngineConfig.from_params({**BASE, name: value})
 
 
-@pytest.mark.parametrize("name", [*TREE_NAMES, "speculative_draft_model_path"])
+@pytest.mark.parametrize(
+    "name",
+    [*TREE_NAMES, "speculative_draft_model_path", "speculative_token_map", "speculative_ngram_max_match_window_size"],
+)
 def test_speculative_parameters_without_an_algorithm(name):
     with pytest.raises(ConfigError, match=rf"^{name}: .*speculative_algorithm is not"):
         EngineConfig.from_params({**BASE, name: "3"})
@@ -118,9 +121,47 @@ def test_unknown_parameters_are_named_and_the_known_listed():
     assert set(known.split(", ")) == {f.name for f in fields(EngineConfig)} | set(NOT_SERVED)
 
 
-def test_algorithm_without_draft():
-    with pytest.raises(ConfigError, match=r"^speculative_draft_model_path: EAGLE3 needs"):
-        EngineConfig.from_params({**BASE, "speculative_algorithm": "EAGLE3"})
+@pytest.mark.parametrize(
+    "algorithm, shape",
+    [("EAGLE", [5, 4, 8]), ("NEXTN", [3, 1, 4]), ("STANDALONE", [3, 1, 4]), ("NGRAM", [None, None, 12])],
+)
+def test_defaults_of_other_algorithms_are_sglangs(algorithm, shape):
+    draft = {} if algorithm in ("NEXTN", "NGRAM") else {"speculative_draft_model_path": "/models/draft"}
+    config = EngineConfig.from_params({**BASE, "speculative_algorithm": algorithm, **draft})
+    assert [getattr(config, name) for name in TREE_NAMES] == shape
+    window = [getattr(config, f"speculative_ngram_{end}_match_window_size") for end in ("min", "max")]
+    assert window == ([1, 12] if algorithm == "NGRAM" else [None, None])
+
+
+def test_mtp_is_nextn():
+    assert EngineConfig.from_params({**BASE, "speculative_algorithm": "MTP"}).speculative_algorithm == "NEXTN"
+
+
+@pytest.mark.parametrize("algorithm", ["EAGLE", "EAGLE3", "STANDALONE"])
+def test_algorithm_without_draft(algorithm):
+    with pytest.raises(ConfigError, match=rf"^speculative_draft_model_path: {algorithm} needs"):
+        EngineConfig.from_params({**BASE, "speculative_algorithm": algorithm})
+
+
+DRAFT, MAP, WINDOW = "speculative_draft_model_path", "speculative_token_map", "speculative_ngram_min_match_window_size"
+MISFITS = [
+    ({"speculative_algorithm": "NGRAM", DRAFT: "/models/draft"}, DRAFT),
+    ({"speculative_algorithm": "NGRAM", "speculative_num_steps": 3}, "speculative_num_steps"),
+    ({"speculative_algorithm": "NGRAM", "speculative_eagle_topk": 3}, "speculative_eagle_topk"),
+    ({"speculative_algorithm": "NGRAM", "speculative_num_draft_tokens": 1}, "speculative_num_draft_tokens"),
+    ({"speculative_algorithm": "NGRAM", WINDOW: 0}, WINDOW),
+    ({"speculative_algorithm": "NGRAM", WINDOW: 13}, "speculative_ngram_max_match_window_size"),
+    ({"speculative_algorithm": "NEXTN", WINDOW: 1}, WINDOW),
+    ({"speculative_algorithm": "NGRAM", MAP: "/maps/hot.pt"}, MAP),
+    ({"speculative_algorithm": "EAGLE3", DRAFT: "/models/draft", MAP: "/maps/hot.pt"}, MAP),
+    ({"speculative_algorithm": "STANDALONE", DRAFT: "/models/draft", MAP: "/maps/hot.pt"}, MAP),
+]
+
+
+@pytest.mark.parametrize("params, name", MISFITS, ids=str)
+def test_what_an_algorithm_has_no_use_for(params, name):
+    with pytest.raises(ConfigError, match=rf"^{name}: "):
+        EngineConfig.from_params({**BASE, **params})
 
 
 @pytest.mark.parametrize("given", [TREE_NAMES[:1], TREE_NAMES[1:]], ids=["one", "two"])
@@ -152,16 +193,17 @@ def test_trees_that_cannot(shape, name):
         EngineConfig.from_params(tree(*shape))
 
 
-@pytest.mark.parametrize("params", [BASE, EAGLE3, tree(3, 2, 7)], ids=["plain", "default-tree", "tree"])
+@pytest.mark.parametrize("params", [BASE, EAGLE3, tree(3, 2, 7), NGRAM], ids=["plain", "default-tree", "tree", "ngram"])
 def test_to_params_round_trip_survives_json(params):
     config = EngineConfig.from_params({**params, "dtype": "bfloat16", "watchdog_timeout": "1.5"})
     assert EngineConfig.from_params(json.loads(json.dumps(config.to_params()))) == config
 
 
 def test_resolve_paths():
-    relative = {**EAGLE3, "model_path": "weights/target"}
+    relative = {**EAGLE3, "speculative_algorithm": "EAGLE", "model_path": "weights/target", MAP: "weights/freq.pt"}
     config = EngineConfig.from_params(relative).resolve_paths(Path("/repository"))
     assert config.model_path == "/repository/weights/target"
+    assert config.speculative_token_map == "/repository/weights/freq.pt"
     assert config.speculative_draft_model_path == "/models/draft"
     assert EngineConfig.from_params(BASE).resolve_paths(Path("/repository")).speculative_draft_model_path is None
 

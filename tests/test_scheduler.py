@@ -39,19 +39,24 @@ def prefix_hashes(tokens: list[int]) -> list[int]:
 
 
 class FakeDecoder:
-    """Offers what Engine needs of both its decoders."""
+    """Offers what Engine needs of both its decoders.
 
-    def __init__(self, table: RequestTable, num_nodes: int, speculative: bool, rng: random.Random):
-        self.table, self.num_nodes, self.speculative, self.rng = table, num_nodes, speculative, rng
+    Draft KV is either complete and depends on the next token too (a head), or lacks the last accepted tokens until the
+    next step begins (a language model as draft), see CacheRule.
+    """
+
+    def __init__(self, table: RequestTable, num_nodes: int, rule: CacheRule, rng: random.Random):
+        self.table, self.num_nodes, self.rule, self.rng = table, num_nodes, rule, rng
         self.target_kv: dict[int, int] = {}  # slot -> hash of the tokens up to it
-        self.draft_kv: dict[int, int] = {}  # slot -> hash of the tokens up to the one after it
+        self.draft_kv: dict[int, int] = {}  # slot -> hash of the tokens up to it, or up to the one after it
+        self.shift = int(rule.successor_keys)
 
     def extend(self, batch: ExtendBatch) -> Accepted:
         rows = []
         for index, (request, length) in enumerate(zip(batch.requests, batch.chunk_lens, strict=True)):
             assert length > 0
             start, end = request.num_computed, request.num_computed + length
-            self.check_prefix(request, draft=self.speculative)
+            self.check_prefix(request, num_drafted=start if self.rule.has_draft_kv else 0)
             new = [next_token(request.seed, end)] if batch.is_final(index) else []
             self.write(request, self.table.read(request.row, end)[start:], request.all_ids + new, draft=True)
             rows.append(new)
@@ -62,8 +67,9 @@ class FakeDecoder:
         return accepted([self._decode_one(request) for request in batch.requests])
 
     def _decode_one(self, request: Request) -> list[int]:
-        self.check_prefix(request, draft=self.speculative)
         start = request.num_computed
+        self.check_prefix(request, num_drafted=start - self.rule.unfed_tokens if self.rule.has_draft_kv else 0)
+        self.feed_late(request)
         window = self.table.read(request.row, start + self.num_nodes)[start:]
         assert len(window) == len(set(window)) == self.num_nodes and DUMMY_SLOT not in window
         self.rng.shuffle(window)
@@ -72,32 +78,40 @@ class FakeDecoder:
             self.target_kv[slot] = self.draft_kv[slot] = -1
         count = self.rng.randint(1, self.num_nodes)
         new = [next_token(request.seed, start + 1 + offset) for offset in range(count)]
-        self.write(request, window[:count], request.all_ids + new, draft=True)
+        self.write(request, window[:count], request.all_ids + new, draft=not self.rule.unfed_tokens)
+        if self.rule.unfed_tokens:  # the root has been read
+            self.draft_kv[window[0]] = prefix_hashes(request.all_ids)[start]
         return new
+
+    def feed_late(self, request: Request) -> None:
+        slots, hashes = self.table.read(request.row, request.num_computed), prefix_hashes(request.all_ids)
+        for position in range(max(0, len(slots) - self.rule.unfed_tokens), len(slots)):
+            self.draft_kv[slots[position]] = hashes[position]
 
     def decode_plain(self, batch: DecodeBatch) -> Accepted:
         rows = []
         for request in batch.requests:
-            self.check_prefix(request, draft=False)
+            self.check_prefix(request, num_drafted=0)
             new = [next_token(request.seed, request.num_computed + 1)]
             slots = self.table.read(request.row, request.num_computed + 1)[-1:]
             self.write(request, slots, request.all_ids + new, draft=False)
             rows.append(new)
         return accepted(rows)
 
-    def check_prefix(self, request: Request, draft: bool) -> None:
+    def check_prefix(self, request: Request, num_drafted: int) -> None:
         slots = self.table.read(request.row, request.num_computed)
         hashes = prefix_hashes(request.all_ids)
         assert [self.target_kv[slot] for slot in slots] == hashes[: len(slots)]
-        if draft:
-            assert [self.draft_kv[slot] for slot in slots] == hashes[1 : len(slots) + 1]
+        drafted = slots[: max(0, num_drafted)]
+        assert [self.draft_kv[slot] for slot in drafted] == hashes[self.shift : len(drafted) + self.shift]
 
     def write(self, request: Request, slots: list[int], tokens: list[int], draft: bool) -> None:
         assert DUMMY_SLOT not in slots
         hashes = prefix_hashes(tokens)
         for position, slot in enumerate(slots, start=request.num_computed):
             self.target_kv[slot] = hashes[position]
-            self.draft_kv[slot] = hashes[position + 1] if draft and position + 1 < len(tokens) else -1
+            known = draft and position + self.shift < len(tokens)
+            self.draft_kv[slot] = hashes[position + self.shift] if known else -1
 
 
 def accepted(rows: list[list[int]]) -> Accepted:
@@ -110,6 +124,7 @@ def accepted(rows: list[list[int]]) -> Accepted:
 class Setup:
     num_nodes: int = 1
     speculative: bool = False
+    drafts_late: bool = False  # see FakeDecoder
     context: int = 24
     spare_slots: int = 0  # beyond what one request of full length needs
     rows: int = 4
@@ -117,6 +132,12 @@ class Setup:
     max_prefill: int = 64
     policy: str = "fcfs"
     radix: bool = True
+
+    @property
+    def rule(self) -> CacheRule:
+        if self.drafts_late:
+            return CacheRule(has_draft_kv=True, unfed_tokens=self.num_nodes - 1)
+        return CacheRule(successor_keys=self.speculative, has_draft_kv=self.speculative)
 
 
 class Simulation:
@@ -133,11 +154,10 @@ class Simulation:
         )
         self.table = RequestTable(setup.rows, setup.context + setup.num_nodes, "cpu")
         num_slots = setup.context + setup.num_nodes + setup.spare_slots
-        rule = CacheRule(successor_keys=setup.speculative, has_draft_kv=setup.speculative)
-        self.slots = SlotManager(num_slots, rule.successor_keys, cache_prefixes=setup.radix)
-        self.decoder = FakeDecoder(self.table, setup.num_nodes, setup.speculative, rng)
+        self.slots = SlotManager(num_slots, setup.rule.successor_keys, cache_prefixes=setup.radix)
+        self.decoder = FakeDecoder(self.table, setup.num_nodes, setup.rule, rng)
         self.scheduler = Scheduler(
-            config, self.slots, self.table, setup.num_nodes, setup.context, frozenset({EOS}), rule
+            config, self.slots, self.table, setup.num_nodes, setup.context, frozenset({EOS}), setup.rule
         )
         self.updates: dict[str, list[Update]] = {}
         self.steps = 0
@@ -261,8 +281,11 @@ def random_request(index: int, setup: Setup, rng: random.Random) -> Request:
 
 
 SETUPS = st.builds(
-    lambda num_nodes, **rest: Setup(num_nodes=num_nodes, speculative=num_nodes > 1, **rest),
+    lambda num_nodes, late, **rest: Setup(
+        num_nodes=num_nodes, speculative=num_nodes > 1, drafts_late=late and num_nodes > 1, **rest
+    ),
     num_nodes=st.sampled_from([1, 2, 4, 8]),
+    late=st.booleans(),
     spare_slots=st.sampled_from([0, 3, 17, 60]),
     rows=st.sampled_from([1, 3, 8]),
     chunk=st.sampled_from([-1, 1, 3, 7]),

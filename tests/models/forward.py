@@ -7,7 +7,7 @@ import torch
 from specbackend.attention.torch_sdpa import TorchAttention
 from specbackend.batch import ForwardBatch
 from specbackend.cache.kv_pool import KVPool
-from specbackend.models.llama import LlamaModel
+from specbackend.models.llama import LlamaModel, TargetOutput
 from specbackend.models.model_config import ModelConfig
 from specbackend.runner import causal_mask
 
@@ -18,10 +18,21 @@ def load_llama(folder: Path, num_positions: int = 128) -> LlamaModel:
     return LlamaModel(folder, ModelConfig.read(folder), torch.float32, CPU, num_positions)
 
 
-@torch.inference_mode()
 def prompt_logits(folder: Path, token_ids: list[int]) -> torch.Tensor:
     """[T, V]: the logits after every token of the prompt."""
-    model, T = load_llama(folder), len(token_ids)
+    model = load_llama(folder)
+    return model.logits(run_prompt(model, token_ids).hidden_TD)
+
+
+def prompt_output(folder: Path, token_ids: list[int], captured_layers: tuple[int, ...] = ()) -> TargetOutput:
+    model = load_llama(folder)
+    model.captured_layers = captured_layers
+    return run_prompt(model, token_ids)
+
+
+@torch.inference_mode()
+def run_prompt(model: LlamaModel, token_ids: list[int]) -> TargetOutput:
+    T = len(token_ids)
     slot_1Q = torch.arange(1, T + 1)[None]
     batch = ForwardBatch(
         token_BQ=torch.tensor([token_ids]),
@@ -34,4 +45,4 @@ def prompt_logits(folder: Path, token_ids: list[int]) -> torch.Tensor:
     )
     config = model.config
     pool = KVPool(model.num_kv_layers, T + 1, config.num_key_value_heads, config.head_dim, torch.float32, CPU)
-    return model.logits(model.forward(batch, TorchAttention().plan(batch, torch.float32), pool).hidden_TD)
+    return model.forward(batch, TorchAttention().plan(batch, torch.float32), pool)

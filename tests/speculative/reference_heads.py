@@ -1,7 +1,8 @@
-"""EAGLE-3's draft, slowly: no cache, no batch, one forward over the whole sequence per question asked.
+"""The draft heads, slowly: no cache, no batch, one forward over the whole sequence per question asked.
 
-Written from the published algorithm (SafeAILab/EAGLE `cnets.py`: LlamaDecoderLayeremb.forward, topK_genrate) and from
-nothing in specbackend, in Hugging Face's rotate-half layout, so that the two can only agree by both being right.
+Written from the published code (SafeAILab/EAGLE `cnets.py`, `cnets1.py`; EAGLE-3.1's options as in vLLM's
+`llama_eagle3.py`; MiMo's `modeling_mimo.py`) and from nothing in specbackend, in Hugging Face's rotate-half layout, so
+that the two can only agree by both being right.
 """
 
 import json
@@ -10,45 +11,61 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
+from torch.nn.functional import silu
 
 
-class ReferenceDraft:
+class ReferenceHead:
+    """What the heads have in common. `layer` is the prefix of the decoder layer's tensors."""
+
+    layer = "layers.0."
+
     def __init__(self, folder: Path, target):
         """target: the Hugging Face model the head was made for."""
+        self.target = target
         self.config = json.loads((folder / "config.json").read_text())
         self.weights = load_file(folder / "model.safetensors")
-        self.embedding = target.model.embed_tokens.weight
-        self.target_id = torch.arange(len(self.weights["d2t"])) + self.weights["d2t"]
+        self.embedding = self.weights.get("embed_tokens.weight", target.model.embed_tokens.weight)
+
+    def features(self, token_T: list[int]) -> torch.Tensor:
+        """What the head is fed for each token: here, the target's final hidden state."""
+        return self.target.model(torch.tensor([token_T])).last_hidden_state[0]
+
+    def fuse(self, feature_TF: torch.Tensor) -> torch.Tensor:
+        return feature_TF
 
     def hidden(self, hidden_TD: torch.Tensor, token_T: torch.Tensor) -> torch.Tensor:
-        """The decoder layer over a whole sequence: row t sits at position t and sees rows 0..t."""
-        w = {name.removeprefix("midlayer."): tensor for name, tensor in self.weights.items()}
-        embedded = self._norm(self.embedding[token_T], w["input_layernorm.weight"])
-        x = torch.cat([embedded, self._norm(hidden_TD, w["hidden_norm.weight"])], dim=-1)
-        y = hidden_TD + self._attention(x, w)
-        z = self._norm(y, w["post_attention_layernorm.weight"])
-        gated = torch.nn.functional.silu(z @ w["mlp.gate_proj.weight"].T) * (z @ w["mlp.up_proj.weight"].T)
-        return y + gated @ w["mlp.down_proj.weight"].T
+        """The head over a whole sequence: row t sits at position t and sees rows 0..t."""
+        raise NotImplementedError
 
-    def logprobs(self, hidden_D: torch.Tensor) -> torch.Tensor:
-        return torch.log_softmax(
-            self._norm(hidden_D, self.weights["norm.weight"]) @ self.weights["lm_head.weight"].T, -1
-        )
+    def logits(self, hidden_D: torch.Tensor) -> torch.Tensor:
+        return hidden_D @ self.target.lm_head.weight.T
 
-    def _norm(self, x, weight):
-        return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.config["rms_norm_eps"]) * weight
+    def target_id(self, draft_id: int) -> int:
+        return draft_id
 
-    def _attention(self, x, w):
+    def linear(self, x, name):
+        bias = self.weights.get(f"{name}.bias")
+        return x @ self.weights[f"{name}.weight"].T + (0 if bias is None else bias)
+
+    def norm(self, x, name):
+        eps = self.config.get("rms_norm_eps", 1e-6)
+        return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + eps) * self.weights[f"{name}.weight"]
+
+    def mlp(self, x):
+        gate, up = self.linear(x, f"{self.layer}mlp.gate_proj"), self.linear(x, f"{self.layer}mlp.up_proj")
+        return self.linear(silu(gate) * up, f"{self.layer}mlp.down_proj")
+
+    def attention(self, x):
         T, H, G = len(x), self.config["num_attention_heads"], self.config["num_key_value_heads"]
-        D = self.config["head_dim"]
-        q = self._rope((x @ w["self_attn.q_proj.weight"].T).view(T, H, D))
-        k = self._rope((x @ w["self_attn.k_proj.weight"].T).view(T, G, D)).repeat_interleave(H // G, dim=1)
-        v = (x @ w["self_attn.v_proj.weight"].T).view(T, G, D).repeat_interleave(H // G, dim=1)
+        name, D = f"{self.layer}self_attn", self.config["head_dim"]
+        q = self.rope(self.linear(x, f"{name}.q_proj").view(T, H, D))
+        k = self.rope(self.linear(x, f"{name}.k_proj").view(T, G, D)).repeat_interleave(H // G, dim=1)
+        v = self.linear(x, f"{name}.v_proj").view(T, G, D).repeat_interleave(H // G, dim=1)
         score = torch.einsum("qhd,khd->hqk", q, k) / math.sqrt(D)
         score = score.masked_fill(~torch.ones(T, T, dtype=torch.bool).tril(), float("-inf"))
-        return torch.einsum("hqk,khd->qhd", score.softmax(-1), v).reshape(T, H * D) @ w["self_attn.o_proj.weight"].T
+        return self.linear(torch.einsum("hqk,khd->qhd", score.softmax(-1), v).reshape(T, H * D), f"{name}.o_proj")
 
-    def _rope(self, x):
+    def rope(self, x):
         T, _, D = x.shape
         theta = self.config.get("rope_theta") or self.config.get("rope_parameters", {}).get("rope_theta", 10000.0)
         angle = torch.arange(T)[:, None] / theta ** (torch.arange(0, D, 2) / D)
@@ -56,20 +73,101 @@ class ReferenceDraft:
         return x * cos + torch.cat([-x[..., D // 2 :], x[..., : D // 2]], dim=-1) * sin
 
 
-def grow_tree(draft: ReferenceDraft, target, token_ids: list[int], num_steps: int, topk: int, num_draft_tokens: int):
-    """Draft after token_ids, whose last token is the root. Returns (tokens, parents) of num_draft_tokens nodes."""
-    output = target(torch.tensor([token_ids[:-1]]), output_hidden_states=True)
-    layers = target.config.num_hidden_layers
-    features = torch.cat([output.hidden_states[k][0] for k in (2, layers // 2, layers - 3)], dim=-1)
-    hidden = features @ draft.weights["fc.weight"].T
+class ReferenceEagle(ReferenceHead):
+    """EAGLE-1/2; token_map restricts its vocabulary (FR-Spec)."""
+
+    def __init__(self, folder: Path, target, token_map: list[int] | None = None):
+        super().__init__(folder, target)
+        self.token_map = token_map
+
+    def hidden(self, hidden_TD, token_T):
+        x = self.linear(torch.cat([self.embedding[token_T], hidden_TD], dim=-1), "fc")
+        y = x + self.attention(x)
+        return y + self.mlp(self.norm(y, "layers.0.post_attention_layernorm"))
+
+    def logits(self, hidden_D):
+        logits = super().logits(hidden_D)
+        return logits if self.token_map is None else logits[self.token_map]
+
+    def target_id(self, draft_id):
+        return draft_id if self.token_map is None else self.token_map[draft_id]
+
+
+class ReferenceEagle3(ReferenceHead):
+    layer = "midlayer."
+
+    def features(self, token_T):
+        layers = self.target.config.num_hidden_layers
+        ids = [layer + 1 for layer in self.config.get("eagle_config", {}).get("eagle_aux_hidden_state_layer_ids", [])]
+        ids = self.config.get("eagle_aux_hidden_state_layer_ids") or ids or [2, layers // 2, layers - 3]
+        if "fc.weight" not in self.weights:
+            return super().features(token_T)
+        hidden_states = self.target(torch.tensor([token_T]), output_hidden_states=True).hidden_states
+        return torch.cat([hidden_states[k][0] for k in ids], dim=-1)
+
+    def fuse(self, feature_TF):
+        if "fc.weight" not in self.weights:
+            return feature_TF
+        if "fc_norm.0.weight" in self.weights:
+            chunks = feature_TF.split(self.target.config.hidden_size, dim=-1)
+            feature_TF = torch.cat([self.norm(chunk, f"fc_norm.{i}") for i, chunk in enumerate(chunks)], dim=-1)
+        if "input_norm.weight" in self.weights:
+            feature_TF = self.norm(feature_TF, "input_norm")
+        return self.linear(feature_TF, "fc")
+
+    def hidden(self, hidden_TD, token_T):
+        normed = self.norm(hidden_TD, "midlayer.hidden_norm")
+        embedded = self.norm(self.embedding[token_T], "midlayer.input_layernorm")
+        residual = normed if self.config.get("norm_before_residual") else hidden_TD
+        y = residual + self.attention(torch.cat([embedded, normed], dim=-1))
+        z = y + self.mlp(self.norm(y, "midlayer.post_attention_layernorm"))
+        return self.norm(z, "norm") if self.config.get("norm_output") else z
+
+    def logits(self, hidden_D):
+        normed = hidden_D if self.config.get("norm_output") else self.norm(hidden_D, "norm")
+        return normed @ self.weights["lm_head.weight"].T
+
+    def target_id(self, draft_id):
+        return draft_id + int(self.weights["d2t"][draft_id]) if "d2t" in self.weights else draft_id
+
+
+class ReferenceMtp(ReferenceHead):
+    """MiMo's own layer: in the target's checkpoint, with the target's shape."""
+
+    layer = "model.mtp_layers.0."
+
+    def __init__(self, folder: Path, target):
+        super().__init__(folder, target)
+        self.config.setdefault("head_dim", target.config.hidden_size // target.config.num_attention_heads)
+
+    def hidden(self, hidden_TD, token_T):
+        embedded = self.embedding[token_T].clone()
+        embedded[0] = 0
+        feature, token = self.named_norm(hidden_TD, "hidden_layernorm"), self.named_norm(embedded, "token_layernorm")
+        x = self.linear(torch.cat([feature, token], dim=-1), f"{self.layer}input_proj")
+        y = x + self.attention(self.named_norm(x, "input_layernorm"))
+        z = y + self.mlp(self.named_norm(y, "post_attention_layernorm"))
+        return self.named_norm(z, "final_layernorm")
+
+    def named_norm(self, x, name):
+        return self.norm(x, f"{self.layer}{name}")
+
+
+@torch.no_grad()
+def grow_tree(draft: ReferenceHead, token_ids: list[int], num_steps: int, topk: int, num_draft_tokens: int):
+    """Draft after token_ids, whose last token is the root. Returns (tokens, parents) of num_draft_tokens nodes.
+
+    SafeAILab/EAGLE `topK_genrate`, over lists of dicts.
+    """
+    hidden = draft.fuse(draft.features(token_ids[:-1]))
     following = token_ids[1:]
 
     def after(path: list[dict]) -> tuple[torch.Tensor, list[tuple[float, int]]]:
         """Hidden state and top-k (log-probability, target id) at the end of a drafted path."""
         rows = torch.cat([hidden, *[node["fed"][None] for node in path]])
         last = draft.hidden(rows, torch.tensor(following + [node["token"] for node in path]))[-1]
-        logprob, draft_id = draft.logprobs(last).topk(topk)
-        return last, [(float(p), int(draft.target_id[i])) for p, i in zip(logprob, draft_id, strict=True)]
+        logprob, draft_id = torch.log_softmax(draft.logits(last), dim=-1).topk(topk)
+        return last, [(float(p), draft.target_id(int(i))) for p, i in zip(logprob, draft_id, strict=True)]
 
     def children(parent: dict | None) -> list[dict]:
         path = parent["path"] if parent else []

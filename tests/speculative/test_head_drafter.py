@@ -1,18 +1,17 @@
-"""The drafted trees are those of the official algorithm: same tokens, same parents."""
+"""The drafted trees are those of the official algorithm, for every kind of head: same tokens, same parents."""
 
 import pytest
 import torch
 
+from specbackend import Engine
 from specbackend.request import Request, SamplingParams
 from specbackend.speculative import head_drafter
+from tests.checkpoints import write_head, write_target
 from tests.conftest import DEMO_EAGLE3
-from tests.speculative.reference_eagle3 import ReferenceDraft, grow_tree
+from tests.speculative.reference_heads import ReferenceEagle, ReferenceEagle3, ReferenceMtp, grow_tree
 from tests.test_equivalence import make_engine
 
-
-@pytest.fixture(scope="module")
-def reference(hf_target) -> ReferenceDraft:
-    return ReferenceDraft(DEMO_EAGLE3, hf_target)
+TREE_NAMES = ("speculative_num_steps", "speculative_eagle_topk", "speculative_num_draft_tokens")
 
 
 def drafted_trees(engine, prompt: list[int], steps: int, monkeypatch) -> list[tuple[list[int], list[int], list[int]]]:
@@ -24,7 +23,7 @@ def drafted_trees(engine, prompt: list[int], steps: int, monkeypatch) -> list[tu
         return trees[-1]
 
     monkeypatch.setattr(head_drafter, "build_tree", recording_build_tree)
-    request = Request("probe", prompt, SamplingParams(max_new_tokens=200, temperature=0))
+    request = Request("probe", prompt, SamplingParams(max_new_tokens=200, temperature=0, ignore_eos=True))
     engine.submit(request)
     contexts = []
     while len(trees) < steps and engine.has_work:
@@ -39,9 +38,74 @@ def drafted_trees(engine, prompt: list[int], steps: int, monkeypatch) -> list[tu
 
 
 @pytest.mark.parametrize("tree", [(5, 4, 8), (5, 1, 6), (3, 8, 32), (1, 3, 4)], ids=str)
-@torch.no_grad()
-def test_tree_equals_official_growth(tree, reference, hf_target, demo_prompts, monkeypatch):
-    engine = make_engine(tree)
+def test_tree_equals_official_growth(tree, hf_target, demo_prompts, monkeypatch):
+    engine, reference = make_engine(tree), ReferenceEagle3(DEMO_EAGLE3, hf_target)
     for prompt in demo_prompts[:25]:
         for context, tokens, parents in drafted_trees(engine, prompt, 3, monkeypatch):
-            assert (tokens, parents) == grow_tree(reference, hf_target, context, *tree)
+            assert (tokens, parents) == grow_tree(reference, context, *tree)
+
+
+AUX = "eagle_aux_hidden_state_layer_ids"
+BIASES = {"qkv_bias": True, "output_bias": True, "mlp_bias": True}
+HEADS = {  # kind, what the file has (see tests/checkpoints.py), what the config says
+    "eagle": ("EAGLE", {}, {}),
+    "eagle-without-fc-bias": ("EAGLE", {"fc_bias": False}, {}),
+    "eagle-qkv-bias": ("EAGLE", {"qkv_bias": True}, {"rope_theta": 500.0}),
+    "eagle3": ("EAGLE3", {}, {}),
+    "eagle3-d2t": ("EAGLE3", {}, {"draft_vocab_size": 40}),
+    "eagle3-rope": ("EAGLE3", {}, {"rope_theta": 500.0}),
+    "eagle3-other-heads": ("EAGLE3", {}, {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 12}),
+    "eagle3-biases": ("EAGLE3", BIASES, {}),
+    "eagle3-narrow": ("EAGLE3", {"own_embedding": True}, {"hidden_size": 24, "target_hidden_size": 32}),
+    "eagle3-norm-before-residual": ("EAGLE3", {}, {"norm_before_residual": True}),
+    "eagle3-norm-before-fc": ("EAGLE3", {"norm_before_fc": True}, {}),
+    "eagle3.1": ("EAGLE3", {"fc_norm": True}, {"norm_output": True, "fc_norm": True}),
+    "eagle3-aux-layers": ("EAGLE3", {"num_features": 2}, {AUX: [1, 6]}),
+    "eagle3-aux-layers-nested": ("EAGLE3", {}, {"eagle_config": {AUX: [0, 3, 5]}}),
+    "eagle3-final-hidden": ("EAGLE3", {"num_features": 0}, {"eagle_config": {"use_aux_hidden_state": False}}),
+}
+PROMPTS = [torch.randint(64, (length,), generator=torch.Generator().manual_seed(length)).tolist() for length in (1, 30)]
+
+
+def assert_official_growth(engine, reference, tree, monkeypatch) -> None:
+    for prompt in PROMPTS:
+        for context, tokens, parents in drafted_trees(engine, prompt, 3, monkeypatch):
+            assert (tokens, parents) == grow_tree(reference, context, *tree)
+
+
+def random_engine(folder, tree, **params) -> Engine:
+    tree = dict(zip(TREE_NAMES, tree, strict=True))
+    return Engine(model_path=str(folder), max_running_requests=1, chunked_prefill_size=7, **tree, **params)
+
+
+@pytest.mark.parametrize("tree", [(4, 3, 10), (3, 1, 4)], ids=str)
+@pytest.mark.parametrize("head", HEADS)
+def test_random_heads(head, tree, tmp_path, monkeypatch):
+    kind, options, config = HEADS[head]
+    target = write_target(tmp_path / "target", num_hidden_layers=7)
+    write_head(tmp_path / "head", kind, target.config, options=options, **config)
+    reference = {"EAGLE": ReferenceEagle, "EAGLE3": ReferenceEagle3}[kind](tmp_path / "head", target)
+    draft = {"speculative_algorithm": kind, "speculative_draft_model_path": str(tmp_path / "head")}
+    assert_official_growth(random_engine(tmp_path / "target", tree, **draft), reference, tree, monkeypatch)
+
+
+@pytest.mark.parametrize("tree", [(4, 3, 10), (1, 1, 2)], ids=str)
+def test_random_mtp_layer(tree, tmp_path, monkeypatch):
+    target = write_target(tmp_path, "mimo")
+    engine = random_engine(tmp_path, tree, speculative_algorithm="NEXTN")
+    assert_official_growth(engine, ReferenceMtp(tmp_path, target), tree, monkeypatch)
+
+
+def test_token_map(tmp_path, monkeypatch):
+    tree, token_map = (4, 3, 10), [9, 3, 60, 17, 2, 33, 41, 5]
+    target = write_target(tmp_path / "target")
+    write_head(tmp_path / "head", "EAGLE", target.config)
+    torch.save(token_map, tmp_path / "freq_8.pt")
+    engine = random_engine(
+        tmp_path / "target",
+        tree,
+        speculative_algorithm="EAGLE",
+        speculative_draft_model_path=str(tmp_path / "head"),
+        speculative_token_map=str(tmp_path / "freq_8.pt"),
+    )
+    assert_official_growth(engine, ReferenceEagle(tmp_path / "head", target, token_map), tree, monkeypatch)

@@ -1,0 +1,95 @@
+"""Prompt lookup proposes what followed the text's last tokens before."""
+
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from specbackend.batch import Sequences
+from specbackend.request import Request
+from specbackend.speculative.ngram import MAX_OCCURRENCES, NgramDrafter, NgramIndex, TokenTree
+
+TEXT = st.lists(st.integers(0, 3), min_size=1, max_size=60)
+
+
+def ends_by_definition(text: list[int], shortest: int, longest: int) -> list[int]:
+    """Where the longest suffixes of the text ended before: longest first, then latest first."""
+    found = {}
+    for size in range(shortest, min(longest, len(text)) + 1):
+        for end in range(size, len(text)):
+            if text[end - size : end] == text[-size:]:
+                found[end] = size
+    return sorted(found, key=lambda end: (-found[end], -end))
+
+
+@given(TEXT, st.integers(1, 3), st.integers(0, 5), st.integers(1, 60))
+@settings(max_examples=300, deadline=None)
+def test_matches_are_those_of_the_definition(text, shortest, more, cut):
+    index = NgramIndex(shortest)
+    index.extend(text[:cut])
+    index.extend(text[cut:])  # a text that grows is indexed like one that is there at once
+    assert index.matches(shortest + more) == ends_by_definition(text, shortest, shortest + more)
+
+
+def test_text_that_repeats_itself_is_looked_at_in_bounds():
+    index = NgramIndex(1)
+    index.extend([7] * 10_000)
+    assert len(index.matches(12)) == MAX_OCCURRENCES
+
+
+@given(st.lists(st.lists(st.integers(0, 2), max_size=6), max_size=6), st.integers(2, 12))
+@settings(max_examples=300, deadline=None)
+def test_token_tree_is_a_tree_of_distinct_siblings(paths, num_nodes):
+    tree = TokenTree(9)
+    for path in paths:
+        tree.add_path(path, num_nodes)
+    nodes = range(1, len(tree.tokens))
+    assert len(tree.tokens) == len(tree.parents) <= num_nodes
+    assert all(tree.parents[node] < node for node in nodes)
+    assert len({(tree.parents[node], tree.tokens[node]) for node in nodes}) == len(nodes)
+    if paths and len(tree.tokens) < num_nodes:  # then every path fits and can be walked
+        edges = {(tree.parents[node], tree.tokens[node]): node for node in nodes}
+        for path in paths:
+            node = 0
+            for token in path:
+                node = edges[node, token]
+
+
+def propose(texts: list[list[int]], num_nodes: int, longest: int = 4):
+    drafter = NgramDrafter(num_nodes, min_match=1, max_match=longest, device="cpu")
+    requests = [Request(str(i), text[:1], output_ids=text[1:]) for i, text in enumerate(texts)]
+    root_B = torch.tensor([text[-1] for text in texts])
+    nothing = torch.zeros(0)
+    tree = drafter.propose(Sequences(requests, nothing, nothing, root_B, nothing), num_nodes)
+    return tree.token_BN.tolist(), tree.parent_BN.tolist()
+
+
+def test_longest_match_first_then_other_ways_to_go_on():
+    #            1 2 3 was followed by 4 5, 2 3 by 6, 3 alone by 8
+    text = [1, 2, 3, 4, 5, 0, 2, 3, 6, 9, 3, 8, 7, 1, 2, 3]
+    tokens, parents = propose([text], num_nodes=23)
+    assert tokens[0][:14] == [3, *text[3:]]
+    assert parents[0][:14] == [0, *range(13)]
+    below_the_root = [token for token, parent in zip(tokens[0], parents[0], strict=True) if parent == 0]
+    assert below_the_root == [3, 4, 6, 8]
+
+
+def test_a_match_near_the_end_leaves_room_for_others():
+    text = [3, 8, 8, 1, 2, 3, 4, 2, 3]  # 2 3 was followed by 4 2 3, 3 by 8 8 1 2 3 4 2 3
+    tokens, parents = propose([text], num_nodes=8)
+    assert tokens == [[3, 4, 2, 3, 8, 8, 1, 2]]
+    assert parents == [[0, 0, 1, 2, 0, 4, 5, 6]]
+
+
+def test_text_without_a_match_still_fills_the_tree():
+    tokens, parents = propose([[1, 2, 3], [5, 6, 5]], num_nodes=4)
+    assert tokens == [[3, 0, 0, 0], [5, 6, 5, 0]]
+    assert parents == [[0, 0, 1, 2], [0, 0, 1, 0]]
+
+
+def test_finished_requests_are_forgotten():
+    drafter = NgramDrafter(4, min_match=1, max_match=4, device="cpu")
+    request, nothing = Request("a", [1, 2], output_ids=[1]), torch.zeros(0)
+    drafter.propose(Sequences([request], nothing, nothing, nothing, nothing), 4)
+    assert len(drafter._indexes) == 1
+    del request
+    assert len(drafter._indexes) == 0
