@@ -70,9 +70,19 @@ def test_features_are_the_inputs_of_the_captured_layers(family, tmp_path):
     assert prompt_output(tmp_path, TOKENS).feature_TF.shape == output.hidden_TD.shape
 
 
-@pytest.mark.parametrize("window, longest", [(64, 64), (None, 128), (4096, 128)])
-def test_context_ends_where_a_sliding_window_would_begin_to_matter(window, longest, tmp_path):
-    write_target(tmp_path, "mistral", sliding_window=window)
+WINDOWS = [
+    ("mistral", {"sliding_window": 64}, 64),
+    ("mistral", {"sliding_window": None}, 128),
+    ("mistral", {"sliding_window": 4096}, 128),
+    ("qwen2", {"sliding_window": 64, "use_sliding_window": True}, 64),
+    ("qwen2", {"sliding_window": 64, "use_sliding_window": False}, 128),
+]
+
+
+@pytest.mark.parametrize("family, window, longest", WINDOWS, ids=str)
+def test_context_ends_where_a_sliding_window_would_begin_to_matter(family, window, longest, tmp_path):
+    write_target(tmp_path, family)
+    edit_config(tmp_path, **window)
     assert Engine(model_path=str(tmp_path), max_total_tokens=200).context_length == longest
     with pytest.raises(ConfigError, match=f"context_length: {longest + 1} is more than the model's {longest}"):
         Engine(model_path=str(tmp_path), context_length=longest + 1)

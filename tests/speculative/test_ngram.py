@@ -54,13 +54,19 @@ def test_token_tree_is_a_tree_of_distinct_siblings(paths, num_nodes):
                 node = edges[node, token]
 
 
-def propose(texts: list[list[int]], num_nodes: int, longest: int = 4):
-    drafter = NgramDrafter(num_nodes, min_match=1, max_match=longest, device="cpu")
-    requests = [Request(str(i), text[:1], output_ids=text[1:]) for i, text in enumerate(texts)]
-    root_B = torch.tensor([text[-1] for text in texts])
-    nothing = torch.zeros(0)
-    tree = drafter.propose(Sequences(requests, nothing, nothing, root_B, nothing), num_nodes)
+def make_drafter(num_nodes: int) -> NgramDrafter:
+    return NgramDrafter(num_nodes, min_match=1, max_match=4, device="cpu")
+
+
+def propose_for(requests: list[Request], drafter: NgramDrafter, num_nodes: int):
+    nothing = torch.zeros(0)  # a drafter without a network does not ask where the KV is
+    tree = drafter.propose(Sequences(requests, nothing, nothing, nothing, nothing), num_nodes)
     return tree.token_BN.tolist(), tree.parent_BN.tolist()
+
+
+def propose(texts: list[list[int]], num_nodes: int):
+    requests = [Request(str(i), text[:1], output_ids=text[1:]) for i, text in enumerate(texts)]
+    return propose_for(requests, make_drafter(num_nodes), num_nodes)
 
 
 def test_longest_match_first_then_other_ways_to_go_on():
@@ -86,10 +92,17 @@ def test_text_without_a_match_still_fills_the_tree():
     assert parents == [[0, 0, 1, 2], [0, 0, 1, 0]]
 
 
+def test_a_text_that_grows_is_read_on():
+    text = torch.randint(4, (40,), generator=torch.Generator().manual_seed(0)).tolist()
+    drafter, request = make_drafter(8), Request("a", text[:5])
+    for length in (6, 7, 11, 20, 21, 40):  # as steps accept one token or several
+        request.output_ids = text[5:length]
+        assert propose_for([request], drafter, 8) == propose([text[:length]], 8)
+
+
 def test_finished_requests_are_forgotten():
-    drafter = NgramDrafter(4, min_match=1, max_match=4, device="cpu")
-    request, nothing = Request("a", [1, 2], output_ids=[1]), torch.zeros(0)
-    drafter.propose(Sequences([request], nothing, nothing, nothing, nothing), 4)
+    drafter, request = make_drafter(4), Request("a", [1, 2], output_ids=[1])
+    propose_for([request], drafter, 4)
     assert len(drafter._indexes) == 1
     del request
     assert len(drafter._indexes) == 0
