@@ -4,7 +4,6 @@ import dataclasses
 import logging
 from dataclasses import dataclass
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Protocol
 
 import torch
@@ -15,7 +14,7 @@ from specbackend.batch import ForwardBatch
 from specbackend.cache.kv_pool import KVPool
 from specbackend.errors import ConfigError
 from specbackend.models.llama import LlamaModel
-from specbackend.models.loader import Weights
+from specbackend.models.loader import Weights, read_pickle
 from specbackend.models.model_config import ModelConfig
 
 log = logging.getLogger(__name__)
@@ -70,9 +69,9 @@ class DraftModel(Protocol):
 def read_token_map(path: Path, vocab_size: int) -> list[int]:
     """FR-Spec's freq_*.pt: a list of the target's most frequent ids. Source: thunlp/FR-Spec `fr/fr.py`."""
     try:
-        ids = torch.load(path, weights_only=True)
-    except (UnpicklingError, RuntimeError, EOFError, OSError) as error:
-        raise ConfigError(f"speculative_token_map: {path} cannot be read: {error}") from error
+        ids = read_pickle(path)
+    except ConfigError as error:
+        raise ConfigError(f"speculative_token_map: {error}") from error
     ids = ids.tolist() if isinstance(ids, torch.Tensor) else ids
     if not isinstance(ids, list) or not ids or not all(type(token) is int for token in ids):
         raise ConfigError(f"speculative_token_map: {path} is not a list of token ids")
@@ -103,6 +102,16 @@ def take_embedding(weights: Weights, config: ModelConfig, target: LlamaModel) ->
             f"{weights.folder}: no embed_tokens, and the target's cannot serve: width {width}, the draft has {D}"
         )
     return target.embed_tokens
+
+
+def check_one_layer(weights: Weights) -> None:
+    """Heads of several layers, and those that draft in parallel, are other networks under the same names."""
+    if "mask_hidden" in weights:
+        raise ConfigError(f"{weights.folder}: a head that drafts in parallel (mask_hidden) is not served")
+    names = [name.split(".") for name in weights.remaining() if name.startswith(("layers.", "midlayer."))]
+    count = 1 + max((int(number) for _, number, *_ in names if number.isdigit()), default=0)
+    if count > 1:
+        raise ConfigError(f"{weights.folder}: the head has {count} layers, heads of 1 are served")
 
 
 def finish_draft(weights: Weights) -> None:

@@ -13,7 +13,14 @@ from specbackend.attention.base import AttentionPlan
 from specbackend.batch import ForwardBatch
 from specbackend.cache.kv_pool import KVPool
 from specbackend.errors import ConfigError
-from specbackend.models.draft import DraftVocabulary, check_pairing, finish_draft, shaped_by_file, take_embedding
+from specbackend.models.draft import (
+    DraftVocabulary,
+    check_one_layer,
+    check_pairing,
+    finish_draft,
+    shaped_by_file,
+    take_embedding,
+)
 from specbackend.models.layers import Attention, GatedMLP, RMSNorm, rope_table
 from specbackend.models.llama import LlamaModel
 from specbackend.models.loader import Weights
@@ -34,6 +41,7 @@ class EagleModel:
         if target.config.hidden_size != D:
             raise ConfigError(f"{folder}: the head has width {D}, the target {target.config.hidden_size}")
         weights = Weights(folder, dtype, device, rename=lambda name: name.removeprefix("model."))
+        check_one_layer(weights)
         config = shaped_by_file(config, weights, "layers.0")
         self.config, self.vocabulary = config, vocabulary
         self.embed_tokens = take_embedding(weights, config, target)

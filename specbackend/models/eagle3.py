@@ -15,7 +15,14 @@ from specbackend.attention.base import AttentionPlan
 from specbackend.batch import ForwardBatch
 from specbackend.cache.kv_pool import KVPool
 from specbackend.errors import ConfigError
-from specbackend.models.draft import DraftVocabulary, check_pairing, finish_draft, shaped_by_file, take_embedding
+from specbackend.models.draft import (
+    DraftVocabulary,
+    check_one_layer,
+    check_pairing,
+    finish_draft,
+    shaped_by_file,
+    take_embedding,
+)
 from specbackend.models.layers import Attention, GatedMLP, RMSNorm, rope_table
 from specbackend.models.llama import LlamaModel
 from specbackend.models.loader import Weights
@@ -70,7 +77,7 @@ class Eagle3Model:
         options = Eagle3Config.read(folder, target.config)
         check_pairing(folder, options.layer, target.config)
         weights = Weights(folder, dtype, device, rename=canonical_name)
-        _check_one_layer(folder, weights)
+        check_one_layer(weights)
         config = shaped_by_file(options.layer, weights, "midlayer")
         hidden = config.hidden_size
         self.config, self.captured_layers = config, options.captured_layers
@@ -88,17 +95,18 @@ class Eagle3Model:
         self.rope = rope_table(config, num_positions, device)
 
     def _load_fusion(self, weights: Weights, target_width: int) -> None:
-        """`fc` and the norms before it: one per feature (3.1) or one over all (`norm_before_fc`), as the file has them.
+        """`fc` and the norms before it: one per feature (3.1) or one over all, if the file or the config has them.
 
         A head that is fed the final hidden state has no `fc`.
         """
         config, hidden, count = self.config, self.config.hidden_size, len(self.captured_layers)
         if count == 0 and hidden != target_width:
             raise ConfigError(f"{weights.folder}: without fc its width of {hidden} must be the target's {target_width}")
-        norms = [f"fc_norm.{i}" for i in range(count) if "fc_norm.0.weight" in weights]
-        self.feature_norms = [RMSNorm.take(weights, name, config, target_width) for name in norms]
-        self.fc_input_norm = None
-        if "input_norm.weight" in weights:
+        self.feature_norms, self.fc_input_norm = [], None
+        names = [f"fc_norm.{i}" for i in range(count)]
+        if config.raw.get("fc_norm") or config.raw.get("use_aux_norm") or any(f"{n}.weight" in weights for n in names):
+            self.feature_norms = [RMSNorm.take(weights, name, config, target_width) for name in names]
+        if config.raw.get("norm_before_fc") or "input_norm.weight" in weights:
             self.fc_input_norm = RMSNorm.take(weights, "input_norm", config, count * target_width)
         self.fc = weights.take("fc.weight", hidden, count * target_width) if count else None
         self.fc_bias = weights.take_if_there("fc.bias", hidden)
@@ -140,20 +148,24 @@ def canonical_name(name: str) -> str:
 
 def _load_vocabulary(weights: Weights, options: Eagle3Config, target: LlamaModel) -> DraftVocabulary:
     """d2t in the file holds offsets: target id = draft id + d2t[draft id]. t2d is its inverse, for training."""
-    W, V, folder = options.draft_vocab_size, target.config.vocab_size, weights.folder
+    W, V, D, folder = options.draft_vocab_size, target.config.vocab_size, options.layer.hidden_size, weights.folder
     weights.discard("t2d")
-    D, whole = options.layer.hidden_size, DraftVocabulary.of_target(target)
-    if whole.lm_head_WD.shape == (W, D) and "d2t" not in weights and "lm_head.weight" not in weights:
-        return whole
-    lm_head_WD = weights.take("lm_head.weight", W, D)
+    whole = DraftVocabulary.of_target(target)
     target_id_W = whole.target_id_W[:W]
     if "d2t" in weights:
         target_id_W = target_id_W + weights.take("d2t", W)
     elif W != V:
         raise ConfigError(f"{folder}: draft_vocab_size is {W}, the target has {V}, and d2t is missing")
-    if target_id_W.min() < 0 or target_id_W.max() >= V or target_id_W.unique().numel() != W:
-        raise ConfigError(f"{folder}: d2t does not map to distinct ids below the target's vocabulary of {V}")
-    return DraftVocabulary(lm_head_WD, target_id_W)
+    low, high, is_float = int(target_id_W.min()), int(target_id_W.max()), target_id_W.is_floating_point()
+    if is_float or not 0 <= low <= high < V or target_id_W.unique().numel() != W:
+        raise ConfigError(
+            f"{folder}: d2t maps to ids from {low} to {high}, which are not {W} distinct ids of the target's "
+            f"vocabulary of {V}"
+        )
+    is_whole = whole.lm_head_WD.shape == (W, D) and target_id_W.equal(whole.target_id_W)
+    if is_whole and "lm_head.weight" not in weights:
+        return whole
+    return DraftVocabulary(weights.take("lm_head.weight", W, D), target_id_W)
 
 
 def captured_layers(folder: Path, raw: dict, num_layers: int) -> tuple[int, ...]:
@@ -174,13 +186,3 @@ def captured_layers(folder: Path, raw: dict, num_layers: int) -> tuple[int, ...]
     if sorted(set(layers)) != list(layers) or not 0 <= layers[0] <= layers[-1] < num_layers:
         raise ConfigError(f"{folder}: {name} {layers} are not rising layers of a target of {num_layers}")
     return layers
-
-
-def _check_one_layer(folder: Path, weights: Weights) -> None:
-    """Heads of several layers, and those that draft in parallel, are other networks under the same names."""
-    if "mask_hidden" in weights:
-        raise ConfigError(f"{folder}: a head that drafts in parallel (mask_hidden) is not served")
-    names = [name for name in weights.remaining() if name.startswith(("layers.", "midlayer."))]
-    numbers = {int(part) for name in names if (part := name.split(".")[1]).isdigit()}
-    if numbers:
-        raise ConfigError(f"{folder}: the head has {max(numbers) + 1} layers, EAGLE3 heads of 1 are served")

@@ -4,7 +4,6 @@ import json
 from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
-from pickle import UnpicklingError
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -96,9 +95,19 @@ def _file_readers(path: Path) -> dict[str, Reader]:
         if path.suffix == ".safetensors":
             file = safe_open(path, framework="pt")
             return {name: partial(file.get_tensor, name) for name in file.keys()}  # noqa: SIM118
-        tensors = torch.load(path, map_location="cpu", weights_only=True)
-        return {name: tensor.detach for name, tensor in tensors.items()}
-    except (SafetensorError, UnpicklingError, RuntimeError, EOFError, OSError) as error:
+    except (SafetensorError, OSError) as error:
+        raise ConfigError(f"{path}: cannot be read: {error}") from error
+    tensors = read_pickle(path)
+    if not isinstance(tensors, dict) or not all(isinstance(value, torch.Tensor) for value in tensors.values()):
+        raise ConfigError(f"{path}: is not a table of tensors by name")
+    return {name: tensor.detach for name, tensor in tensors.items()}
+
+
+def read_pickle(path: Path) -> object:
+    """What torch.save wrote: tensors and plain values, and no code is run. Raises ConfigError."""
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # a damaged file makes torch raise a dozen classes
         raise ConfigError(f"{path}: cannot be read: {error}") from error
 
 
@@ -108,10 +117,17 @@ def _weight_files(folder: Path) -> list[Path]:
         ("pytorch_model.bin", "pytorch_model.bin.index.json"),
     ):
         if (folder / index).is_file():
-            names = sorted(set(json.loads((folder / index).read_text())["weight_map"].values()))
+            names = _shard_names(folder / index)
             if missing := [name for name in names if not (folder / name).is_file()]:
                 raise ConfigError(f"{folder}: {index} names {', '.join(missing)}, which is not there")
             return [folder / name for name in names]
         if (folder / single).is_file():
             return [folder / single]
     raise ConfigError(f"no weights at {folder}: neither model.safetensors nor pytorch_model.bin")
+
+
+def _shard_names(index: Path) -> list[str]:
+    try:
+        return sorted(set(json.loads(index.read_text())["weight_map"].values()))
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        raise ConfigError(f"{index}: is not an index of weights: {error!r}") from error

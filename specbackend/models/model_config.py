@@ -1,7 +1,7 @@
 """config.json of a checkpoint, read as the networks need it."""
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 from specbackend.errors import ConfigError
@@ -116,9 +116,14 @@ def _read_config(folder: Path) -> dict:
     if not path.is_file():
         raise ConfigError(f"no checkpoint at {folder}: config.json is missing")
     try:
-        return json.loads(path.read_text())
+        return json.loads(path.read_text(), object_pairs_hook=_without_nulls)
     except ValueError as error:
         raise ConfigError(f"{path}: is not JSON: {error}") from error
+
+
+def _without_nulls(pairs: list[tuple[str, object]]) -> dict:
+    """A field that is null says as much as one that is absent."""
+    return {name: value for name, value in pairs if value is not None}
 
 
 def _max_positions(raw: dict) -> int:
@@ -131,12 +136,10 @@ def _rope_scaling(path: Path, scaling: dict) -> RopeScaling | None:
         return None
     if kind != "llama3":
         raise ConfigError(f"{path}: rope scaling {kind!r} is not served, only llama3 is")
-    return RopeScaling(
-        factor=scaling["factor"],
-        low_freq_factor=scaling["low_freq_factor"],
-        high_freq_factor=scaling["high_freq_factor"],
-        original_max_position_embeddings=scaling["original_max_position_embeddings"],
-    )
+    names = [field.name for field in fields(RopeScaling)]
+    if missing := [name for name in names if name not in scaling]:
+        raise ConfigError(f"{path}: rope scaling 'llama3' without {', '.join(missing)}")
+    return RopeScaling(**{name: scaling[name] for name in names})
 
 
 def _eos_token_ids(folder: Path, raw: dict) -> tuple[int, ...]:

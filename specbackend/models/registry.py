@@ -63,7 +63,7 @@ def kind_of(names: Iterable[str]) -> str | None:
     names = {canonical_name(name) for name in names}
     if "midlayer.hidden_norm.weight" in names:
         return "EAGLE3"
-    if "fc.weight" in names:
+    if "fc.weight" in names and "hidden_norm.weight" not in names:  # DFlash has both
         return "EAGLE"
     if "embed_tokens.weight" in names and "midlayer.input_layernorm.weight" in names:
         return "STANDALONE"
@@ -75,7 +75,14 @@ def check_tokenizers(target: Path, draft: Path) -> None:
     files = [folder / "tokenizer.json" for folder in (target, draft)]
     if target == draft or not all(file.is_file() for file in files):
         return
-    mine, theirs = (Tokenizer.from_file(str(file)).get_vocab() for file in files)
+    mine, theirs = (_vocabulary(file) for file in files)
     for token, token_id in mine.items():
         if theirs.get(token, token_id) != token_id:
             raise ConfigError(f"{draft}: its tokenizer gives {token!r} the id {theirs[token]}, the target's {token_id}")
+
+
+def _vocabulary(file: Path) -> dict[str, int]:
+    try:
+        return Tokenizer.from_file(str(file)).get_vocab()
+    except Exception as error:  # it has no class of its own
+        raise ConfigError(f"{file}: {error}") from error
