@@ -349,4 +349,4 @@ def _drafter(config: EngineConfig, draft: DraftModel | None, table: RequestTable
     grower = TreeGrower(draft, pool, attention, rows, first_scratch, steps, topk)
     if config.speculative_algorithm == "STANDALONE":
         return StandaloneDrafter(grower, table)
-    return HeadDrafter(grower)
+    return HeadDrafter(draft, grower)

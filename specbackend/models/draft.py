@@ -44,26 +44,27 @@ class DraftVocabulary:
 
 
 class DraftModel(Protocol):
-    """A network that drafts from hidden states of width config.hidden_size.
-
-    Row t of a head consumes the target's feature at t and token x_{t+1}, sits at RoPE position t and predicts x_{t+2}.
-    """
+    """A network that drafts: a head on the target's features, or a language model of its own."""
 
     config: ModelConfig
     num_kv_layers: int
     captured_layers: tuple[int, ...]  # of the target, see LlamaModel
     vocabulary: DraftVocabulary
 
-    def fuse(self, feature_TF: torch.Tensor) -> torch.Tensor:
-        """The target's features [T, F] as hidden states [T, D]."""
-
     def forward(
-        self, batch: ForwardBatch, hidden_TD: torch.Tensor, plan: AttentionPlan, kv_pool: KVPool
+        self, batch: ForwardBatch, hidden_TD: torch.Tensor | None, plan: AttentionPlan, kv_pool: KVPool
     ) -> torch.Tensor:
-        """One pass over T = B * Q rows; returns hidden_TD as the next drafted row consumes it."""
+        """One pass over T = B * Q rows; returns hidden_TD, which a head consumes in the next drafted row."""
 
     def top_tokens(self, hidden: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
         """As DraftVocabulary.top_tokens, from what `forward` returned."""
+
+
+class HeadModel(DraftModel, Protocol):
+    """Row t consumes the target's feature at t and token x_{t+1}, sits at RoPE position t and predicts x_{t+2}."""
+
+    def fuse(self, feature_TF: torch.Tensor) -> torch.Tensor:
+        """The target's features [T, F] as hidden states [T, D], which `forward` consumes."""
 
 
 def read_token_map(path: Path, vocab_size: int) -> list[int]:

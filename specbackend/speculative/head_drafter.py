@@ -9,6 +9,7 @@ import torch
 
 from specbackend.batch import Accepted, ExtendBatch, ForwardBatch, Sequences
 from specbackend.cache.slots import DUMMY_SLOT
+from specbackend.models.draft import HeadModel
 from specbackend.models.llama import TargetOutput
 from specbackend.runner import causal_mask
 from specbackend.speculative.draft_tree import DraftTree, build_tree
@@ -21,9 +22,10 @@ class HeadDrafter:
 
     cache_rule = CacheRule(successor_keys=True, has_draft_kv=True)
 
-    def __init__(self, grower: TreeGrower):
-        self.grower, self.max_depth, self.device = grower, grower.num_steps, grower.device
-        R, K, D = grower.num_rows, grower.topk, grower.model.config.hidden_size
+    def __init__(self, head: HeadModel, grower: TreeGrower):
+        """grower: of the same head."""
+        self.head, self.grower, self.max_depth, self.device = head, grower, grower.num_steps, grower.device
+        R, K, D = grower.num_rows, grower.topk, head.config.hidden_size
         self._logprob_RK = torch.zeros(R, K, device=self.device)
         self._token_RK = torch.zeros(R, K, dtype=torch.int64, device=self.device)
         self._hidden_RD = torch.zeros(R, D, dtype=grower.dtype, device=self.device)
@@ -72,7 +74,7 @@ class HeadDrafter:
         self._feed(batch, feature_TF, path.count_B - 1, at.row_B)
 
     def _feed(self, batch: ForwardBatch, feature_TF: torch.Tensor, last_B: torch.Tensor, row_B: torch.Tensor) -> None:
-        first = self.grower.feed(batch, self.grower.model.fuse(feature_TF), last_B)
+        first = self.grower.feed(batch, self.head.fuse(feature_TF), last_B)
         self._logprob_RK[row_B] = first.logprob_BK
         self._token_RK[row_B] = first.token_BK
         self._hidden_RD[row_B] = first.hidden_BD
