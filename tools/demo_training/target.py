@@ -1,16 +1,17 @@
 """The target: a deep and narrow Llama trained from scratch on the chat documents."""
 
 import math
-import random
-import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from tqdm import tqdm
+from draft_training import loop
+from draft_training.head import Score
+from draft_training.samples import epochs, pad_right
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from .text import VOCAB_SIZE, length_batches, pad_right
+from .text import VOCAB_SIZE
 
 IGNORE = -100
 
@@ -42,42 +43,31 @@ def build_target(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
     return model
 
 
-def cosine_schedule(optimizer: torch.optim.Optimizer, steps: int, warmup: int) -> torch.optim.lr_scheduler.LambdaLR:
-    """Linear warm-up, then a cosine down to 2% of the peak."""
+@dataclass(frozen=True)
+class LanguageTask:
+    """Next-token cross entropy over whole documents."""
 
-    def factor(step: int) -> float:
-        if step < warmup:
-            return (step + 1) / warmup
-        return 0.02 + 0.49 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
+    model: LlamaForCausalLM
+    documents: Sequence[Sequence[int]]
 
-    return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+    def num_rows(self, batch: loop.Batch) -> int:
+        return sum(len(self.documents[i]) - 1 for i in batch)
 
-
-def epochs(
-    lengths: Sequence[int], tokens_per_batch: int, tokens: int, seed: int, prompts: Sequence[int] | None = None
-) -> Iterator[list[int]]:
-    """Batches of indices, epoch after epoch, until about `tokens` tokens have been handed out."""
-    rng = random.Random(seed)
-    while tokens > 0:
-        for batch in length_batches(lengths, tokens_per_batch, rng, prompts):
-            if tokens <= 0:
-                return
-            tokens -= sum(lengths[i] for i in batch)
-            yield batch
-
-
-def next_token_loss(model: LlamaForCausalLM, documents: Sequence[Sequence[int]]) -> torch.Tensor:
-    """Mean cross entropy of a padded batch."""
-    rows_BT = pad_right(documents, IGNORE)
-    logits_BTV = model(rows_BT.clamp(min=0), use_cache=False).logits
-    return F.cross_entropy(logits_BTV[:, :-1].flatten(0, 1), rows_BT[:, 1:].flatten(), ignore_index=IGNORE)
+    def score(self, batch: loop.Batch) -> Score:
+        rows_BT = pad_right([self.documents[i] for i in batch], IGNORE)
+        logits_BTV = self.model(rows_BT.clamp(min=0), use_cache=False).logits[:, :-1]
+        next_BT = rows_BT[:, 1:]
+        loss = F.cross_entropy(logits_BTV.flatten(0, 1), next_BT.flatten(), ignore_index=IGNORE, reduction="sum")
+        correct = (logits_BTV.argmax(-1) == next_BT).sum()
+        return Score(loss, correct[None], (next_BT != IGNORE).sum()[None])
 
 
 @torch.inference_mode()
 def mean_loss(model: LlamaForCausalLM, documents: Sequence[Sequence[int]]) -> float:
     """Mean cross entropy per token, one document at a time."""
-    total = sum(next_token_loss(model, [d]).item() * (len(d) - 1) for d in documents)
-    return total / sum(len(d) - 1 for d in documents)
+    task = LanguageTask(model, documents)
+    total = sum(task.score([i]).loss.item() for i in range(len(documents)))
+    return total / task.num_rows(range(len(documents)))
 
 
 def train_target(
@@ -88,26 +78,8 @@ def train_target(
     tokens_per_batch: int = 1024,
     seed: int = 0,
 ) -> dict:
-    """Next-token cross entropy over whole documents; returns the history for the plot and the card."""
+    """Train from scratch; returns the history for the plot and the card."""
     batches = list(epochs([len(d) for d in documents], tokens_per_batch, tokens, seed))
-    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
-    schedule = cosine_schedule(optimizer, len(batches), warmup=100)
-    losses, start = [], time.perf_counter()
-    model.train()
-    for batch in (bar := tqdm(batches, desc="target", mininterval=5)):
-        loss = next_token_loss(model, [documents[i] for i in batch])
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
-        optimizer.zero_grad()
-        losses.append(loss.item())
-        bar.set_postfix(loss=f"{losses[-1]:.3f}", refresh=False)
-    model.eval()
-    return {
-        "loss": losses,
-        "seconds": time.perf_counter() - start,
-        "tokens": tokens,
-        "documents": len(documents),
-        "lr": lr,
-    }
+    options = loop.LoopOptions(lr=lr, warmup=100, clip=1.0, weight_decay=0.1)
+    history = loop.train(LanguageTask(model, documents), batches, options)
+    return history | {"tokens": tokens, "documents": len(documents), "lr": lr}

@@ -1,11 +1,9 @@
-"""GSM8K as chat documents: tokenizer, chat template and batches of similar length."""
+"""GSM8K as chat documents: tokenizer and chat template."""
 
 import json
-import random
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
@@ -74,29 +72,3 @@ def encode_documents(tokenizer: PreTrainedTokenizerFast, records: Iterable[dict]
     """Whole conversations as token ids, the few very long ones left out."""
     rows = encode(tokenizer, [prompt_text(r["question"]) + r["answer"] + END for r in records])
     return [row for row in rows if len(row) <= MAX_TOKENS]
-
-
-def length_batches(
-    lengths: Sequence[int], tokens_per_batch: int, rng: random.Random, prompts: Sequence[int] | None = None
-) -> list[list[int]]:
-    """Group indices of similar length (and prompt length, if given), so that padding is rare; shuffle the groups."""
-
-    def key(i: int) -> tuple[int, float]:
-        return (prompts[i] // 8 if prompts else 0), lengths[i] + rng.uniform(0, 16)
-
-    order = sorted(range(len(lengths)), key=key)
-    batches, batch, longest = [], [], 0
-    for i in order:
-        longest = max(longest, lengths[i])
-        if batch and longest * (len(batch) + 1) > tokens_per_batch:
-            batches.append(batch)
-            batch, longest = [], lengths[i]
-        batch.append(i)
-    batches.append(batch)
-    rng.shuffle(batches)
-    return batches
-
-
-def pad_right(rows: Sequence[Sequence[int]], value: int) -> torch.Tensor:
-    """Stack rows of ids into [B, T]; causal attention never looks at padding on the right."""
-    return torch.nn.utils.rnn.pad_sequence([torch.tensor(r) for r in rows], batch_first=True, padding_value=value)
