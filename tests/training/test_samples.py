@@ -11,7 +11,7 @@ from draft_training.samples import Sample
 
 from tests.conftest import DEMO_TARGET
 
-PROMPTS = [[1] * length for length in (9, 3, 5, 7, 3, 8)]
+PROMPTS = [[1] * length for length in (3, 3, 5, 7, 8, 9)]
 
 
 class FakeEngine:
@@ -35,10 +35,10 @@ def regenerate(engine, path, prompts=PROMPTS):
     samples.regenerate(engine, prompts, path, max_new_tokens=5, temperature=0.5, seed=7)
 
 
-def test_shortest_first_and_each_with_its_own_seed(tmp_path):
+def test_in_their_order_and_each_with_its_own_seed(tmp_path):
     engine, path = FakeEngine(), tmp_path / "responses.jsonl"
     regenerate(engine, path)
-    assert engine.asked == sorted(PROMPTS, key=len)
+    assert engine.asked == PROMPTS
     assert [each["seed"] for each in engine.sampling] == list(range(7, 13))
     assert [each["max_new_tokens"] for each in engine.sampling] == [5, 5, 5, 5, 4, 3]  # what the context has room for
     assert samples.read_responses(path) == [Sample(prompt, [len(prompt), 0]) for prompt in engine.asked]
@@ -53,7 +53,7 @@ def test_goes_on_after_a_line_that_was_cut_off(tmp_path):
     engine = FakeEngine()
     regenerate(engine, path)
     assert path.read_text() == whole.read_text()
-    assert engine.asked == sorted(PROMPTS, key=len)[3:]
+    assert engine.asked == PROMPTS[3:]
 
 
 def test_answers_to_other_prompts_are_refused(tmp_path):

@@ -52,6 +52,12 @@ def test_two_ranks_train_what_one_does_with_twice_the_batches(tmp_path, train_dr
     command += [ROOT / "tools" / "train_draft", *common, "--out", tmp_path / "two"]
     result = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=240)
     assert result.returncode == 0, result.stderr
+    answers = (tmp_path / "one-work" / "responses.jsonl").read_text().splitlines()
+    lengths = [len(json.loads(line)["prompt_ids"]) for line in answers]
+    assert lengths == sorted(lengths), "padding is rare when neighbours are alike"
+    for rank in (0, 1):
+        share = (tmp_path / "two-work" / f"responses-{rank}-of-2.jsonl").read_text().splitlines()
+        assert share == answers[rank::2]
     one, two = (load_file(tmp_path / name / "model.safetensors") for name in ("one", "two"))
     fresh = torch.load(tmp_path / "one-work" / "state.pt", weights_only=True)
     assert len(fresh["history"]["loss"]) > 2

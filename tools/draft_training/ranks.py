@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-PATIENCE = timedelta(days=7)  # the other ranks wait while rank 0 regenerates the responses
+PATIENCE = timedelta(days=7)  # the first rank to have answered its prompts waits for the last
 
 
 @contextmanager

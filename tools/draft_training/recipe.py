@@ -3,6 +3,7 @@
 import hashlib
 import json
 from dataclasses import dataclass, fields, replace
+from itertools import chain, zip_longest
 from pathlib import Path
 
 import torch
@@ -103,13 +104,13 @@ class HeadTask:
 
 
 def run(recipe: Recipe) -> None:
-    """Make what the recipe says. Of several ranks, the first one answers the prompts and writes the results."""
+    """Make what the recipe says. Several ranks share the prompts and the training; the first one writes the results."""
     device = ranks.local_device(recipe.device)
     recipe.work.mkdir(parents=True, exist_ok=True)
     if recipe.algorithm in HEADS:
         HEADS[recipe.algorithm].check(read_config(recipe.target))
     with ranks.group(device):
-        if recipe.responses is None and ranks.rank() == 0:
+        if recipe.responses is None:
             answer_prompts(recipe, device)
         ranks.wait()
         samples = load_samples(recipe)
@@ -120,7 +121,7 @@ def run(recipe: Recipe) -> None:
 
 
 def answer_prompts(recipe: Recipe, device: torch.device) -> None:
-    """Let the target answer, into `work`/responses.jsonl."""
+    """Let the target answer this rank's share of the prompts, shortest first."""
     prompts = read_prompts(recipe.data, recipe.target)[: recipe.num_prompts]
     engine = Engine(
         model_path=str(recipe.target),
@@ -131,17 +132,22 @@ def answer_prompts(recipe: Recipe, device: torch.device) -> None:
         disable_radix_cache=True,
         num_threads=torch.get_num_threads(),
     )
-    prompts = [prompt for prompt in prompts if len(prompt) < engine.context_length]
-    path = recipe.work / "responses.jsonl"
-    regenerate(engine, prompts, path, recipe.max_new_tokens, recipe.temperature, recipe.seed)
+    prompts = sorted((prompt for prompt in prompts if len(prompt) < engine.context_length), key=len)
+    mine, path = prompts[ranks.rank() :: ranks.count()], responses_path(recipe, ranks.rank())
+    regenerate(engine, mine, path, recipe.max_new_tokens, recipe.temperature, recipe.seed)
+
+
+def responses_path(recipe: Recipe, rank: int) -> Path:
+    return recipe.work / ("responses.jsonl" if ranks.count() == 1 else f"responses-{rank}-of-{ranks.count()}.jsonl")
 
 
 def load_samples(recipe: Recipe) -> list[Sample]:
     """The responses that have something to learn from."""
-    path = recipe.responses or recipe.work / "responses.jsonl"
-    samples = [s for s in read_responses(path) if s.num_rows > 0 and s.length <= recipe.max_length]
+    paths = [recipe.responses] if recipe.responses else [responses_path(recipe, r) for r in range(ranks.count())]
+    in_turns = chain.from_iterable(zip_longest(*map(read_responses, paths)))  # the order that one rank would have made
+    samples = [s for s in in_turns if s and s.num_rows > 0 and s.length <= recipe.max_length]
     if not samples:
-        raise TrainingError(f"responses: {path} has none of two tokens or more")
+        raise TrainingError(f"responses: {', '.join(map(str, paths))}: none of two tokens or more")
     return samples
 
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from draft_training import ranks
 from draft_training.errors import TrainingError
 from specbackend import Engine
 from specbackend.tokenizer import Tokenizer
@@ -56,15 +57,20 @@ def read_responses(path: Path) -> list[Sample]:
 def regenerate(
     engine: Engine, prompts: Sequence[list[int]], path: Path, max_new_tokens: int, temperature: float, seed: int
 ) -> None:
-    """Answer all prompts, shortest first, and add each answer to `path`. Goes on where it was interrupted."""
-    prompts = sorted(prompts, key=len)
+    """Answer all prompts in their order and add each answer to `path`. Goes on where it was interrupted.
+
+    Prompts of like length should be neighbours, so that padding is rare.
+    """
     done = read_responses(path)
     if [sample.prompt_ids for sample in done] != prompts[: len(done)]:
         raise TrainingError(f"{path} answers other prompts; remove it, or choose another --work")
     if path.exists():
         os.truncate(path, path.read_bytes().rfind(b"\n") + 1)
     size = SUBMITTED_BATCHES * engine.config.max_running_requests
-    with path.open("a") as file, tqdm(total=len(prompts), initial=len(done), desc="responses", mininterval=5) as bar:
+    with (
+        path.open("a") as file,
+        tqdm(total=len(prompts), initial=len(done), desc="responses", mininterval=5, disable=ranks.rank() > 0) as bar,
+    ):
         for start in range(len(done), len(prompts), size):
             batch = prompts[start : start + size]
             sampling = [
