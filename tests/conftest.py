@@ -5,8 +5,9 @@ import pytest
 import torch
 
 ROOT = Path(__file__).parents[1]
-DEMO_TARGET = ROOT / "tools" / "demo_checkpoints" / "llama-gsm8k"
-DEMO_EAGLE3 = ROOT / "tools" / "demo_checkpoints" / "llama-gsm8k-eagle3"
+DEMOS = ROOT / "tools" / "demo_checkpoints"
+DEMO_TARGET, DEMO_EAGLE3 = DEMOS / "llama-gsm8k", DEMOS / "llama-gsm8k-eagle3"
+NEW_TOKENS = 64  # of the answers in `expected`
 
 
 def pytest_addoption(parser):
@@ -38,3 +39,13 @@ def hf_target():
     from transformers import AutoModelForCausalLM
 
     return AutoModelForCausalLM.from_pretrained(DEMO_TARGET, dtype=torch.float32).eval()
+
+
+@pytest.fixture(scope="session")
+def expected(hf_target, demo_prompts) -> list[list[int]]:
+    """What generate says to the demo prompts, with its own cache, one prompt at a time."""
+    answers = []
+    for prompt in demo_prompts:
+        output = hf_target.generate(torch.tensor([prompt]), do_sample=False, max_new_tokens=NEW_TOKENS)
+        answers.append(output[0, len(prompt) :].tolist())
+    return answers

@@ -1,12 +1,10 @@
 """Greedy output equals Hugging Face generate, token for token, whatever the tree, batch, chunk size and cache state."""
 
 import pytest
-import torch
 
 from specbackend import Engine
-from tests.conftest import DEMO_EAGLE3, DEMO_TARGET
+from tests.conftest import DEMO_EAGLE3, DEMO_TARGET, NEW_TOKENS
 
-NEW_TOKENS = 64
 GREEDY = {"temperature": 0, "max_new_tokens": NEW_TOKENS}
 TREES = {"plain": None, "5-4-8": (5, 4, 8), "5-1-6": (5, 1, 6), "3-8-32": (3, 8, 32)}
 
@@ -18,16 +16,6 @@ def make_engine(tree: tuple[int, int, int] | None, **params) -> Engine:
             zip(("speculative_num_steps", "speculative_eagle_topk", "speculative_num_draft_tokens"), tree, strict=True)
         )
     return Engine(model_path=str(DEMO_TARGET), **params)
-
-
-@pytest.fixture(scope="session")
-def expected(hf_target, demo_prompts) -> list[list[int]]:
-    """What generate says, with its own cache, one prompt at a time."""
-    answers = []
-    for prompt in demo_prompts:
-        output = hf_target.generate(torch.tensor([prompt]), do_sample=False, max_new_tokens=NEW_TOKENS)
-        answers.append(output[0, len(prompt) :].tolist())
-    return answers
 
 
 @pytest.fixture(params=TREES, ids=str)

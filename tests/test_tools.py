@@ -1,5 +1,6 @@
 """The command-line tools: what tools/serve makes of its flags, what tools/demo prints."""
 
+import json
 import re
 import subprocess
 import sys
@@ -129,3 +130,19 @@ def test_demo():
         r"4 questions: with speculation \d+ tok/s, without \d+ tok/s: [\d.]+x, accept length [\d.]+, outputs equal"
     )
     assert re.fullmatch(closing, result.stdout.splitlines()[-1])
+
+
+def test_bench_decode_of_all_algorithms(tmp_path):
+    command = [sys.executable, ROOT / "tools" / "bench_decode", "--all-algorithms", "--num-prompts", "2"]
+    command += ["--max-new-tokens", "8", "--batch-size", "2", "--num-threads", "1", "--temperature", "1"]
+    result = subprocess.run(
+        [*command, "--json", tmp_path / "figures.json"], capture_output=True, text=True, timeout=180
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+    lines = result.stdout.splitlines()
+    assert lines[-1] == "outputs equal: True"
+    figures = json.loads((tmp_path / "figures.json").read_text())
+    algorithms = [row["algorithm"] for row in figures["algorithms"]]
+    assert {"plain", "EAGLE3", "EAGLE", "EAGLE + token map", "NEXTN, MiMo", "NGRAM"} < set(algorithms)
+    assert [line.split("  ")[0] for line in lines[1:-1]] == algorithms
+    assert all(row["tokens"] > 0 for row in figures["algorithms"])

@@ -1,0 +1,56 @@
+"""The bundled drafts do what their cards say: exact like all others, and better the better the algorithm is."""
+
+from functools import cache
+
+import pytest
+
+from specbackend import Engine
+from tests.conftest import DEMO_EAGLE3, DEMO_TARGET, DEMOS, NEW_TOKENS
+
+EAGLE = {"speculative_algorithm": "EAGLE", "speculative_draft_model_path": str(DEMOS / "llama-gsm8k-eagle")}
+SETUPS = {
+    "plain": {},
+    "EAGLE3": {"speculative_algorithm": "EAGLE3", "speculative_draft_model_path": str(DEMO_EAGLE3)},
+    "EAGLE": EAGLE,
+    "EAGLE+map": {**EAGLE, "speculative_token_map": str(DEMOS / "llama-gsm8k-eagle" / "freq_256.pt")},
+    "NEXTN": {
+        "model_path": str(DEMOS / "mimo-gsm8k"),
+        "speculative_algorithm": "NEXTN",
+        "speculative_num_steps": 1,
+        "speculative_eagle_topk": 1,
+        "speculative_num_draft_tokens": 2,
+    },
+    "NGRAM": {"speculative_algorithm": "NGRAM"},
+}
+
+
+@pytest.fixture(scope="module")
+def answers(demo_prompts):
+    @cache
+    def generate(name: str) -> list[dict]:
+        engine = Engine(**{"model_path": str(DEMO_TARGET), "max_running_requests": 20} | SETUPS[name])
+        sampling = {"temperature": 0, "max_new_tokens": NEW_TOKENS}
+        return engine.generate(input_ids=demo_prompts, sampling_params=sampling)
+
+    return generate
+
+
+def accept_length(answers: list[dict]) -> float:
+    tokens = sum(answer["meta_info"]["completion_tokens"] for answer in answers)
+    return tokens / sum(answer["meta_info"]["spec_verify_ct"] for answer in answers)
+
+
+@pytest.mark.parametrize("name", SETUPS)
+def test_greedy_equals_hf_generate(name, answers, expected):
+    assert [answer["output_ids"] for answer in answers(name)] == expected
+
+
+def test_better_algorithms_accept_more(answers):
+    length = {name: accept_length(answers(name)) for name in SETUPS}
+    assert length["EAGLE3"] > length["EAGLE"] >= length["EAGLE+map"] > 2
+    assert length["NEXTN"] > 1.5
+    assert length["NGRAM"] > 1.3
+
+
+def test_size():
+    assert sum(path.stat().st_size for path in DEMOS.rglob("*") if path.is_file()) < 30e6
