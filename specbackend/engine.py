@@ -119,7 +119,10 @@ class Engine:
     def submit(self, request: Request) -> None:
         """Queue a request. Raises InvalidRequest, naming the field, or QueueFull."""
         self._check(request)
-        request.seed = self._seeds.getrandbits(63) if request.params.seed is None else request.params.seed
+        params = request.params
+        request.seed = self._seeds.getrandbits(63) if params.seed is None else params.seed
+        end_ids = {*self.model_config.eos_token_ids, *params.stop_token_ids}
+        request.end_ids = tuple(token for token in end_ids if token < self.model_config.vocab_size)
         self.scheduler.add(request)
 
     @torch.inference_mode()
@@ -209,6 +212,7 @@ class Engine:
         for token in ids:
             if isinstance(token, bool) or not isinstance(token, int) or not 0 <= token < vocab:
                 raise InvalidRequest("input_ids", f"{token!r} is not an id of the vocabulary of {vocab}")
+        request.params.check_vocabulary(vocab, self.model_config.eos_token_ids)
 
     def _count(self, batch: ExtendBatch | DecodeBatch, updates: list[Update]) -> None:
         """Step by step, because a request that is cancelled has no last update."""

@@ -98,7 +98,8 @@ def test_answer_ends_where_the_context_does(engine):
         ([1], {"max_new_tokens": -3}, "max_new_tokens"),
         ([1], {"temperature": float("nan")}, "temperature"),
         ([1], {"temperature": -0.1}, "temperature"),
-        ([1], {"top_p": 0.9}, "top_p"),
+        ([1], {"top_p": 1.1}, "top_p"),
+        ([1], {"logit_bias": {"1024": 1.0}}, "logit_bias"),
     ],
     ids=str,
 )

@@ -6,7 +6,15 @@ import pickle
 import pytest
 
 from specbackend.errors import InvalidRequest
-from specbackend.request import UNLIMITED, FinishReason, Request, SamplingParams, Update
+from specbackend.request import (
+    LONGEST_BAD_WORD,
+    MOST_BAD_WORDS,
+    UNLIMITED,
+    FinishReason,
+    Request,
+    SamplingParams,
+    Update,
+)
 
 REFUSED = [
     ("max_new_tokens", 0),
@@ -41,7 +49,61 @@ REFUSED = [
     ("ignore_eos", 1),
     ("ignore_eos", "true"),
     ("speculative", None),
-    ("top_p", 0.9),
+    ("top_k", 0),
+    ("top_k", -2),
+    ("top_k", 5.0),
+    ("top_k", True),
+    ("top_k", UNLIMITED + 1),
+    ("top_p", 0),
+    ("top_p", 1.01),
+    ("top_p", math.nan),
+    ("top_p", "0.9"),
+    ("top_p", True),
+    ("min_p", -0.1),
+    ("min_p", 1.1),
+    ("min_p", math.nan),
+    ("min_p", False),
+    ("repetition_penalty", 0),
+    ("repetition_penalty", 1e-45),
+    ("repetition_penalty", 2.1),
+    ("repetition_penalty", math.nan),
+    ("repetition_penalty", True),
+    ("presence_penalty", -2.1),
+    ("presence_penalty", math.inf),
+    ("presence_penalty", None),
+    ("frequency_penalty", 2.1),
+    ("frequency_penalty", math.nan),
+    ("frequency_penalty", "1"),
+    ("min_new_tokens", -1),
+    ("min_new_tokens", 129),  # max_new_tokens is 128
+    ("min_new_tokens", 1.5),
+    ("min_new_tokens", True),
+    ("logit_bias", {"x": 1.0}),
+    ("logit_bias", {-1: 1.0}),
+    ("logit_bias", {"1.0": 1.0}),
+    ("logit_bias", {True: 1.0}),
+    ("logit_bias", {1: math.nan}),
+    ("logit_bias", {1: -math.inf}),
+    ("logit_bias", {1: 1e31}),
+    ("logit_bias", {1: True}),
+    ("logit_bias", {1: "2"}),
+    ("logit_bias", {1: 1.0, "1": 2.0}),
+    ("logit_bias", [1, 2]),
+    ("logit_bias", "x"),
+    ("logit_bias", 5),
+    ("allowed_token_ids", [-1]),
+    ("allowed_token_ids", ["2"]),
+    ("allowed_token_ids", [1.0]),
+    ("allowed_token_ids", [True]),
+    ("bad_words_ids", [1, 2]),
+    ("bad_words_ids", 3),
+    ("bad_words_ids", "word"),
+    ("bad_words_ids", [[]]),
+    ("bad_words_ids", [[1], [-1]]),
+    ("bad_words_ids", [[1, "2"]]),
+    ("bad_words_ids", [[True]]),
+    ("bad_words_ids", [[1] * (LONGEST_BAD_WORD + 1)]),
+    ("bad_words_ids", [[1]] * (MOST_BAD_WORDS + 1)),
     ("nonsense", 1),
 ]
 
@@ -55,7 +117,46 @@ def test_refusals_name_the_field(name, value):
 
 def test_refusal_of_an_unknown_name_lists_the_known():
     with pytest.raises(InvalidRequest, match=r"max_new_tokens.*temperature"):
-        SamplingParams.from_dict({"top_k": 3})
+        SamplingParams.from_dict({"length_penalty": 3})
+
+
+OUTSIDE_OF_TEN = [
+    ("logit_bias", {"10": 1.0}, "10 is not an id of the vocabulary of 10"),
+    ("allowed_token_ids", [3, 10], "10 is not an id"),
+    ("bad_words_ids", [[3, 10, 3]], "10 is not an id"),
+]
+
+
+@pytest.mark.parametrize("name, value, message", OUTSIDE_OF_TEN, ids=[name for name, *_ in OUTSIDE_OF_TEN])
+def test_ids_outside_the_vocabulary_are_refused(name, value, message):
+    with pytest.raises(InvalidRequest, match=f"^{name}: {message}"):
+        SamplingParams.from_dict({name: value}).check_vocabulary(10, ())
+
+
+LEAVES_NOTHING = [
+    ("allowed_token_ids", {"allowed_token_ids": [3, 4], "bad_words_ids": [[3], [1, 4]]}),
+    ("allowed_token_ids", {"allowed_token_ids": [2], "min_new_tokens": 1}),
+    ("allowed_token_ids", {"allowed_token_ids": [5, 2], "min_new_tokens": 1, "stop_token_ids": [5]}),
+    ("bad_words_ids", {"bad_words_ids": [[token] for token in range(10)]}),
+    ("min_new_tokens", {"min_new_tokens": 1, "stop_token_ids": list(range(10))}),
+]
+
+
+@pytest.mark.parametrize("name, params", LEAVES_NOTHING, ids=[str(params)[:40] for _, params in LEAVES_NOTHING])
+def test_params_that_may_leave_no_token_are_refused(name, params):
+    with pytest.raises(InvalidRequest, match=f"^{name}: .*no token left"):
+        SamplingParams.from_dict(params).check_vocabulary(10, (2,))
+
+
+def test_params_that_always_leave_a_token_pass():
+    for params in (
+        {"allowed_token_ids": [3, 4, 6], "bad_words_ids": [[3], [1, 4]]},
+        {"allowed_token_ids": [2]},
+        {"allowed_token_ids": [5, 2], "min_new_tokens": 1},
+        {"bad_words_ids": [[token] for token in range(9)]},
+        {"logit_bias": {9: -1e30}, "stop_token_ids": [10_000]},
+    ):
+        SamplingParams.from_dict(params).check_vocabulary(10, (2,))
 
 
 def test_refusals_cross_process_borders_whole():
@@ -76,6 +177,20 @@ ACCEPTED = [
     ("stop_token_ids", None, ()),
     ("max_new_tokens", UNLIMITED, UNLIMITED),
     ("speculative", False, False),
+    ("top_k", -1, -1),
+    ("top_k", 1, 1),
+    ("top_p", 1, 1),
+    ("min_p", 1, 1),
+    ("repetition_penalty", 2, 2),
+    ("presence_penalty", -2, -2),
+    ("min_new_tokens", 128, 128),
+    ("logit_bias", {"5": -100, 6: 0.5}, ((5, -100), (6, 0.5))),
+    ("logit_bias", [[5, -100]], ((5, -100),)),  # as it comes out of msgpack
+    ("logit_bias", None, ()),
+    ("allowed_token_ids", [5, 6], (5, 6)),
+    ("allowed_token_ids", None, ()),
+    ("bad_words_ids", [[5, 6], [7]], ((5, 6), (7,))),
+    ("bad_words_ids", None, ()),
 ]
 
 

@@ -1,5 +1,6 @@
-"""The one definition of how the target picks a token."""
+"""The one definition of the target's distribution, and of how a token is picked from it."""
 
+from specbackend.sampling.nodes import Nodes
 from specbackend.sampling.pick import SamplingBatch, pick_tokens
 
-__all__ = ["SamplingBatch", "pick_tokens"]
+__all__ = ["Nodes", "SamplingBatch", "pick_tokens"]

@@ -1,10 +1,17 @@
 """Picking a token from the target's logits: the same code for prefill, plain decoding and every node of a draft tree.
 
-A sampled token is argmax(logits / temperature + Gumbel noise), which is distributed as softmax(logits / temperature).
-The noise is a function of (seed, position, token) alone. So verification needs no acceptance rule of its own: a drafted
-token is kept if it is what the target picks at that position anyway. It accepts with probability sum p(children), the
-most any rule can for deterministic drafts, and a seeded request gives the same text alone or in a batch, with
-speculation on or off, before and after preemption.
+The logits of a node become the target's distribution by the parameters of its request, in one order for all:
+
+    logit_bias -> repetition_penalty -> frequency_penalty, presence_penalty -> min_new_tokens -> allowed_token_ids,
+    bad words -> temperature -> top_k and top_p jointly -> min_p
+
+Greedy requests (temperature 0) take the best token after all that comes before temperature.
+
+A sampled token is argmax(scaled logits + Gumbel noise), which is distributed as their softmax. The noise is a function
+of (seed, position, token) alone, and the logits are one of the node's text. So verification needs no acceptance rule of
+its own: a drafted token is kept if it is what the target picks at that position anyway. It accepts with probability sum
+p(children), the most any rule can for deterministic drafts, and a seeded request gives the same text alone or in a
+batch, with speculation on or off, before and after preemption.
 """
 
 from dataclasses import dataclass
@@ -12,15 +19,19 @@ from dataclasses import dataclass
 import torch
 
 from specbackend.request import Request
+from specbackend.sampling.nodes import Nodes
+from specbackend.sampling.processors import AFTER_TEMPERATURE, BEFORE_TEMPERATURE, Processor, processors_of
 
 
 @dataclass(frozen=True)
 class SamplingBatch:
-    """Sampling parameters on the device. `any_sampled` is known on the host: greedy batches skip the noise."""
+    """Sampling parameters on the device. What a batch does not use is known on the host, and costs nothing."""
 
     temperature_B: torch.Tensor  # float32; 0 is greedy
     seed_B: torch.Tensor  # int64
     any_sampled: bool
+    before_temperature: tuple[Processor, ...] = ()
+    after_temperature: tuple[Processor, ...] = ()
 
     @classmethod
     def of(cls, requests: list[Request], device) -> "SamplingBatch":
@@ -29,22 +40,36 @@ class SamplingBatch:
             temperature_B=torch.tensor(temperatures, dtype=torch.float32, device=device),
             seed_B=torch.tensor([_signed(request.seed) for request in requests], device=device),
             any_sampled=any(temperatures),
+            before_temperature=processors_of(BEFORE_TEMPERATURE, requests, device),
+            after_temperature=processors_of(AFTER_TEMPERATURE, requests, device),
         )
 
 
-def pick_tokens(logits_BNV: torch.Tensor, position_BN: torch.Tensor, sampling: SamplingBatch) -> torch.Tensor:
-    """Pick the token that follows each node: int64 [B, N].
-
-    position_BN is the position the picked token will have in its sequence.
-    """
+def pick_tokens(logits_BNV: torch.Tensor, nodes: Nodes, sampling: SamplingBatch) -> torch.Tensor:
+    """Pick the token that follows each node: int64 [B, N]."""
+    logits_BNV = target_logits(logits_BNV, nodes, sampling)
     if not sampling.any_sampled:
         return logits_BNV.argmax(dim=-1)
+    greedy_B11 = sampling.temperature_B[:, None, None] == 0
+    noise = gumbel_noise(sampling.seed_B, nodes.position_BN, logits_BNV.shape[-1])
+    return torch.where(greedy_B11, logits_BNV, logits_BNV + noise).argmax(dim=-1)
+
+
+def target_logits(logits_BNV: torch.Tensor, nodes: Nodes, sampling: SamplingBatch) -> torch.Tensor:
+    """The distribution that each node's next token is picked from: sampled requests' tokens follow its softmax."""
+    if sampling.before_temperature:
+        logits_BNV = logits_BNV.to(torch.float32, copy=True)
+        for processor in sampling.before_temperature:
+            processor.apply(logits_BNV, nodes)
+    if not sampling.any_sampled:
+        return logits_BNV
     temperature_B11 = sampling.temperature_B[:, None, None]
     logits_BNV = logits_BNV.float()
     below_best = logits_BNV - logits_BNV.amax(dim=-1, keepdim=True)  # so that a tiny temperature cannot overflow to inf
-    scaled = below_best / temperature_B11.masked_fill(temperature_B11 == 0, 1.0)
-    noise = gumbel_noise(sampling.seed_B, position_BN, logits_BNV.shape[-1])
-    return torch.where(temperature_B11 == 0, scaled, scaled + noise).argmax(dim=-1)
+    scaled_BNV = below_best / temperature_B11.masked_fill(temperature_B11 == 0, 1.0)
+    for processor in sampling.after_temperature:
+        processor.apply(scaled_BNV, nodes)
+    return scaled_BNV
 
 
 def gumbel_noise(seed_B: torch.Tensor, position_BN: torch.Tensor, vocab_size: int) -> torch.Tensor:

@@ -13,6 +13,7 @@ from specbackend.request import SamplingParams
 from specbackend.serving.errors import Unsupported
 from specbackend.serving.protocol import Ready
 from specbackend.serving.schemas import ALWAYS, ANY, LLM_INPUTS, LLM_OUTPUTS, LLM_PARAMETERS, Input
+from specbackend.serving.words import bad_word_ids, word_biases
 from specbackend.tokenizer import Tokenizer
 
 TENSORS = {spec.name: spec for spec in LLM_INPUTS}
@@ -25,10 +26,13 @@ PARAMETER_TYPES = {
     "BOOL": FLAG,
     **dict.fromkeys(("INT32", "INT64", "UINT8", "UINT64"), INTEGER),
     **dict.fromkeys(("FP16", "FP32", "FP64"), NUMBER),
-    "JSON": ((int, str), "a number or a JSON list of numbers"),
+    "JSON": ((int, str), "a number or JSON"),
 }
-MOST_STOP_WORDS = 64  # every one is looked for after every token, in the thread that answers everybody
+# Stop words are looked for after every token, in the thread that answers everybody, and other words tokenized there.
+MOST_VALUES = {"stop": 64, "bad_words": 64, "bias_words": 256, "bias_weights": 256}
 SAMPLING_FIELDS = tuple(f.name for f in fields(SamplingParams))
+JSON_FIELDS = ("stop_token_ids", "allowed_token_ids", "logit_bias", "bad_words_ids")
+AS_WORDS = {"bad_words_ids": "bad_words", "logit_bias": "bias_words"}  # the same, where a client may send text
 
 
 @dataclass(frozen=True)
@@ -109,8 +113,8 @@ def check_size(spec: Input, size: int, context_length: int) -> None:
     """Before a tensor becomes a Python list, which takes a second per million values and holds up everybody."""
     if spec.sets == "input_ids":
         check_prompt_length(spec.name, size, context_length)
-    elif spec.sets == "stop" and size > MOST_STOP_WORDS:
-        raise InvalidRequest(spec.name, f"has {size} strings, at most {MOST_STOP_WORDS} are served")
+    elif size > MOST_VALUES.get(spec.sets, size):
+        raise InvalidRequest(spec.name, f"has {size} values, at most {MOST_VALUES[spec.sets]} are served")
 
 
 def check_type(spec: Input, value: Any) -> None:
@@ -189,24 +193,38 @@ class CallReader:
         return self._tokenizer.decode(fields.get("input_ids")) if text is None else text
 
     def _read_params(self, fields: Fields) -> SamplingParams:
-        given = {name: fields.get(name) for name in SAMPLING_FIELDS if fields.get(name) is not None}
-        params = {"temperature": 0.0, **given}
+        params = {name: fields.get(name) for name in SAMPLING_FIELDS if fields.get(name) is not None}
+        params |= self._read_words(fields)
         if "stop" in params:
             stop = params["stop"]
             params["stop"] = [stop] if isinstance(stop, str) else [text for text in stop if text]  # clients send [""]
-        if "stop_token_ids" in params:
-            params["stop_token_ids"] = _read_numbers("stop_token_ids", params["stop_token_ids"])
+        for name in JSON_FIELDS:
+            if isinstance(params.get(name), str):
+                params[name] = _read_json(name, params[name])
         try:
-            params = SamplingParams.from_dict(params)
+            params = SamplingParams.from_dict(_apply_defaults(params))
+            params.check_vocabulary(self._limits.vocab_size, self._limits.eos_token_ids)
         except InvalidRequest as error:
-            raise InvalidRequest(fields.name(error.field), error.message) from None
+            meaning = error.field if fields.get(error.field) is not None else AS_WORDS.get(error.field, error.field)
+            raise InvalidRequest(fields.name(meaning), error.message) from None
         return self._apply_codes(fields, params)
+
+    def _read_words(self, fields: Fields) -> dict[str, Any]:
+        """Sampling parameters from what TensorRT-LLM's clients send as text."""
+        bad, biased, weights = (fields.get(meaning) for meaning in ("bad_words", "bias_words", "bias_weights"))
+        params: dict[str, Any] = {}
+        if bad is not None and (ids := bad_word_ids(self._tokenizer, "bad_words", bad)):
+            params["bad_words_ids"] = ids
+        if any(biased or ()) or any(weights or ()):  # clients send [""] and [0]
+            params["logit_bias"] = word_biases(self._tokenizer, biased or [], weights or [])
+        for name in params:
+            if fields.get(name) is not None:
+                raise InvalidRequest(fields.name(AS_WORDS[name]), f"contradicts {name}: send one of the two")
+        return params
 
     def _apply_codes(self, fields: Fields, params: SamplingParams) -> SamplingParams:
         """TensorRT-LLM's numbers that stand for something else. Every other value is refused, not approximated."""
-        top_k, end_id, nodes = (fields.get(meaning) for meaning in ("top_k", "end_id", "num_draft_tokens"))
-        if top_k not in (None, -1, 0, 1):
-            raise Unsupported(fields.name("top_k"), f"only 0 (all tokens) and 1 (greedy) are supported, got {top_k}")
+        end_id, nodes = (fields.get(meaning) for meaning in ("end_id", "num_draft_tokens"))
         if end_id not in (None, -1, *self._limits.eos_token_ids):
             own = self._limits.eos_token_ids
             raise Unsupported("end_id", f"only the model's own {own} and -1 (none) are supported, got {end_id}")
@@ -214,8 +232,6 @@ class CallReader:
             own = self._limits.num_draft_tokens
             message = f"only the server's own {own} and 0 (no speculation) are supported, got {nodes}"
             raise Unsupported("num_draft_tokens", message)
-        if top_k == 1:
-            params = replace(params, temperature=0.0)
         if end_id == -1:
             params = replace(params, ignore_eos=True)
         if nodes == 0:
@@ -260,12 +276,25 @@ def _read_timeout(fields: Fields) -> int:
     return timeout
 
 
-def _read_numbers(name: str, value: object) -> list[int]:
+def _apply_defaults(params: dict[str, Any]) -> dict[str, Any]:
+    """What TensorRT-LLM makes of top_k and top_p: 0 is all tokens, and without temperature they decide if to sample."""
+    top_k, top_p = params.get("top_k"), params.get("top_p")
+    if top_k == 0:
+        params = {**params, "top_k": -1}
+    if top_p == 0:
+        params = {**params, "top_p": 1.0}
+    if top_k == 1:
+        return {**params, "temperature": 0.0}
+    chooses = top_k not in (None, -1, 0) or top_p not in (None, 0, 1) or bool(params.get("min_p"))
+    return {"temperature": 1.0 if chooses else 0.0, **params}
+
+
+def _read_json(name: str, text: str) -> Any:
+    """Objects become pairs, so that a key that comes twice is seen."""
     try:
-        numbers = json.loads(value) if isinstance(value, str) else value
+        return json.loads(text, object_pairs_hook=list)
     except (ValueError, RecursionError):  # no JSON, absurdly long numbers; absurdly deep lists
-        raise InvalidRequest(name, f"must be a number or a JSON list of numbers, got {value!r}") from None
-    return numbers if isinstance(numbers, list) else [numbers]
+        raise InvalidRequest(name, f"must be a number or JSON, got {text!r}") from None
 
 
 def _read_outputs(fields: Fields, requested: Iterable[str]) -> frozenset[str]:

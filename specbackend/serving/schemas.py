@@ -18,7 +18,7 @@ class Input:
     """
 
     name: str
-    dtype: str  # as in config.pbtxt, without TYPE_; JSON for a parameter that stands for a list
+    dtype: str  # as in config.pbtxt, without TYPE_; JSON for a parameter that stands for a list or an object
     dims: tuple[int, ...] = (1,)
     sets: str | None = None
     neutral: tuple | None = ()
@@ -45,12 +45,22 @@ LLM_INPUTS = (
     # length and end
     Input("max_tokens", "INT32", sets="max_new_tokens"),
     Input("request_output_len", "INT32", sets="max_new_tokens"),
-    Input("stop_words", "STRING", LIST, sets="stop"),  # at most calls.MOST_STOP_WORDS
+    Input("stop_words", "STRING", LIST, sets="stop"),  # at most calls.MOST_VALUES
     Input("end_id", "INT32", sets="end_id"),  # -1: ignore_eos
     # choice of tokens
-    Input("temperature", "FP32", sets="temperature"),  # absent: greedy
-    Input("top_k", "INT32", sets="top_k"),  # 1: greedy
+    Input("temperature", "FP32", sets="temperature"),  # absent: 1 if top_k, top_p or min_p chooses, else greedy
+    Input("top_k", "INT32", sets="top_k"),  # 0: all; 1: greedy
     Input("runtime_top_k", "INT32", sets="top_k"),
+    Input("top_p", "FP32", sets="top_p"),  # 0: all
+    Input("runtime_top_p", "FP32", sets="top_p"),
+    Input("min_tokens", "INT32", sets="min_new_tokens"),
+    Input("min_length", "INT32", sets="min_new_tokens"),
+    Input("repetition_penalty", "FP32", sets="repetition_penalty"),
+    Input("presence_penalty", "FP32", sets="presence_penalty"),
+    Input("frequency_penalty", "FP32", sets="frequency_penalty"),
+    Input("bad_words", "STRING", LIST, sets="bad_words"),  # at most calls.MOST_VALUES, as the next two
+    Input("embedding_bias_words", "STRING", LIST, sets="bias_words"),
+    Input("embedding_bias_weights", "FP32", LIST, sets="bias_weights"),
     Input("seed", "UINT64", sets="seed"),
     Input("random_seed", "UINT64", sets="seed"),
     Input("num_draft_tokens", "INT32", sets="num_draft_tokens"),  # 0: no speculation for this request
@@ -66,21 +76,11 @@ LLM_INPUTS = (
     # control
     Input("stop", "BOOL", sets="cancel"),  # end the running requests that have this request's id
     # declared for stock clients, served only where they change nothing
-    Input("top_p", "FP32", neutral=(0.0, 1.0)),
-    Input("runtime_top_p", "FP32", neutral=(0.0, 1.0)),
-    Input("min_tokens", "INT32", neutral=(0,)),
-    Input("min_length", "INT32", neutral=(0,)),
-    Input("repetition_penalty", "FP32", neutral=(1.0,)),
-    Input("presence_penalty", "FP32", neutral=(0.0,)),
-    Input("frequency_penalty", "FP32", neutral=(0.0,)),
     Input("length_penalty", "FP32", neutral=ANY),  # of beam search only
     Input("len_penalty", "FP32", neutral=ANY),
     Input("pad_id", "INT32", neutral=ANY),  # answers are not padded
     Input("beam_width", "INT32", neutral=(1,)),
     Input("num_return_sequences", "INT32", neutral=(1,)),
-    Input("bad_words", "STRING", LIST, neutral=("",)),
-    Input("embedding_bias_words", "STRING", LIST, neutral=("",)),
-    Input("embedding_bias_weights", "FP32", LIST, neutral=(0.0,)),
     Input("return_log_probs", "BOOL", neutral=(False,)),
     Input("return_context_logits", "BOOL", neutral=(False,)),
     Input("return_generation_logits", "BOOL", neutral=(False,)),
@@ -100,16 +100,20 @@ LLM_INPUTS = (
     Input("video_bytes_input", "UINT8", (-1, -1, -1, -1)),
 )
 
-# Request parameters beside the tensors' names: SGLang's sampling parameters, and what Triton's front ends add.
+# Request parameters beside the tensors' names: SGLang's sampling parameters, and what Triton's front ends add. JSON is
+# a number, or text that holds a list or an object.
 LLM_PARAMETERS = (
     Input("max_new_tokens", "INT64", sets="max_new_tokens"),
     Input("stop", "STRING", sets="stop"),  # a string here, as SGLang's users expect; the tensor of this name cancels
-    Input("stop_token_ids", "JSON", sets="stop_token_ids"),  # a number, or a list of numbers as text
+    Input("stop_token_ids", "JSON", sets="stop_token_ids"),
     Input("ignore_eos", "BOOL", sets="ignore_eos"),
     Input("speculative", "BOOL", sets="speculative"),
+    Input("min_new_tokens", "INT64", sets="min_new_tokens"),
+    Input("min_p", "FP64", sets="min_p"),
+    Input("logit_bias", "JSON", sets="logit_bias"),  # {"id": bias}
+    Input("allowed_token_ids", "JSON", sets="allowed_token_ids"),
+    Input("bad_words_ids", "JSON", sets="bad_words_ids"),  # lists of ids
     Input("timeout", "INT64", sets="timeout"),  # microseconds
-    Input("min_new_tokens", "INT64", neutral=(0,)),
-    Input("min_p", "FP64", neutral=(0, 0.0)),
     Input("n", "INT64", neutral=(1,)),
     Input("skip_special_tokens", "BOOL", neutral=(True,)),
     Input("spaces_between_special_tokens", "BOOL", neutral=ANY),

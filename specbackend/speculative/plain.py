@@ -5,7 +5,7 @@ import torch
 from specbackend.batch import Accepted, DecodeBatch, ExtendBatch, ForwardBatch
 from specbackend.models.llama import TargetOutput
 from specbackend.runner import TargetRunner, extend_forward_batch
-from specbackend.sampling import SamplingBatch, pick_tokens
+from specbackend.sampling import Nodes, SamplingBatch, pick_tokens
 
 
 class PlainDecoder:
@@ -33,7 +33,7 @@ class PlainDecoder:
         )
         logits_BV = runner.model.logits(runner.forward(forward).hidden_TD)
         sampling = SamplingBatch.of(requests, runner.device)
-        token_B1 = pick_tokens(logits_BV[:, None], at.length_B[:, None] + 1, sampling)
+        token_B1 = pick_tokens(logits_BV[:, None], Nodes.roots(at.root_B, at.length_B + 1), sampling)
         return Accepted(token_B1, torch.ones_like(at.length_B))
 
 
@@ -44,7 +44,8 @@ def pick_after_prompt(runner: TargetRunner, batch: ExtendBatch, output: TargetOu
     hidden_BQD = output.hidden_TD.view(B, -1, output.hidden_TD.shape[-1])
     last_BD = hidden_BQD[torch.arange(B, device=runner.device), chunk_len_B - 1]
     position_B = runner.lengths(batch.requests) + chunk_len_B
+    root_B = torch.tensor([(r.output_ids or r.input_ids)[-1] for r in batch.requests], device=runner.device)
     sampling = SamplingBatch.of(batch.requests, runner.device)
-    token_B1 = pick_tokens(runner.model.logits(last_BD)[:, None], position_B[:, None], sampling)
+    token_B1 = pick_tokens(runner.model.logits(last_BD)[:, None], Nodes.roots(root_B, position_B), sampling)
     final_B = torch.tensor([batch.is_final(i) for i in range(B)], device=runner.device)
     return Accepted(token_B1, final_B.long())

@@ -4,7 +4,7 @@ import torch
 
 from specbackend.batch import Accepted, DecodeBatch, ExtendBatch, ForwardBatch, Sequences
 from specbackend.runner import TargetRunner, extend_forward_batch
-from specbackend.sampling import SamplingBatch, pick_tokens
+from specbackend.sampling import Nodes, SamplingBatch, pick_tokens
 from specbackend.speculative.draft_tree import DraftTree
 from specbackend.speculative.drafter import Drafter, Verified
 from specbackend.speculative.plain import pick_after_prompt
@@ -37,7 +37,8 @@ class TreeDecoder:
         output = self.runner.forward(verify)
         logits_BNV = self.runner.model.logits(output.hidden_TD).view(*tree.token_BN.shape, -1)
         sampling = SamplingBatch.of(batch.requests, self.runner.device)
-        pick_BN = pick_tokens(logits_BNV, verify.position_BQ + 1, sampling)
+        nodes = Nodes(tree.token_BN, verify.position_BQ + 1, tree.mask_BNN)
+        pick_BN = pick_tokens(logits_BNV, nodes, sampling)
         path = accept_path(tree, pick_BN)
         self._keep_path(path, verify, at)
         accepted = Accepted(pick_BN.gather(1, path.order_BN[:, : self.max_path]), path.count_B)

@@ -108,6 +108,29 @@ def test_token_ids_and_speculation_switched_off(server, offline):
     assert plain["total_draft_tokens"] == 0
 
 
+@pytest.mark.parametrize("speculative", [True, False], ids=["drafted", "plain"])
+def test_sampling_parameters_reach_the_engine(server, offline, speculative):
+    ids = list(range(40, 60))
+    params = {
+        "max_new_tokens": 20,
+        "seed": 3,
+        "top_k": 30,
+        "top_p": 0.9,
+        "repetition_penalty": 1.2,
+        "frequency_penalty": 0.5,
+        "min_new_tokens": 5,
+        "min_p": 0.01,
+        "logit_bias": {"50": 2.5},
+        "bad_words_ids": [[51], [50, 50]],
+    }
+    as_json = {name: json.dumps(params[name]) for name in ("logit_bias", "bad_words_ids")}
+    request = {"input_ids": ids, "return_output_ids": True, "speculative": speculative, **params, **as_json}
+    status, body = generate_http(server.http_url, "llm", request)
+    assert status == 200, body
+    expected = offline.generate(input_ids=ids, sampling_params={**params, "temperature": 1.0})["output_ids"]
+    assert body["output_ids"] == expected
+
+
 @pytest.mark.parametrize("model", ["llm", "ensemble"])
 @pytest.mark.parametrize(
     ("inputs", "status", "message"),
@@ -118,7 +141,8 @@ def test_token_ids_and_speculation_switched_off(server, offline):
         ({"text_input": "x", "max_tokens": 0}, 400, "max_tokens: must be between 1"),
         ({"text_input": "x", "max_tokens": -5}, 400, "max_tokens: must be between 1"),
         ({"text_input": "x", "temperature": -1.0}, 400, "temperature: must be finite"),
-        ({"text_input": "x", "top_p": 0.5}, UNSUPPORTED, "top_p: is not supported"),
+        ({"text_input": "x", "top_p": 1.5}, 400, "top_p: must be above 0 and at most 1"),
+        ({"text_input": "x", "logit_bias": '{"1024": 1}'}, 400, "logit_bias: 1024 is not an id of the vocabulary"),
         ({"text_input": "x", "beam_width": 4}, UNSUPPORTED, "beam_width: is not supported"),
         ({"text_input": "x", "no_such_thing": 4}, 400, "no_such_thing: is not a known parameter"),
         ({"text_input": "x", "timeout": 1}, 400, "Request timeout expired"),

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from specbackend.request import Request, SamplingParams
-from specbackend.sampling import pick
-from specbackend.sampling.pick import SamplingBatch, gumbel_noise, pick_tokens
+from specbackend.sampling import Nodes, SamplingBatch, pick
+from specbackend.sampling.pick import gumbel_noise
 from tests.chi_square import SIGNIFICANT, chi_square_p
 
 DRAWS = 200_000
@@ -17,6 +17,13 @@ def sampling_batch(temperature: float | list[float], seeds: list[int] | torch.Te
     seed_B = torch.as_tensor(seeds)
     temperature_B = torch.tensor(temperature).expand(len(seed_B))
     return SamplingBatch(temperature_B, seed_B, any_sampled=bool(temperature_B.any()))
+
+
+def pick_tokens(logits_BNV: torch.Tensor, position_BN: torch.Tensor, sampling: SamplingBatch) -> torch.Tensor:
+    """Where nothing depends on the text."""
+    B, N = position_BN.shape
+    no_text = Nodes(torch.zeros_like(position_BN), position_BN, torch.ones(1, 1, 1, dtype=torch.bool).expand(B, N, N))
+    return pick.pick_tokens(logits_BNV, no_text, sampling)
 
 
 def draws(temperature: float, first_seed: int, positions: list[int]) -> torch.Tensor:

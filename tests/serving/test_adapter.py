@@ -99,7 +99,7 @@ def test_errors_leave_through_the_response_thread(adapter):
 
 
 def test_unsupported_has_its_own_code(adapter):
-    assert execute(adapter, top_p=0.5).sender.error().code == FakeError.UNSUPPORTED
+    assert execute(adapter, beam_width=2).sender.error().code == FakeError.UNSUPPORTED
 
 
 def test_full_queue(start_adapter):

@@ -46,6 +46,27 @@ def read(tokenizer):
         ({"temperature": 0.7}, {"temperature": 0.7}),
         ({"temperature": 0.7, "top_k": 1}, {"temperature": 0.0}),
         ({"temperature": 0.7, "top_k": 0}, {"temperature": 0.7}),
+        ({"temperature": 0.7, "top_k": -1}, {"temperature": 0.7, "top_k": -1}),
+        ({"temperature": 0.7, "top_k": 50}, {"temperature": 0.7, "top_k": 50}),
+        ({"runtime_top_k": 50}, {"temperature": 1.0, "top_k": 50}),
+        ({"runtime_top_k": 0, "runtime_top_p": 0.0}, {"temperature": 0.0, "top_k": -1, "top_p": 1.0}),
+        ({"runtime_top_k": 1, "runtime_top_p": 0.9}, {"temperature": 0.0}),
+        ({"top_p": 0.9}, {"temperature": 1.0, "top_p": 0.9}),
+        ({"top_p": 0.9, "temperature": 0.0}, {"temperature": 0.0, "top_p": 0.9}),
+        ({"runtime_top_p": 1.0}, {"temperature": 0.0, "top_p": 1.0}),
+        ({"min_tokens": 3}, {"min_new_tokens": 3}),
+        ({"min_length": 3, "min_tokens": 3}, {"min_new_tokens": 3}),
+        ({"repetition_penalty": 1.1}, {"repetition_penalty": 1.1, "temperature": 0.0}),
+        ({"presence_penalty": -0.3, "frequency_penalty": 0.7}, {"presence_penalty": -0.3, "frequency_penalty": 0.7}),
+        ({"bad_words": ["", ""]}, {"bad_words_ids": ()}),
+        ({"embedding_bias_words": [""], "embedding_bias_weights": [0.0]}, {"logit_bias": ()}),
+        ({"embedding_bias_weights": [0.0]}, {"logit_bias": ()}),
+        ({"parameters": {"min_p": 0.1}}, {"min_p": 0.1, "temperature": 1.0}),
+        ({"parameters": {"top_k": 3, "top_p": 1, "min_new_tokens": 2}}, {"top_k": 3, "top_p": 1, "min_new_tokens": 2}),
+        ({"parameters": {"logit_bias": '{"5": -100, "6": 0.5}'}}, {"logit_bias": ((5, -100), (6, 0.5))}),
+        ({"parameters": {"allowed_token_ids": "[5, 6]"}}, {"allowed_token_ids": (5, 6)}),
+        ({"parameters": {"allowed_token_ids": 5}}, {"allowed_token_ids": (5,)}),
+        ({"parameters": {"bad_words_ids": "[[5, 6], [7]]"}}, {"bad_words_ids": ((5, 6), (7,))}),
         ({"seed": (1 << 64) - 1}, {"seed": (1 << 64) - 1}),
         ({"random_seed": 3}, {"seed": 3}),
         ({"stop_words": ["é", "b"]}, {"stop": ("é", "b")}),
@@ -99,10 +120,50 @@ def test_values_are_used_exactly(read, inputs, expected):
         ({"parameters": {"timeout": "soon"}}, "timeout: must be an integer"),
         ({"parameters": {"ignore_eos": "yes"}}, "ignore_eos: must be a bool"),
         ({"parameters": {"stream": 1}}, "stream: must be a bool"),
-        ({"parameters": {"stop_token_ids": "[1,"}}, "stop_token_ids: must be a number or a JSON list"),
-        ({"parameters": {"stop_token_ids": "[" * 100_000}}, "stop_token_ids: must be a number or a JSON list"),
-        ({"parameters": {"stop_token_ids": "9" * 5000}}, "stop_token_ids: must be a number or a JSON list"),
-        ({"stop_words": ["x"] * 65}, "stop_words: has 65 strings, at most 64 are served"),
+        ({"parameters": {"stop_token_ids": "[1,"}}, "stop_token_ids: must be a number or JSON"),
+        ({"parameters": {"stop_token_ids": "[" * 100_000}}, "stop_token_ids: must be a number or JSON"),
+        ({"parameters": {"stop_token_ids": "9" * 5000}}, "stop_token_ids: must be a number or JSON"),
+        ({"stop_words": ["x"] * 65}, "stop_words: has 65 values, at most 64 are served"),
+        ({"top_k": -2}, "top_k: must be between 1"),
+        ({"runtime_top_k": -2}, "runtime_top_k: must be between 1"),
+        ({"top_k": 3, "runtime_top_k": 4}, "runtime_top_k: contradicts top_k"),
+        ({"runtime_top_p": 1.5}, "runtime_top_p: must be above 0"),
+        ({"top_p": float("nan")}, "top_p: must be above 0"),
+        ({"min_length": 3, "max_tokens": 2}, "min_length: must be at most max_new_tokens, 2, got 3"),
+        ({"repetition_penalty": 2.5}, "repetition_penalty: must be above 0 and at most 2"),
+        ({"frequency_penalty": float("inf")}, "frequency_penalty: must be between -2 and 2"),
+        ({"bad_words": ["x"] * 65}, "bad_words: has 65 values, at most 64 are served"),
+        ({"bad_words": ["x" * 40]}, "bad_words: each sequence must have 1 to 32 tokens, got 40"),
+        ({"bad_words": ["x" * 1_000_000]}, "bad_words: has a word of 1000000 bytes"),
+        ({"embedding_bias_words": ["x"]}, "embedding_bias_words: has 1 words, but embedding_bias_weights has 0"),
+        ({"embedding_bias_weights": [2.0]}, "embedding_bias_words: has 0 words, but embedding_bias_weights has 1"),
+        (
+            {"embedding_bias_words": ["x"], "embedding_bias_weights": [float("nan")]},
+            "embedding_bias_words: must be between",
+        ),
+        ({"bad_words": ["x"], "parameters": {"bad_words_ids": "[[1]]"}}, "bad_words: contradicts bad_words_ids"),
+        (
+            {
+                "embedding_bias_words": ["x"],
+                "embedding_bias_weights": [1.0],
+                "parameters": {"logit_bias": '{"1": 1}'},
+            },
+            "embedding_bias_words: contradicts logit_bias",
+        ),
+        ({"parameters": {"min_p": 1.5}}, "min_p: must be between 0 and 1"),
+        ({"parameters": {"min_p": "0.5"}}, "min_p: must be a number"),
+        ({"parameters": {"logit_bias": '{"5": 1'}}, "logit_bias: must be a number or JSON"),
+        ({"parameters": {"logit_bias": '{"5": 1, "5": 2}'}}, "logit_bias: names token 5 twice"),
+        ({"parameters": {"logit_bias": '{"5": NaN}'}}, "logit_bias: must be between"),
+        ({"parameters": {"logit_bias": f'{{"{VOCAB_SIZE}": 1}}'}}, f"logit_bias: {VOCAB_SIZE} is not an id"),
+        ({"parameters": {"logit_bias": 5}}, "logit_bias: must map token ids"),
+        ({"parameters": {"allowed_token_ids": f"[{VOCAB_SIZE}]"}}, f"allowed_token_ids: {VOCAB_SIZE} is not an id"),
+        ({"parameters": {"allowed_token_ids": '{"5": 1}'}}, "allowed_token_ids: must be an integer"),
+        (
+            {"parameters": {"allowed_token_ids": f"[{END_ID}]"}, "min_tokens": 1},
+            "allowed_token_ids: with bad_words_ids",
+        ),
+        ({"parameters": {"bad_words_ids": "[5, 6]"}}, "bad_words_ids: must be lists of token ids"),
         ({"parameters": {"stop_token_ids": '["a"]'}}, "stop_token_ids: must be an integer"),
         ({"parameters": {"max_new_tokens": "5"}}, "max_new_tokens: must be an integer"),
         ({"parameters": {"stop": 5}}, "stop: must be a string"),
@@ -119,16 +180,11 @@ def test_bad_values_are_refused_by_name(read, inputs, message):
 @pytest.mark.parametrize(
     "inputs",
     [
-        {"top_k": 50},
-        {"runtime_top_k": 50},
-        {"top_p": 0.9},
         {"end_id": 5},
         {"num_draft_tokens": 4},
         {"beam_width": 2},
         {"return_context_logits": True},
-        {"bad_words": ["x"]},
-        {"repetition_penalty": 1.5},
-        {"min_tokens": 3},
+        {"return_log_probs": True},
         {"lora_task_id": 1},
         {"guided_decoding_guide": "{}"},
     ],
@@ -146,6 +202,19 @@ def test_every_declared_input_is_served_or_refused(read):
             value = {"STRING": "zzz", "BOOL": True}.get(spec.dtype, 77)
             with pytest.raises(Unsupported, match=spec.name):
                 read(**{spec.name: [value] if -1 in spec.dims else value})
+
+
+def test_bad_words_are_tokens_as_they_begin_a_text_and_after_a_space(read, tokenizer):
+    encode = tokenizer.encode
+    expected = (tuple(encode("no")), tuple(encode(" no")), tuple(encode(" ")))
+    assert read(bad_words=["no", "", " no", " "]).params.bad_words_ids == expected
+    assert read(parameters={"bad_words": "no"}).params.bad_words_ids == expected[:2]
+
+
+def test_embedding_bias_counts_for_every_token_of_a_word(read, tokenizer):
+    a, b = tokenizer.encode("ab")
+    params = read(embedding_bias_words=["ab", "", "b"], embedding_bias_weights=[0.7, 9.0, -2.0]).params
+    assert dict(params.logit_bias) == pytest.approx({a: 0.7, b: -1.3})
 
 
 def test_prompt_is_tokenized_or_taken_as_it_is(read, tokenizer):

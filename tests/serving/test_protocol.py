@@ -24,6 +24,9 @@ from specbackend.serving.protocol import (
 MESSAGES = [
     Start({"model_path": "/m", "speculative_num_steps": 5, "dtype": None, "mem_fraction_static": 0.5}),
     Submit("7", [1, 2, 3], SamplingParams(max_new_tokens=9, temperature=0.7, seed=(1 << 64) - 1, stop=("é", "\n"))),
+    Submit(
+        "8", [1], SamplingParams(logit_bias=((5, -1.5), (6, 2.0)), bad_words_ids=((1, 2), (3,)), top_p=0.9, top_k=3)
+    ),
     Cancel("7"),
     Ready(1024, 32000, [2], 8),
     Failed("model_path: no such folder"),

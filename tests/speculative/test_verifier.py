@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from specbackend.sampling import SamplingBatch, pick_tokens
+from specbackend.sampling import Nodes, SamplingBatch, pick_tokens
 from specbackend.speculative.draft_tree import build_tree
 from specbackend.speculative.verifier import AcceptedPath, accept_path
 from tests.chi_square import SIGNIFICANT, chi_square_p
@@ -105,7 +105,7 @@ def emitted_tokens(
         if position_of:
             position_BN = position_of(position_BN, tree)
         sampling = SamplingBatch(torch.full((len(active_B),), temperature), active_B, any_sampled=True)
-        pick_BN = pick_tokens(TARGET_VV[tree.token_BN], position_BN, sampling)
+        pick_BN = pick_tokens(TARGET_VV[tree.token_BN], Nodes(tree.token_BN, position_BN, tree.mask_BNN), sampling)
         path = accept(tree, pick_BN)
         # the columns past the path's end are junk that the next step overwrites
         token_DP[active_B[:, None], count_B1 + torch.arange(num_nodes)] = pick_BN.gather(1, path.order_BN)
@@ -136,7 +136,7 @@ def test_drafted_steps_emit_the_very_tokens_of_plain_decoding():
     token_D, plain = torch.full((draws,), FIRST_TOKEN), []
     for position in range(FIRST_POSITION + 1, FIRST_POSITION + 1 + EMITTED):
         logits_D1V = TARGET_VV[token_D][:, None]
-        token_D = pick_tokens(logits_D1V, torch.full((draws, 1), position), sampling)[:, 0]
+        token_D = pick_tokens(logits_D1V, Nodes.roots(token_D, torch.full((draws,), position)), sampling)[:, 0]
         plain.append(token_D)
     for shape in [(1, 2, 3), (3, 2, 6), (3, 3, 20)]:
         assert torch.equal(emitted_tokens(1.0, *shape, draws=draws), torch.stack(plain, dim=1))

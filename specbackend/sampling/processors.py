@@ -1,0 +1,270 @@
+"""What request parameters do to the target's logits.
+
+Each class holds one group of parameters of a batch as tensors. `of` returns None if no request of the batch uses it, so
+that it costs nothing; requests that do not, in a batch where others do, have values that change nothing, bit for bit.
+`apply` changes float32 logits [B, N, V] in place, each node's from nothing but the node's own text: see Nodes.
+
+B = requests, N = nodes, V = vocabulary, E = entries of a sparse [B, V], W = words, L = tokens of a word but its last.
+"""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from itertools import chain
+
+import torch
+
+from specbackend.request import Request
+from specbackend.sampling.nodes import Nodes
+
+BANNED = -torch.inf
+NO_TOKEN = -1
+
+
+@dataclass(frozen=True)
+class Entries:
+    """Places in [B, V]: token_E[e] of request row_E[e]."""
+
+    row_E: torch.Tensor  # int64
+    token_E: torch.Tensor  # int64
+
+    @classmethod
+    def of(cls, tokens: Iterable[Iterable[int]], device) -> "Entries":
+        """One list of token ids for each request."""
+        lists = [list(ids) for ids in tokens]
+        row_E = torch.arange(len(lists)).repeat_interleave(torch.tensor([len(ids) for ids in lists]))
+        token_E = torch.tensor(list(chain.from_iterable(lists)), dtype=torch.int64)
+        return cls(row_E.to(device), token_E.to(device))
+
+    def count(self, B: int, V: int) -> torch.Tensor:
+        """float32 [B, V]: how many entries there are in each place."""
+        count_BV = torch.zeros(B, V, device=self.row_E.device)
+        return count_BV.index_put_((self.row_E, self.token_E), count_BV.new_ones(()), accumulate=True)
+
+    def add_to(self, logits_BNV: torch.Tensor, value_EN: torch.Tensor) -> None:
+        """Several entries may share a place."""
+        node_N = torch.arange(logits_BNV.shape[1], device=logits_BNV.device)
+        logits_BNV.index_put_((self.row_E[:, None], node_N, self.token_E[:, None]), value_EN, accumulate=True)
+
+
+@dataclass(frozen=True)
+class LogitBias:
+    entries: Entries
+    bias_E: torch.Tensor  # float32
+
+    @classmethod
+    def of(cls, requests: list[Request], device) -> "LogitBias | None":
+        biases = [request.params.logit_bias for request in requests]
+        if not any(biases):
+            return None
+        entries = Entries.of(([token for token, _ in pairs] for pairs in biases), device)
+        return cls(entries, _floats((bias for pairs in biases for _, bias in pairs), device))
+
+    def apply(self, logits_BNV: torch.Tensor, nodes: Nodes) -> None:
+        self.entries.add_to(logits_BNV, self.bias_E[:, None].expand(-1, logits_BNV.shape[1]))
+
+
+@dataclass(frozen=True)
+class RepetitionPenalty:
+    """Of tokens in prompt and output. Source: Keskar et al. 2019 (CTRL), as in Hugging Face and vLLM."""
+
+    penalty_B: torch.Tensor  # float32; 1 changes nothing
+    said: Entries  # tokens of prompt and output, root included
+
+    @classmethod
+    def of(cls, requests: list[Request], device) -> "RepetitionPenalty | None":
+        penalties = [request.params.repetition_penalty for request in requests]
+        if not any(penalty != 1 for penalty in penalties):
+            return None
+        said = ({*r.distinct_input_ids, *r.output_ids} if r.params.repetition_penalty != 1 else () for r in requests)
+        return cls(_floats(penalties, device), Entries.of(said, device))
+
+    def apply(self, logits_BNV: torch.Tensor, nodes: Nodes) -> None:
+        B, N, V = logits_BNV.shape
+        said_BNV = self.said.count(B, V)[:, None] > 0
+        if N > 1:
+            said_BNV = said_BNV | (nodes.drafted_count(V) > 0)
+        penalty_B11 = self.penalty_B[:, None, None]
+        penalised_BNV = torch.where(logits_BNV > 0, logits_BNV / penalty_B11, logits_BNV * penalty_B11)
+        largest = torch.finfo(logits_BNV.dtype).max  # a tiny penalty must not make infinities that cannot be compared
+        logits_BNV.copy_(penalised_BNV.clamp_(-largest, largest).where(said_BNV, logits_BNV))
+
+
+@dataclass(frozen=True)
+class OutputPenalties:
+    """frequency_penalty and presence_penalty, of tokens in the output alone. Source: OpenAI's API, as in vLLM."""
+
+    frequency_B: torch.Tensor  # float32; 0 changes nothing
+    presence_B: torch.Tensor  # float32; 0 changes nothing
+    output: Entries  # root included
+
+    @classmethod
+    def of(cls, requests: list[Request], device) -> "OutputPenalties | None":
+        used = [bool(request.params.frequency_penalty or request.params.presence_penalty) for request in requests]
+        if not any(used):
+            return None
+        return cls(
+            _floats((request.params.frequency_penalty for request in requests), device),
+            _floats((request.params.presence_penalty for request in requests), device),
+            Entries.of((r.output_ids if uses else () for r, uses in zip(requests, used, strict=True)), device),
+        )
+
+    def apply(self, logits_BNV: torch.Tensor, nodes: Nodes) -> None:
+        B, N, V = logits_BNV.shape
+        count_BNV = self.output.count(B, V)[:, None]
+        if N > 1:
+            count_BNV = count_BNV + nodes.drafted_count(V)
+        logits_BNV -= self.frequency_B[:, None, None] * count_BNV
+        logits_BNV -= self.presence_B[:, None, None] * (count_BNV > 0)
+
+
+@dataclass(frozen=True)
+class MinNewTokens:
+    """No token that ends the text before a position."""
+
+    ends: Entries
+    position_E: torch.Tensor  # int64, the first at which the token may be picked
+
+    @classmethod
+    def of(cls, requests: list[Request], device) -> "MinNewTokens | None":
+        waiting = [len(request.output_ids) < request.params.min_new_tokens for request in requests]
+        if not any(waiting):
+            return None
+        ids = [r.end_ids if waits else () for r, waits in zip(requests, waiting, strict=True)]
+        first = [len(request.input_ids) + request.params.min_new_tokens for request in requests]
+        position_B = torch.tensor(first, device=device)
+        ends = Entries.of(ids, device)
+        return cls(ends, position_B[ends.row_E])
+
+    def apply(self, logits_BNV: torch.Tensor, nodes: Nodes) -> None:
+        early_EN = nodes.position_BN[self.ends.row_E] < self.position_E[:, None]
+        self.ends.add_to(logits_BNV, _ban(early_EN))
+
+
+@dataclass(frozen=True)
+class AllowedTokens:
+    allowed: Entries
+    everything_B: torch.Tensor  # bool: the request allows all tokens
+
+    @classmethod
+    def of(cls, requests: list[Request], device) -> "AllowedTokens | None":
+        allowed = [request.params.allowed_token_ids for request in requests]
+        if not any(allowed):
+            return None
+        return cls(Entries.of(allowed, device), torch.tensor([not ids for ids in allowed], device=device))
+
+    def apply(self, logits_BNV: torch.Tensor, nodes: Nodes) -> None:
+        B, _, V = logits_BNV.shape
+        allowed_BV = (self.allowed.count(B, V) > 0) | self.everything_B[:, None]
+        logits_BNV.masked_fill_(~allowed_BV[:, None], BANNED)
+
+
+@dataclass(frozen=True)
+class BadWords:
+    """No token that would complete one of the words, wherever it began."""
+
+    ends: Entries  # the last token of each word: E is W
+    start_WL: torch.Tensor  # int64, the tokens before it; NO_TOKEN in front of shorter words
+    before_root_BL: torch.Tensor  # int64, see Nodes.last_tokens
+
+    @classmethod
+    def of(cls, requests: list[Request], device) -> "BadWords | None":
+        words = [request.params.bad_words_ids for request in requests]
+        if not any(words):
+            return None
+        L = max(1, *(len(word) - 1 for of_request in words for word in of_request))
+        starts = [_pad_left(word[:-1], L) for of_request in words for word in of_request]
+        before_root = [_pad_left(_tail_before_root(request, L), L) for request in requests]
+        return cls(
+            Entries.of(([word[-1] for word in of_request] for of_request in words), device),
+            torch.tensor(starts, device=device),
+            torch.tensor(before_root, device=device),
+        )
+
+    def apply(self, logits_BNV: torch.Tensor, nodes: Nodes) -> None:
+        last_BNL = nodes.last_tokens(self.before_root_BL)
+        start_W1L = self.start_WL[:, None]
+        begun_WN = ((last_BNL[self.ends.row_E] == start_W1L) | (start_W1L == NO_TOKEN)).all(dim=2)
+        self.ends.add_to(logits_BNV, _ban(begun_WN))
+
+
+@dataclass(frozen=True)
+class TopKTopP:
+    """Both from the same distribution, neither after the other. Rows of scaled logits, by value: ties stay together."""
+
+    row_R: torch.Tensor  # int64, the requests that use either
+    top_k_R: torch.Tensor  # int64
+    top_p_R: torch.Tensor  # float64; inf: all tokens
+    most: int  # no request keeps more tokens
+
+    @classmethod
+    def of(cls, requests: list[Request], device) -> "TopKTopP | None":
+        unlimited = torch.iinfo(torch.int64).max
+        used = [
+            (row, unlimited if p.top_k == -1 else p.top_k, torch.inf if p.top_p == 1 else p.top_p)
+            for row, p in enumerate(request.params for request in requests)
+            if p.temperature and (p.top_k != -1 or p.top_p != 1)
+        ]
+        if not used:
+            return None
+        rows, top_ks, top_ps = zip(*used, strict=True)
+        top_p_R = torch.tensor(top_ps, dtype=torch.float64, device=device)
+        return cls(torch.tensor(rows, device=device), torch.tensor(top_ks, device=device), top_p_R, max(top_ks))
+
+    def apply(self, scaled_BNV: torch.Tensor, nodes: Nodes) -> None:
+        scaled_RNV = scaled_BNV[self.row_R]
+        best_RNK = scaled_RNV.topk(min(self.most, scaled_RNV.shape[-1])).values
+        fewest_RN = torch.minimum(self.top_k_R[:, None], self._nucleus_size(scaled_RNV, best_RNK))
+        threshold_RN1 = best_RNK.gather(2, fewest_RN[:, :, None] - 1)
+        scaled_BNV[self.row_R] = scaled_RNV.masked_fill(scaled_RNV < threshold_RN1, BANNED)
+
+    def _nucleus_size(self, scaled_RNV: torch.Tensor, best_RNK: torch.Tensor) -> torch.Tensor:
+        """How many tokens have less than top_p of the probability before them; at most K."""
+        probability_RNK = (best_RNK - scaled_RNV.logsumexp(dim=2, keepdim=True)).exp()
+        before_RNK = probability_RNK[:, :, :-1].cumsum(dim=2, dtype=torch.float64)  # before all but the first
+        return 1 + (before_RNK < self.top_p_R[:, None, None]).sum(dim=2)
+
+
+@dataclass(frozen=True)
+class MinP:
+    """No token less likely than min_p times the best, whose scaled logit is 0."""
+
+    log_min_p_B: torch.Tensor  # float32; -inf: all tokens
+
+    @classmethod
+    def of(cls, requests: list[Request], device) -> "MinP | None":
+        min_ps = [request.params.min_p if request.params.temperature else 0.0 for request in requests]
+        return cls(_floats(min_ps, device).log()) if any(min_ps) else None
+
+    def apply(self, scaled_BNV: torch.Tensor, nodes: Nodes) -> None:
+        scaled_BNV.masked_fill_(scaled_BNV < self.log_min_p_B[:, None, None], BANNED)
+
+
+Processor = LogitBias | RepetitionPenalty | OutputPenalties | MinNewTokens | AllowedTokens | BadWords | TopKTopP | MinP
+
+# The order is the definition. Between the two, logits are divided by the temperature.
+BEFORE_TEMPERATURE = (LogitBias, RepetitionPenalty, OutputPenalties, MinNewTokens, AllowedTokens, BadWords)
+AFTER_TEMPERATURE = (TopKTopP, MinP)
+
+
+def processors_of(kinds: Iterable[Callable], requests: list[Request], device) -> tuple[Processor, ...]:
+    """Those that the batch needs, in order."""
+    return tuple(made for kind in kinds if (made := kind.of(requests, device)) is not None)
+
+
+def _floats(values: Iterable[float], device) -> torch.Tensor:
+    return torch.tensor(list(values), dtype=torch.float32, device=device)
+
+
+def _ban(where: torch.Tensor) -> torch.Tensor:
+    """What to add to logits: nothing, or what makes them -inf."""
+    return torch.zeros_like(where, dtype=torch.float32).masked_fill_(where, BANNED)
+
+
+def _pad_left(tokens: Iterable[int], length: int) -> list[int]:
+    tokens = list(tokens)
+    return [NO_TOKEN] * (length - len(tokens)) + tokens
+
+
+def _tail_before_root(request: Request, length: int) -> list[int]:
+    """At most `length` tokens."""
+    return (request.input_ids[-length - 1 :] + request.output_ids[-length - 1 :])[-length - 1 : -1]
