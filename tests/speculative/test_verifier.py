@@ -89,10 +89,20 @@ def exact_joint(temperature: float) -> torch.Tensor:
     return torch.einsum("a,ab,bc->abc", step_VV[FIRST_TOKEN], step_VV, step_VV).flatten()
 
 
+def with_temperature(temperature: float):
+    """Sampling parameters of the draws that are not done, as `emitted_tokens` asks for them."""
+    return lambda active_B, token_BP, count_B: SamplingBatch(
+        torch.full((len(active_B),), temperature), active_B, any_sampled=True
+    )
+
+
 def emitted_tokens(
-    temperature, K, num_steps, num_nodes, position_of=None, accept=accept_path, draws=DRAWS
+    sampling_of, K, num_steps, num_nodes, position_of=None, pick=pick_tokens, accept=accept_path, draws=DRAWS
 ) -> torch.Tensor:
-    """[D, 3]: what drafted steps with random drafts emit, by the real tree, picks and acceptance."""
+    """[D, 3]: what drafted steps with random drafts emit, by the real tree, picks and acceptance.
+
+    Each draw is a request of its own, whose seed is its number and whose prompt ends with FIRST_TOKEN.
+    """
     generator = torch.Generator().manual_seed(1)
     token_DP = torch.full((draws, 1 + EMITTED + num_nodes), FIRST_TOKEN)
     count_D = torch.ones(draws, dtype=torch.int64)
@@ -104,8 +114,8 @@ def emitted_tokens(
         position_BN = FIRST_POSITION + count_B1 + tree.depth_BN
         if position_of:
             position_BN = position_of(position_BN, tree)
-        sampling = SamplingBatch(torch.full((len(active_B),), temperature), active_B, any_sampled=True)
-        pick_BN = pick_tokens(TARGET_VV[tree.token_BN], Nodes(tree.token_BN, position_BN, tree.mask_BNN), sampling)
+        sampling = sampling_of(active_B, token_DP[active_B], count_B1[:, 0])
+        pick_BN = pick(TARGET_VV[tree.token_BN], Nodes(tree.token_BN, position_BN, tree.mask_BNN), sampling)
         path = accept(tree, pick_BN)
         # the columns past the path's end are junk that the next step overwrites
         token_DP[active_B[:, None], count_B1 + torch.arange(num_nodes)] = pick_BN.gather(1, path.order_BN)
@@ -126,7 +136,7 @@ SHAPES = [(1, 2, 3, 1.0), (2, 2, 5, 0.7), (3, 2, 6, 1.3), (2, 3, 6, 1.0)]
     "K, num_steps, N, temperature", SHAPES, ids=["K{}-steps{}-N{}-T{}".format(*shape) for shape in SHAPES]
 )
 def test_drafted_steps_emit_what_the_target_would(K, num_steps, N, temperature):
-    assert joint_p(emitted_tokens(temperature, K, num_steps, N), temperature) > SIGNIFICANT
+    assert joint_p(emitted_tokens(with_temperature(temperature), K, num_steps, N), temperature) > SIGNIFICANT
 
 
 def test_drafted_steps_emit_the_very_tokens_of_plain_decoding():
@@ -139,7 +149,7 @@ def test_drafted_steps_emit_the_very_tokens_of_plain_decoding():
         token_D = pick_tokens(logits_D1V, Nodes.roots(token_D, torch.full((draws,), position)), sampling)[:, 0]
         plain.append(token_D)
     for shape in [(1, 2, 3), (3, 2, 6), (3, 3, 20)]:
-        assert torch.equal(emitted_tokens(1.0, *shape, draws=draws), torch.stack(plain, dim=1))
+        assert torch.equal(emitted_tokens(with_temperature(1.0), *shape, draws=draws), torch.stack(plain, dim=1))
 
 
 def without_position(position_BN, tree):
@@ -166,9 +176,9 @@ def sometimes_the_best_child(tree, pick_BN) -> AcceptedPath:
 
 @pytest.mark.parametrize("bug", [without_position, without_depth, off_by_one_below_the_root], ids=lambda f: f.__name__)
 def test_the_test_sees_noise_keyed_wrongly(bug):
-    assert joint_p(emitted_tokens(1.0, 2, 2, 5, position_of=bug), 1.0) < SIGNIFICANT
+    assert joint_p(emitted_tokens(with_temperature(1.0), 2, 2, 5, position_of=bug), 1.0) < SIGNIFICANT
 
 
 @pytest.mark.parametrize("bug", [always_the_best_child, sometimes_the_best_child], ids=lambda f: f.__name__)
 def test_the_test_sees_drafts_favoured(bug):
-    assert joint_p(emitted_tokens(1.0, 2, 2, 5, accept=bug), 1.0) < SIGNIFICANT
+    assert joint_p(emitted_tokens(with_temperature(1.0), 2, 2, 5, accept=bug), 1.0) < SIGNIFICANT
