@@ -1,10 +1,10 @@
 """Nouns: what a client asks for, what the engine says back. No torch: the Triton adapter imports this file."""
 
+from array import array
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field, fields
 from enum import Enum
-from functools import cached_property
 from itertools import chain
 
 from specbackend.errors import InvalidRequest
@@ -118,7 +118,7 @@ class SamplingParams:
         banned = {word[-1] for word in self.bad_words_ids}
         if self.min_new_tokens:
             banned |= {*self.stop_token_ids, *eos_token_ids}
-        if not banned.issuperset(self.allowed_token_ids or range(vocab_size)):
+        if not all(token in banned for token in self.allowed_token_ids or range(vocab_size)):
             return
         name = next(n for n in ("allowed_token_ids", "bad_words_ids", "min_new_tokens") if getattr(self, n))
         raise InvalidRequest(name, "with bad_words_ids and min_new_tokens there may be no token left to pick")
@@ -220,10 +220,7 @@ class Request:
     # resolved when the engine takes the request
     seed: int = 0
     end_ids: tuple[int, ...] = ()  # eos and stop_token_ids, those of the vocabulary
-
-    @cached_property
-    def distinct_input_ids(self) -> tuple[int, ...]:
-        return tuple(set(self.input_ids))
+    _text: array = field(default_factory=lambda: array("q"), init=False, repr=False)
 
     @property
     def num_tokens(self) -> int:
@@ -232,6 +229,13 @@ class Request:
     @property
     def all_ids(self) -> list[int]:
         return self.input_ids + self.output_ids
+
+    def text_array(self) -> array:
+        """all_ids as 64-bit integers, which become a tensor at once. It grows: read it, do not keep it."""
+        if not self._text:
+            self._text.extend(self.input_ids)
+        self._text.extend(self.output_ids[len(self._text) - len(self.input_ids) :])
+        return self._text
 
 
 @dataclass(frozen=True)

@@ -7,10 +7,10 @@ that it costs nothing; requests that do not, in a batch where others do, have va
 B = requests, N = nodes, V = vocabulary, E = entries of a sparse [B, V], W = words, L = tokens of a word but its last.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from itertools import chain
 
+import numpy as np
 import torch
 
 from specbackend.request import Request
@@ -28,12 +28,11 @@ class Entries:
     token_E: torch.Tensor  # int64
 
     @classmethod
-    def of(cls, tokens: Iterable[Iterable[int]], device) -> "Entries":
+    def of(cls, tokens: Iterable[Sequence[int]], device) -> "Entries":
         """One list of token ids for each request."""
-        lists = [list(ids) for ids in tokens]
-        row_E = torch.arange(len(lists)).repeat_interleave(torch.tensor([len(ids) for ids in lists]))
-        token_E = torch.tensor(list(chain.from_iterable(lists)), dtype=torch.int64)
-        return cls(row_E.to(device), token_E.to(device))
+        arrays = [np.asarray(ids, dtype=np.int64) for ids in tokens]
+        row_E = np.arange(len(arrays)).repeat([len(ids) for ids in arrays])
+        return cls(torch.from_numpy(row_E).to(device), torch.from_numpy(np.concatenate(arrays)).to(device))
 
     def count(self, B: int, V: int) -> torch.Tensor:
         """float32 [B, V]: how many entries there are in each place."""
@@ -75,7 +74,7 @@ class RepetitionPenalty:
         penalties = [request.params.repetition_penalty for request in requests]
         if not any(penalty != 1 for penalty in penalties):
             return None
-        said = ({*r.distinct_input_ids, *r.output_ids} if r.params.repetition_penalty != 1 else () for r in requests)
+        said = (r.text_array() if penalty != 1 else () for r, penalty in zip(requests, penalties, strict=True))
         return cls(_floats(penalties, device), Entries.of(said, device))
 
     def apply(self, logits_BNV: torch.Tensor, nodes: Nodes) -> None:
@@ -102,10 +101,11 @@ class OutputPenalties:
         used = [bool(request.params.frequency_penalty or request.params.presence_penalty) for request in requests]
         if not any(used):
             return None
+        output = (_output_array(r) if uses else () for r, uses in zip(requests, used, strict=True))
         return cls(
             _floats((request.params.frequency_penalty for request in requests), device),
             _floats((request.params.presence_penalty for request in requests), device),
-            Entries.of((r.output_ids if uses else () for r, uses in zip(requests, used, strict=True)), device),
+            Entries.of(output, device),
         )
 
     def apply(self, logits_BNV: torch.Tensor, nodes: Nodes) -> None:
@@ -246,7 +246,7 @@ BEFORE_TEMPERATURE = (LogitBias, RepetitionPenalty, OutputPenalties, MinNewToken
 AFTER_TEMPERATURE = (TopKTopP, MinP)
 
 
-def processors_of(kinds: Iterable[Callable], requests: list[Request], device) -> tuple[Processor, ...]:
+def processors_of(kinds: Iterable[type[Processor]], requests: list[Request], device) -> tuple[Processor, ...]:
     """Those that the batch needs, in order."""
     return tuple(made for kind in kinds if (made := kind.of(requests, device)) is not None)
 
@@ -258,6 +258,10 @@ def _floats(values: Iterable[float], device) -> torch.Tensor:
 def _ban(where: torch.Tensor) -> torch.Tensor:
     """What to add to logits: nothing, or what makes them -inf."""
     return torch.zeros_like(where, dtype=torch.float32).masked_fill_(where, BANNED)
+
+
+def _output_array(request: Request) -> np.ndarray:
+    return np.asarray(request.text_array())[len(request.input_ids) :]
 
 
 def _pad_left(tokens: Iterable[int], length: int) -> list[int]:
