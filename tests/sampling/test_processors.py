@@ -161,6 +161,17 @@ def test_ties_stay_together():
     assert kept(min_p=1.0) == [0]
 
 
+def test_a_nucleus_that_is_full_takes_no_more():
+    """Mass strictly before a token that equals top_p keeps it out; the least bit more lets it in."""
+    logits_11V = random_logits(1, 1)
+    logits_11V -= logits_11V.max()
+    best = (-logits_11V.logsumexp(-1)).exp().item()
+    nodes = Nodes.roots(torch.tensor([1]), torch.tensor([7]))
+    for top_p, size in ((best, 1), (math.nextafter(best, 1), 2)):
+        sampling = SamplingBatch.of([make_request([1], top_p=top_p)], "cpu")
+        assert target_logits(logits_11V, nodes, sampling).isfinite().sum() == size
+
+
 def test_top_k_and_top_p_come_from_the_same_distribution():
     """After top_k = 2 alone, the best token would have 0.53 of what is left, and top_p = 0.5 would keep no other."""
     logits_11V = torch.full((1, 1, V), -torch.inf)
