@@ -128,3 +128,35 @@ def test_the_engine_refuses_by_name(params, field):
 def test_stop_ids_outside_the_vocabulary_do_no_harm():
     params = {"temperature": 0, "max_new_tokens": 4, "min_new_tokens": 2, "stop_token_ids": [VOCAB_SIZE, 1 << 30]}
     assert len(make_engine(**EAGLE3).generate(input_ids=[1, 2, 3], sampling_params=params)["output_ids"]) == 4
+
+
+@pytest.mark.parametrize("server", [{}, EAGLE3], ids=["plain", "drafted"])
+def test_no_end_before_min_new_tokens(server, demo_prompts):
+    """Of a text that would end at once."""
+    engine = make_engine(**server)
+    eos = min(engine.model_config.eos_token_ids)
+    params = {"temperature": 0, "logit_bias": {eos: 1000.0}}
+    for more, length in (({}, 1), ({"min_new_tokens": 6}, 7), ({"min_new_tokens": 6, "ignore_eos": True}, 9)):
+        params |= {"max_new_tokens": 9, **more}
+        answer = engine.generate(input_ids=demo_prompts[0], sampling_params=params)["output_ids"]
+        assert len(answer) == length
+        assert [token == eos for token in answer] == [
+            count >= params.get("min_new_tokens", 0) for count in range(length)
+        ]
+
+
+@pytest.mark.parametrize("server", [{}, EAGLE3], ids=["plain", "drafted"])
+def test_a_text_goes_on_after_retraction_as_it_would_have(server, demo_prompts):
+    """Prefill then picks the token after the output's last, which the penalties and bad words must see."""
+    engine, prompt = make_engine(**server), demo_prompts[1]
+    params = {"temperature": 0, "max_new_tokens": 12, "frequency_penalty": 0.4}
+    first = engine.generate(input_ids=prompt, sampling_params=params)["output_ids"]
+    params["bad_words_ids"] = [first[i : i + 2] for i in range(4, 8)]
+    answer = engine.generate(input_ids=prompt, sampling_params=params)["output_ids"]
+    assert answer[:5] == first[:5] and answer[5] != first[5]
+    for count in range(1, 12):
+        engine.submit(Request("a", prompt, SamplingParams.from_dict(params), output_ids=answer[:count]))
+        rest = []
+        while engine.has_work:
+            rest += [token for update in engine.step() for token in update.token_ids]
+        assert rest == answer[count:]
