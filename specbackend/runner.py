@@ -24,7 +24,14 @@ class TargetRunner:
     def sequences(self, requests: list[Request]) -> Sequences:
         row_B = self.rows(requests)
         root_B = torch.tensor([request.output_ids[-1] for request in requests], device=self.device)
-        return Sequences(requests, row_B, self.lengths(requests), root_B, self.prefix_slots(requests, row_B))
+        return Sequences(
+            requests,
+            row_B,
+            self.lengths(requests),
+            root_B,
+            temperatures(requests, self.device),
+            self.prefix_slots(requests, row_B),
+        )
 
     def rows(self, requests: list[Request]) -> torch.Tensor:
         return torch.tensor([request.row for request in requests], device=self.device)
@@ -57,6 +64,10 @@ def extend_forward_batch(runner: TargetRunner, batch: ExtendBatch) -> ForwardBat
         window_slot_BW=slot_BQ,
         window_mask_BQW=causal_mask(Q, runner.device).expand(len(requests), Q, Q),
     )
+
+
+def temperatures(requests: list[Request], device) -> torch.Tensor:
+    return torch.tensor([request.params.temperature for request in requests], dtype=torch.float32, device=device)
 
 
 def _padded_chunk(request: Request, length: int, width: int) -> list[int]:

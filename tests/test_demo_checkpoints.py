@@ -7,10 +7,15 @@ import pytest
 from specbackend import Engine
 from tests.conftest import DEMO_EAGLE3, DEMO_TARGET, DEMOS, NEW_TOKENS
 
+EAGLE3 = {"speculative_algorithm": "EAGLE3", "speculative_draft_model_path": str(DEMO_EAGLE3)}
 EAGLE = {"speculative_algorithm": "EAGLE", "speculative_draft_model_path": str(DEMOS / "llama-gsm8k-eagle")}
+CHAIN = {"speculative_num_steps": 5, "speculative_eagle_topk": 1, "speculative_num_draft_tokens": 6}
+TREE = {**CHAIN, "speculative_eagle_topk": 4}
 SETUPS = {
     "plain": {},
-    "EAGLE3": {"speculative_algorithm": "EAGLE3", "speculative_draft_model_path": str(DEMO_EAGLE3)},
+    "EAGLE3": EAGLE3,
+    "EAGLE3 chain": {**EAGLE3, **CHAIN},
+    "EAGLE3 tree": {**EAGLE3, **TREE},
     "EAGLE": EAGLE,
     "EAGLE+map": {**EAGLE, "speculative_token_map": str(DEMOS / "llama-gsm8k-eagle" / "freq_256.pt")},
     "NEXTN": {
@@ -48,6 +53,7 @@ def test_greedy_equals_hf_generate(name, answers, expected):
 def test_better_algorithms_accept_more(answers):
     length = {name: accept_length(answers(name)) for name in SETUPS}
     assert length["EAGLE3"] > length["EAGLE"] >= length["EAGLE+map"] > 2
+    assert length["EAGLE3 tree"] > length["EAGLE3 chain"], "a tree of as many nodes"
     assert length["NEXTN"] > 1.5
     assert length["NGRAM"] > 1.3
 

@@ -11,7 +11,7 @@ from specbackend.batch import Accepted, ExtendBatch, ForwardBatch, Sequences
 from specbackend.cache.slots import DUMMY_SLOT
 from specbackend.models.draft import HeadModel
 from specbackend.models.llama import TargetOutput
-from specbackend.runner import causal_mask
+from specbackend.runner import causal_mask, temperatures
 from specbackend.speculative.draft_tree import DraftTree, build_tree
 from specbackend.speculative.drafter import CacheRule, Verified
 from specbackend.speculative.tree_growth import DraftPrefix, FirstLevel, TreeGrower
@@ -45,11 +45,12 @@ class HeadDrafter:
         tail_B1 = token_BQ.gather(1, last_B[:, None]).where(accepted.count_B[:, None] == 0, accepted.token_BP)
         token_BQ.scatter_(1, last_B[:, None], tail_B1)
         row_B = torch.tensor([request.row for request in batch.requests], device=self.device)
-        self._feed(dataclasses.replace(forward, token_BQ=token_BQ), output.feature_TF, last_B, row_B)
+        temperature_B = temperatures(batch.requests, self.device)
+        self._feed(dataclasses.replace(forward, token_BQ=token_BQ), output.feature_TF, last_B, row_B, temperature_B)
 
     def propose(self, at: Sequences, num_nodes: int) -> DraftTree:
         first = FirstLevel(self._logprob_RK[at.row_B], self._token_RK[at.row_B], self._hidden_RD[at.row_B])
-        candidates = self.grower.grow(first, DraftPrefix(at.row_B, at.length_B, at.prefix_slot_BL))
+        candidates = self.grower.grow(first, DraftPrefix(at.row_B, at.length_B, at.prefix_slot_BL, at.temperature_B))
         return build_tree(at.root_B, candidates, num_nodes)
 
     def follow_path(self, verified: Verified, at: Sequences) -> None:
@@ -71,10 +72,10 @@ class HeadDrafter:
         )
         first_row_B1 = torch.arange(0, B * N, N, device=self.device)[:, None]
         feature_TF = verified.output.feature_TF[(first_row_B1 + node_BP).flatten()]
-        self._feed(batch, feature_TF, path.count_B - 1, at.row_B)
+        self._feed(batch, feature_TF, path.count_B - 1, at.row_B, at.temperature_B)
 
-    def _feed(self, batch: ForwardBatch, feature_TF: torch.Tensor, last_B: torch.Tensor, row_B: torch.Tensor) -> None:
-        first = self.grower.feed(batch, self.head.fuse(feature_TF), last_B)
+    def _feed(self, batch: ForwardBatch, feature_TF: torch.Tensor, last_B, row_B, temperature_B) -> None:
+        first = self.grower.feed(batch, self.head.fuse(feature_TF), last_B, temperature_B)
         self._logprob_RK[row_B] = first.logprob_BK
         self._token_RK[row_B] = first.token_BK
         self._hidden_RD[row_B] = first.hidden_BD

@@ -28,13 +28,13 @@ class StandaloneDrafter:
         self, batch: ExtendBatch, forward: ForwardBatch, output: TargetOutput, accepted: Accepted
     ) -> None:
         last_B = torch.tensor(batch.chunk_lens, device=self.grower.device) - 1
-        self.grower.feed(forward, None, last_B)
+        self.grower.feed(forward, None, last_B, torch.ones_like(last_B))  # what may follow is asked before drafting
 
     def propose(self, at: Sequences, num_nodes: int) -> DraftTree:
         P = len(self._back_P)
-        first = self.grower.feed(self._recent(at), None, torch.full_like(at.length_B, P - 1))
+        first = self.grower.feed(self._recent(at), None, torch.full_like(at.length_B, P - 1), at.temperature_B)
         slot_BL = self.table.slots[at.row_B, : at.prefix_slot_BL.shape[1] + 1]  # one more: the root has been read
-        candidates = self.grower.grow(first, DraftPrefix(at.row_B, at.length_B + 1, slot_BL))
+        candidates = self.grower.grow(first, DraftPrefix(at.row_B, at.length_B + 1, slot_BL, at.temperature_B))
         return build_tree(at.root_B, candidates, num_nodes)
 
     def follow_path(self, verified: Verified, at: Sequences) -> None:

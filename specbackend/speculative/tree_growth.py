@@ -3,6 +3,9 @@
 K = topk, S = num_steps, W = (S - 1) * K drafted rows, M = K * K candidates of a level, R = rows of the request table.
 Level 1 is known when growth begins. Each further level runs K rows of the draft model, which see the prefix and their
 own ancestors among the drafted rows, nothing else. Drafted K and V live in scratch slots and are never kept.
+
+Candidates compete by the draft's estimate of the chance that the target picks them. So they are scored at the
+temperature at which it picks; at 1 that is the published algorithm.
 """
 
 from dataclasses import dataclass
@@ -15,6 +18,10 @@ from specbackend.cache.kv_pool import KVPool
 from specbackend.models.draft import DraftModel
 from specbackend.speculative.draft_tree import Candidates
 
+# At temperature 0 a score of 1 for the best token and 0 for the rest would leave a chain. The demo's EAGLE-3 head
+# accepts 3.76 tokens a step when scored at 1, and 4.08 at 0.2, 0.3 or 0.5.
+LOWEST_TEMPERATURE = 0.5
+
 
 @dataclass(frozen=True)
 class DraftPrefix:
@@ -23,6 +30,7 @@ class DraftPrefix:
     row_B: torch.Tensor
     length_B: torch.Tensor
     slot_BL: torch.Tensor
+    temperature_B: torch.Tensor  # float32, of the request
 
 
 @dataclass(frozen=True)
@@ -70,15 +78,18 @@ class TreeGrower:
         self._scratch_RW = first_scratch_slot + torch.arange(num_rows * W, device=self.device).view(num_rows, W)
         self._own_LKW = torch.eye(W, dtype=torch.bool, device=self.device).view(num_steps - 1, topk, W)
 
-    def feed(self, batch: ForwardBatch, hidden_TD: torch.Tensor | None, last_B: torch.Tensor) -> FirstLevel:
+    def feed(
+        self, batch: ForwardBatch, hidden_TD: torch.Tensor | None, last_B: torch.Tensor, temperature_B: torch.Tensor
+    ) -> FirstLevel:
         """Compute true tokens; growth may begin after row last_B[b] of each sequence."""
         hidden_BQD = self._forward(batch, hidden_TD, self.attention.plan(batch, self.dtype))
         last_BD = hidden_BQD[torch.arange(len(last_B), device=self.device), last_B]
-        return FirstLevel(*self.model.top_tokens(last_BD, self.topk), last_BD)
+        logprob_BK, token_BK = self.model.top_tokens(last_BD, self.topk, _scoring(temperature_B)[:, None])
+        return FirstLevel(logprob_BK, token_BK, last_BD)
 
     def grow(self, first: FirstLevel, prefix: DraftPrefix) -> Candidates:
         """Draft K + (S - 1) * K^2 candidates per request."""
-        beam, plan = self._first_beam(first), None
+        beam, plan, temperature_B11 = self._first_beam(first), None, _scoring(prefix.temperature_B)[:, None, None]
         scores, tokens, parents = [beam.score_BK], [beam.token_BK], [torch.full_like(beam.token_BK, -1)]
         for level in range(1, self.num_steps):
             batch = self._level_batch(level, beam, prefix)
@@ -87,7 +98,7 @@ class TreeGrower:
             else:
                 plan.set_window_mask(batch.window_mask_BQW)
             hidden_BKD = self._forward(batch, beam.hidden_BKD.flatten(0, 1), plan)
-            logprob_BKK, token_BKK = self.model.top_tokens(hidden_BKD, self.topk)
+            logprob_BKK, token_BKK = self.model.top_tokens(hidden_BKD, self.topk, temperature_B11)
             score_BM, token_BM = (beam.score_BK[:, :, None] + logprob_BKK).flatten(1), token_BKK.flatten(1)
             scores.append(score_BM)
             tokens.append(token_BM)
@@ -135,3 +146,7 @@ class TreeGrower:
     def _forward(self, batch: ForwardBatch, hidden_TD: torch.Tensor | None, plan: AttentionPlan) -> torch.Tensor:
         hidden_TD = self.model.forward(batch, hidden_TD, plan, self.kv_pool)
         return hidden_TD.view(*batch.token_BQ.shape, -1)
+
+
+def _scoring(temperature_B: torch.Tensor) -> torch.Tensor:
+    return temperature_B.clamp(min=LOWEST_TEMPERATURE)

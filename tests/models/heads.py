@@ -43,7 +43,7 @@ def drafts(target: Target, head: DraftModel, k: int = 5) -> tuple[torch.Tensor, 
     # in the shape of a target, which is what run_prompt runs
     as_target = SimpleNamespace(forward=forward, config=head.config, num_kv_layers=head.num_kv_layers)
     output_TD = run_prompt(as_target, TOKENS[1:])
-    return output_TD, *head.top_tokens(output_TD, k)
+    return output_TD, *head.top_tokens(output_TD, k, torch.ones(1))
 
 
 @torch.no_grad()

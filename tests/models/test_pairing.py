@@ -185,7 +185,7 @@ def test_token_map(stored, target, tmp_path):
 def test_top_tokens_of_some_are_the_best_of_these(target):
     """Log-probabilities are those within the map, ids are the target's."""
     hidden = torch.randn(3, 4, 32, generator=torch.Generator().manual_seed(0))
-    logprob, token = DraftVocabulary.of_target(target.model, TOKEN_MAP).top_tokens(hidden, 3)
+    logprob, token = DraftVocabulary.of_target(target.model, TOKEN_MAP).top_tokens(hidden, 3, torch.ones(1))
     restricted = torch.full((3, 4, 64), float("-inf"))
     restricted[..., TOKEN_MAP] = target.model.logits(hidden)[..., TOKEN_MAP]
     expected_logprob, expected_token = restricted.log_softmax(dim=-1).topk(3)

@@ -154,10 +154,12 @@ class ReferenceMtp(ReferenceHead):
 
 
 @torch.no_grad()
-def grow_tree(draft: ReferenceHead, token_ids: list[int], num_steps: int, topk: int, num_draft_tokens: int):
+def grow_tree(
+    draft: ReferenceHead, token_ids: list[int], num_steps: int, topk: int, num_draft_tokens: int, temperature: float = 1
+):
     """Draft after token_ids, whose last token is the root. Returns (tokens, parents) of num_draft_tokens nodes.
 
-    SafeAILab/EAGLE `topK_genrate`, over lists of dicts.
+    SafeAILab/EAGLE `topK_genrate`, over lists of dicts; there the temperature of the scores is always 1.
     """
     hidden = draft.fuse(draft.features(token_ids[:-1]))
     following = token_ids[1:]
@@ -166,7 +168,7 @@ def grow_tree(draft: ReferenceHead, token_ids: list[int], num_steps: int, topk: 
         """Hidden state and top-k (log-probability, target id) at the end of a drafted path."""
         rows = torch.cat([hidden, *[node["fed"][None] for node in path]])
         last = draft.hidden(rows, torch.tensor(following + [node["token"] for node in path]))[-1]
-        logprob, draft_id = torch.log_softmax(draft.logits(last), dim=-1).topk(topk)
+        logprob, draft_id = torch.log_softmax(draft.logits(last) / temperature, dim=-1).topk(topk)
         return last, [(float(p), draft.target_id(int(i))) for p, i in zip(logprob, draft_id, strict=True)]
 
     def children(parent: dict | None) -> list[dict]:

@@ -1,4 +1,7 @@
-"""The drafted trees are those of the official algorithm, for every kind of head: same tokens, same parents."""
+"""The drafted trees are those of the official algorithm, for every kind of head: same tokens, same parents.
+
+Requests of temperature 1 get exactly the official trees; at others the scores are those of that temperature.
+"""
 
 import pytest
 import torch
@@ -14,7 +17,9 @@ from tests.test_equivalence import make_engine
 TREE_NAMES = ("speculative_num_steps", "speculative_eagle_topk", "speculative_num_draft_tokens")
 
 
-def drafted_trees(engine, prompt: list[int], steps: int, monkeypatch) -> list[tuple[list[int], list[int], list[int]]]:
+def drafted_trees(
+    engine, prompt: list[int], steps: int, monkeypatch, temperature: float = 1.0
+) -> list[tuple[list[int], list[int], list[int]]]:
     """Run a few decode steps; return (all tokens before the step, tree tokens, tree parents) of each."""
     trees, build_tree = [], head_drafter.build_tree
 
@@ -23,7 +28,9 @@ def drafted_trees(engine, prompt: list[int], steps: int, monkeypatch) -> list[tu
         return trees[-1]
 
     monkeypatch.setattr(head_drafter, "build_tree", recording_build_tree)
-    request = Request("probe", prompt, SamplingParams(max_new_tokens=200, temperature=0, ignore_eos=True))
+    request = Request(
+        "probe", prompt, SamplingParams(max_new_tokens=200, temperature=temperature, ignore_eos=True, seed=0)
+    )
     engine.submit(request)
     contexts = []
     while len(trees) < steps and engine.has_work:
@@ -43,6 +50,23 @@ def test_tree_equals_official_growth(tree, hf_target, demo_prompts, monkeypatch)
     for prompt in demo_prompts[:25]:
         for context, tokens, parents in drafted_trees(engine, prompt, 3, monkeypatch):
             assert (tokens, parents) == grow_tree(reference, context, *tree)
+
+
+@pytest.mark.parametrize("temperature, scored_at", [(0.0, 0.5), (0.5, 0.5), (0.7, 0.7), (1.5, 1.5)])
+def test_scores_are_those_of_the_requests_temperature(temperature, scored_at, hf_target, demo_prompts, monkeypatch):
+    tree = (5, 4, 8)
+    engine, reference = make_engine(tree), ReferenceEagle3(DEMO_EAGLE3, hf_target)
+    for prompt in demo_prompts[:4]:
+        for context, tokens, parents in drafted_trees(engine, prompt, 3, monkeypatch, temperature):
+            assert (tokens, parents) == grow_tree(reference, context, *tree, temperature=scored_at)
+
+
+def test_a_batch_of_several_temperatures_drafts_as_each_alone(demo_prompts):
+    engine = make_engine((5, 4, 8))
+    params = [{"temperature": 0.4 * i, "max_new_tokens": 24, "seed": i} for i in range(6)]
+    together = engine.generate(input_ids=demo_prompts[:6], sampling_params=params)
+    alone = [engine.generate(input_ids=p, sampling_params=s) for p, s in zip(demo_prompts, params, strict=False)]
+    assert [a["meta_info"]["spec_verify_ct"] for a in together] == [a["meta_info"]["spec_verify_ct"] for a in alone]
 
 
 AUX = "eagle_aux_hidden_state_layer_ids"
