@@ -39,7 +39,6 @@ class Sequences:
     row_B: torch.Tensor  # int64, of the request table
     length_B: torch.Tensor  # int64
     root_B: torch.Tensor  # int64
-    temperature_B: torch.Tensor  # float32
     prefix_slot_BL: torch.Tensor  # int64, see ForwardBatch
 
 

@@ -24,14 +24,7 @@ class TargetRunner:
     def sequences(self, requests: list[Request]) -> Sequences:
         row_B = self.rows(requests)
         root_B = torch.tensor([request.output_ids[-1] for request in requests], device=self.device)
-        return Sequences(
-            requests,
-            row_B,
-            self.lengths(requests),
-            root_B,
-            temperatures(requests, self.device),
-            self.prefix_slots(requests, row_B),
-        )
+        return Sequences(requests, row_B, self.lengths(requests), root_B, self.prefix_slots(requests, row_B))
 
     def rows(self, requests: list[Request]) -> torch.Tensor:
         return torch.tensor([request.row for request in requests], device=self.device)

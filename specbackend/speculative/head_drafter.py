@@ -50,7 +50,8 @@ class HeadDrafter:
 
     def propose(self, at: Sequences, num_nodes: int) -> DraftTree:
         first = FirstLevel(self._logprob_RK[at.row_B], self._token_RK[at.row_B], self._hidden_RD[at.row_B])
-        candidates = self.grower.grow(first, DraftPrefix(at.row_B, at.length_B, at.prefix_slot_BL, at.temperature_B))
+        temperature_B = temperatures(at.requests, self.device)
+        candidates = self.grower.grow(first, DraftPrefix(at.row_B, at.length_B, at.prefix_slot_BL, temperature_B))
         return build_tree(at.root_B, candidates, num_nodes)
 
     def follow_path(self, verified: Verified, at: Sequences) -> None:
@@ -72,7 +73,7 @@ class HeadDrafter:
         )
         first_row_B1 = torch.arange(0, B * N, N, device=self.device)[:, None]
         feature_TF = verified.output.feature_TF[(first_row_B1 + node_BP).flatten()]
-        self._feed(batch, feature_TF, path.count_B - 1, at.row_B, at.temperature_B)
+        self._feed(batch, feature_TF, path.count_B - 1, at.row_B, temperatures(at.requests, self.device))
 
     def _feed(self, batch: ForwardBatch, feature_TF: torch.Tensor, last_B, row_B, temperature_B) -> None:
         first = self.grower.feed(batch, self.head.fuse(feature_TF), last_B, temperature_B)

@@ -6,7 +6,7 @@ from specbackend.batch import Accepted, ExtendBatch, ForwardBatch, Sequences
 from specbackend.cache.kv_pool import RequestTable
 from specbackend.cache.slots import DUMMY_SLOT
 from specbackend.models.llama import TargetOutput
-from specbackend.runner import causal_mask
+from specbackend.runner import causal_mask, temperatures
 from specbackend.speculative.draft_tree import DraftTree, build_tree
 from specbackend.speculative.drafter import CacheRule, Verified
 from specbackend.speculative.tree_growth import DraftPrefix, TreeGrower
@@ -31,10 +31,10 @@ class StandaloneDrafter:
         self.grower.feed(forward, None, last_B, torch.ones_like(last_B))  # what may follow is asked before drafting
 
     def propose(self, at: Sequences, num_nodes: int) -> DraftTree:
-        P = len(self._back_P)
-        first = self.grower.feed(self._recent(at), None, torch.full_like(at.length_B, P - 1), at.temperature_B)
+        P, temperature_B = len(self._back_P), temperatures(at.requests, self.grower.device)
+        first = self.grower.feed(self._recent(at), None, torch.full_like(at.length_B, P - 1), temperature_B)
         slot_BL = self.table.slots[at.row_B, : at.prefix_slot_BL.shape[1] + 1]  # one more: the root has been read
-        candidates = self.grower.grow(first, DraftPrefix(at.row_B, at.length_B + 1, slot_BL, at.temperature_B))
+        candidates = self.grower.grow(first, DraftPrefix(at.row_B, at.length_B + 1, slot_BL, temperature_B))
         return build_tree(at.root_B, candidates, num_nodes)
 
     def follow_path(self, verified: Verified, at: Sequences) -> None:

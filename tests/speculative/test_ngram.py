@@ -60,7 +60,7 @@ def make_drafter(num_nodes: int) -> NgramDrafter:
 
 def propose_for(requests: list[Request], drafter: NgramDrafter, num_nodes: int):
     nothing = torch.zeros(0)  # a drafter without a network does not ask where the KV is
-    tree = drafter.propose(Sequences(requests, nothing, nothing, nothing, nothing, nothing), num_nodes)
+    tree = drafter.propose(Sequences(requests, nothing, nothing, nothing, nothing), num_nodes)
     return tree.token_BN.tolist(), tree.parent_BN.tolist()
 
 
