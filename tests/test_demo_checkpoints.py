@@ -6,6 +6,7 @@ import pytest
 
 from specbackend import Engine
 from tests.conftest import DEMO_EAGLE3, DEMO_TARGET, DEMOS, NEW_TOKENS
+from tests.test_equivalence import mean_accept_length
 
 EAGLE3 = {"speculative_algorithm": "EAGLE3", "speculative_draft_model_path": str(DEMO_EAGLE3)}
 EAGLE = {"speculative_algorithm": "EAGLE", "speculative_draft_model_path": str(DEMOS / "llama-gsm8k-eagle")}
@@ -40,18 +41,13 @@ def answers(demo_prompts):
     return generate
 
 
-def accept_length(answers: list[dict]) -> float:
-    tokens = sum(answer["meta_info"]["completion_tokens"] for answer in answers)
-    return tokens / sum(answer["meta_info"]["spec_verify_ct"] for answer in answers)
-
-
 @pytest.mark.parametrize("name", SETUPS)
 def test_greedy_equals_hf_generate(name, answers, expected):
     assert [answer["output_ids"] for answer in answers(name)] == expected
 
 
 def test_better_algorithms_accept_more(answers):
-    length = {name: accept_length(answers(name)) for name in SETUPS}
+    length = {name: mean_accept_length(answers(name)) for name in SETUPS}
     assert length["EAGLE3"] > length["EAGLE"] >= length["EAGLE+map"] > 2
     assert length["EAGLE3 tree"] > length["EAGLE3 chain"], "a tree of as many nodes"
     assert length["NEXTN"] > 1.5

@@ -1,4 +1,3 @@
-import pytest
 import torch
 from demo_training.mimo import write_as_qwen2
 from transformers import Qwen2ForCausalLM
@@ -6,7 +5,6 @@ from transformers import Qwen2ForCausalLM
 from tests.conftest import DEMO_TARGET
 
 
-@pytest.mark.skipif(not DEMO_TARGET.exists(), reason="needs the demo checkpoints")
 def test_the_demo_target_as_qwen2_is_the_same_function(tmp_path, hf_target, demo_prompts):
     write_as_qwen2(DEMO_TARGET, tmp_path)
     qwen2 = Qwen2ForCausalLM.from_pretrained(tmp_path).eval()
