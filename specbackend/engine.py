@@ -22,8 +22,9 @@ from specbackend.models.draft import DraftModel
 from specbackend.models.llama import LlamaModel
 from specbackend.models.model_config import ModelConfig
 from specbackend.models.registry import load_draft
-from specbackend.request import FinishReason, Request, SamplingParams, Update
+from specbackend.request import FinishReason, Request, Update
 from specbackend.runner import TargetRunner
+from specbackend.sampling_params import SamplingParams
 from specbackend.scheduler import Scheduler
 from specbackend.speculative.decoder import Decoder
 from specbackend.speculative.drafter import CacheRule, Drafter

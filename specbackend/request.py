@@ -1,198 +1,16 @@
 """Nouns: what a client asks for, what the engine says back. No torch: the Triton adapter imports this file."""
 
 from array import array
-from collections import Counter
-from collections.abc import Iterable
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from enum import Enum
-from itertools import chain
 
-from specbackend.errors import InvalidRequest
-
-FLOAT32_MAX = 3.4e38  # the device's temperatures are float32
-LARGEST_BIAS = 1e30  # in float32 it outweighs everything, and adding to it cannot overflow
-SMALLEST_NORMAL = 1.2e-38  # of float32; what is smaller is 0 on some devices
-UNLIMITED = 1 << 30  # max_new_tokens of a request that is bounded by the context length alone
-MOST_BAD_WORDS, LONGEST_BAD_WORD = 256, 32  # every one is compared with the end of every path of the tree
+from specbackend.sampling_params import SamplingParams
 
 
 class FinishReason(str, Enum):
     STOP = "stop"  # an eos or stop id, or a stop string
     LENGTH = "length"  # max_new_tokens, or the context is full
     ABORT = "abort"  # cancelled by the client or timed out
-
-
-@dataclass(frozen=True)
-class SamplingParams:
-    """How to pick tokens, under SGLang's names. Every value is applied exactly; what cannot be is refused by name.
-
-    `specbackend.sampling` says in what order. Lists are tuples here, so that the whole can be hashed; `from_dict` takes
-    what users write.
-    """
-
-    max_new_tokens: int = 128
-    temperature: float = 1.0  # 0 is greedy
-    seed: int | None = None  # None: the engine draws one
-    stop: tuple[str, ...] = ()  # strings; matched on text, outside the engine's step
-    stop_token_ids: tuple[int, ...] = ()
-    ignore_eos: bool = False
-    speculative: bool = True  # False: plain decoding for this request, whatever the server does
-    # which tokens may be picked, in place of those that are less likely
-    top_k: int = -1  # -1: all
-    top_p: float = 1.0
-    min_p: float = 0.0  # relative to the best token
-    # what was said before counts
-    repetition_penalty: float = 1.0  # tokens of prompt and output
-    frequency_penalty: float = 0.0  # tokens of the output, each time
-    presence_penalty: float = 0.0  # tokens of the output, once
-    min_new_tokens: int = 0  # until then, no eos (ignore_eos or not) and none of stop_token_ids
-    # tokens by name
-    logit_bias: tuple[tuple[int, float], ...] = ()  # {id: bias} in from_dict
-    allowed_token_ids: tuple[int, ...] = ()  # (): all
-    bad_words_ids: tuple[tuple[int, ...], ...] = ()  # token sequences that prompt and output never complete
-
-    def __post_init__(self) -> None:
-        _require_int("max_new_tokens", self.max_new_tokens, low=1, high=UNLIMITED)
-        _require_number("temperature", self.temperature)
-        if not 0 <= self.temperature <= FLOAT32_MAX:  # false for nan too
-            raise InvalidRequest("temperature", f"must be finite and at least 0, got {self.temperature}")
-        if self.seed is not None:
-            _require_int("seed", self.seed, low=0, high=(1 << 64) - 1)
-        if not all(isinstance(text, str) and text for text in self.stop):
-            raise InvalidRequest("stop", "must be non-empty strings")
-        for flag in ("ignore_eos", "speculative"):
-            if not isinstance(getattr(self, flag), bool):
-                raise InvalidRequest(flag, f"must be a bool, got {getattr(self, flag)!r}")
-        self._check_filters()
-        self._check_penalties()
-        self._check_tokens()
-
-    def _check_filters(self) -> None:
-        if self.top_k != -1 or isinstance(self.top_k, bool):
-            _require_int("top_k", self.top_k, low=1, high=UNLIMITED, otherwise=" or -1")
-        _require_number("top_p", self.top_p)
-        if not 0 < self.top_p <= 1:
-            raise InvalidRequest("top_p", f"must be above 0 and at most 1, got {self.top_p}")
-        _require_between("min_p", self.min_p, 0, 1)
-
-    def _check_penalties(self) -> None:
-        _require_number("repetition_penalty", self.repetition_penalty)
-        if not SMALLEST_NORMAL <= self.repetition_penalty <= 2:
-            raise InvalidRequest("repetition_penalty", f"must be above 0 and at most 2, got {self.repetition_penalty}")
-        _require_between("frequency_penalty", self.frequency_penalty, -2, 2)
-        _require_between("presence_penalty", self.presence_penalty, -2, 2)
-        _require_int("min_new_tokens", self.min_new_tokens, low=0, high=UNLIMITED)
-        if self.min_new_tokens > self.max_new_tokens:
-            message = f"must be at most max_new_tokens, {self.max_new_tokens}, got {self.min_new_tokens}"
-            raise InvalidRequest("min_new_tokens", message)
-
-    def _check_tokens(self) -> None:
-        for name in ("stop_token_ids", "allowed_token_ids"):
-            for token in getattr(self, name):
-                _require_id(name, token)
-        for token, bias in self.logit_bias:
-            _require_id("logit_bias", token)
-            _require_between("logit_bias", bias, -LARGEST_BIAS, LARGEST_BIAS)
-        if len(self.bad_words_ids) > MOST_BAD_WORDS:
-            message = f"has {len(self.bad_words_ids)} sequences, at most {MOST_BAD_WORDS} are served"
-            raise InvalidRequest("bad_words_ids", message)
-        for word in self.bad_words_ids:
-            if not 1 <= len(word) <= LONGEST_BAD_WORD:
-                message = f"each sequence must have 1 to {LONGEST_BAD_WORD} tokens, got {len(word)}"
-                raise InvalidRequest("bad_words_ids", message)
-            for token in word:
-                _require_id("bad_words_ids", token)
-
-    def check_vocabulary(self, vocab_size: int, eos_token_ids: Iterable[int]) -> None:
-        """What can only be said beside a checkpoint. Raises InvalidRequest, naming the field."""
-        ids = {
-            "logit_bias": (token for token, _ in self.logit_bias),
-            "allowed_token_ids": self.allowed_token_ids,
-            "bad_words_ids": chain.from_iterable(self.bad_words_ids),
-        }
-        for name, tokens in ids.items():
-            for token in tokens:
-                if token >= vocab_size:
-                    raise InvalidRequest(name, f"{token} is not an id of the vocabulary of {vocab_size}")
-        # the only parameters that take tokens away whatever their logits: together they must leave one
-        banned = {word[-1] for word in self.bad_words_ids}
-        if self.min_new_tokens:
-            banned |= {*self.stop_token_ids, *eos_token_ids}
-        if not all(token in banned for token in self.allowed_token_ids or range(vocab_size)):
-            return
-        name = next(n for n in ("allowed_token_ids", "bad_words_ids", "min_new_tokens") if getattr(self, n))
-        raise InvalidRequest(name, "with bad_words_ids and min_new_tokens there may be no token left to pick")
-
-    @classmethod
-    def from_dict(cls, params: dict) -> "SamplingParams":
-        """Build from user input; names this class does not have are refused, lists become tuples."""
-        known = {f.name for f in fields(cls)}
-        for name in params:
-            if name not in known:
-                raise InvalidRequest(
-                    name, f"is not a supported sampling parameter (supported: {', '.join(sorted(known))})"
-                )
-        values = dict(params)
-        for name in ("stop", "stop_token_ids", "allowed_token_ids"):
-            value = values.get(name, ())
-            if value is None:
-                values[name] = ()
-            elif isinstance(value, (list, tuple)):
-                values[name] = tuple(value)
-            else:
-                values[name] = (value,)
-        values["logit_bias"] = _bias_pairs(values.get("logit_bias"))
-        values["bad_words_ids"] = _sequences("bad_words_ids", values.get("bad_words_ids"))
-        return cls(**values)
-
-
-def _bias_pairs(value: object) -> tuple[tuple[int, float], ...]:
-    """{id: bias}, where JSON makes a string of the id, or pairs of the two."""
-    if value is None:
-        return ()
-    pairs = list(value.items()) if isinstance(value, dict) else value
-    if not isinstance(pairs, (list, tuple)) or not all(isinstance(p, (list, tuple)) and len(p) == 2 for p in pairs):
-        raise InvalidRequest("logit_bias", f"must map token ids to numbers, got {value!r}")
-    pairs = tuple((_whole_number(token), bias) for token, bias in pairs)
-    repeated = [token for token, count in Counter(str(token) for token, _ in pairs).items() if count > 1]
-    if repeated:
-        raise InvalidRequest("logit_bias", f"names token {repeated[0]} twice")
-    return pairs
-
-
-def _whole_number(key: object) -> object:
-    """The integer that a key of JSON stands for; anything else is left for validation to name."""
-    return int(key) if isinstance(key, str) and len(key) < 20 and key.isascii() and key.isdecimal() else key
-
-
-def _sequences(name: str, value: object) -> tuple[tuple[int, ...], ...]:
-    if value is None:
-        return ()
-    if not isinstance(value, (list, tuple)) or not all(isinstance(word, (list, tuple)) for word in value):
-        raise InvalidRequest(name, f"must be lists of token ids, got {value!r}")
-    return tuple(tuple(word) for word in value)
-
-
-def _require_int(name: str, value: object, low: int, high: int, otherwise: str = "") -> None:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise InvalidRequest(name, f"must be an integer, got {value!r}")
-    if not low <= value <= high:
-        raise InvalidRequest(name, f"must be between {low} and {high}{otherwise}, got {value}")
-
-
-def _require_id(name: str, value: object) -> None:
-    _require_int(name, value, low=0, high=UNLIMITED)
-
-
-def _require_number(name: str, value: object) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise InvalidRequest(name, f"must be a number, got {value!r}")
-
-
-def _require_between(name: str, value: object, low: float, high: float) -> None:
-    _require_number(name, value)
-    if not low <= value <= high:  # false for nan too
-        raise InvalidRequest(name, f"must be between {low:g} and {high:g}, got {value}")
 
 
 class RequestStatus(Enum):
@@ -239,6 +57,24 @@ class Request:
 
 
 @dataclass(frozen=True)
+class TokenLogprob:
+    """How likely a token was at its place, and the likeliest ones there. Natural logarithms."""
+
+    token_id: int
+    logprob: float
+    rank: int  # 1: no token was likelier
+    top: list[tuple[int, float]] = field(default_factory=list)  # token ids, the likeliest first
+
+
+@dataclass(frozen=True)
+class Failure:
+    """Why a request that was accepted could not be carried through."""
+
+    field: str  # the parameter at fault
+    message: str
+
+
+@dataclass(frozen=True)
 class Update:
     """What one engine step did for one request: the new tokens and, on the last update, why it ended."""
 
@@ -249,6 +85,9 @@ class Update:
     completion_tokens: int = 0
     cached_tokens: int = 0
     spec_verify_ct: int = 0
+    logprobs: list[TokenLogprob] = field(default_factory=list)  # of token_ids, if asked for
+    prompt_logprobs: list[TokenLogprob] = field(default_factory=list)  # of all but the first, on the first update
+    failure: Failure | None = None  # on the last update, which says abort
 
     @property
     def finished(self) -> bool:

@@ -6,7 +6,8 @@ import pytest
 
 from specbackend import Engine
 from specbackend.errors import ConfigError, InvalidRequest, QueueFull
-from specbackend.request import Request, SamplingParams
+from specbackend.request import Request
+from specbackend.sampling_params import SamplingParams
 from tests.conftest import DEMO_EAGLE3, DEMO_TARGET
 
 GREEDY = {"temperature": 0, "max_new_tokens": 24, "ignore_eos": True}

@@ -16,7 +16,10 @@ LAYERS = [  # top to bottom
     ["specbackend.scheduler", "specbackend.speculative", "specbackend.runner"],
     ["specbackend.models", "specbackend.attention", "specbackend.sampling"],
     ["specbackend.cache"],
-    [f"specbackend.{noun}" for noun in ("config", "request", "batch", "errors", "text", "tokenizer")],
+    [
+        f"specbackend.{noun}"
+        for noun in ("config", "request", "sampling_params", "batch", "errors", "text", "tokenizer")
+    ],
     ["specbackend.kernels"],
 ]
 ONLY_IN = {  # a third-party package and the one place that may import it
@@ -25,7 +28,9 @@ ONLY_IN = {  # a third-party package and the one place that may import it
     "transformers": "specbackend.tokenizer",
 }
 INTEGERS_ONLY = ["specbackend.cache.radix_tree", "specbackend.cache.slots"]
-NO_TORCH_NOUNS = [f"specbackend.{noun}" for noun in ("config", "request", "errors", "text", "tokenizer")]
+NO_TORCH_NOUNS = [
+    f"specbackend.{noun}" for noun in ("config", "request", "sampling_params", "errors", "text", "tokenizer")
+]
 
 
 def is_or_in(module: str, package: str) -> bool:

@@ -6,15 +6,8 @@ import pickle
 import pytest
 
 from specbackend.errors import InvalidRequest
-from specbackend.request import (
-    LONGEST_BAD_WORD,
-    MOST_BAD_WORDS,
-    UNLIMITED,
-    FinishReason,
-    Request,
-    SamplingParams,
-    Update,
-)
+from specbackend.request import FinishReason, Request, Update
+from specbackend.sampling_params import LONGEST_BAD_WORD, MOST_BAD_WORDS, UNLIMITED, SamplingParams
 
 REFUSED = [
     ("max_new_tokens", 0),

@@ -6,7 +6,8 @@ from transformers import LogitsProcessor, LogitsProcessorList
 
 from specbackend import Engine
 from specbackend.errors import InvalidRequest
-from specbackend.request import Request, SamplingParams
+from specbackend.request import Request
+from specbackend.sampling_params import SamplingParams
 from tests.conftest import DEMO_EAGLE3, DEMO_TARGET
 
 NEW_TOKENS = 24

@@ -20,7 +20,8 @@ from specbackend.cache.kv_pool import RequestTable
 from specbackend.cache.slots import DUMMY_SLOT, SlotManager
 from specbackend.config import EngineConfig
 from specbackend.errors import QueueFull
-from specbackend.request import FinishReason, Request, RequestStatus, SamplingParams, Update
+from specbackend.request import FinishReason, Request, RequestStatus, Update
+from specbackend.sampling_params import SamplingParams
 from specbackend.scheduler import Scheduler
 from specbackend.speculative.drafter import CacheRule
 from tests.cache.test_slots import tree_slots

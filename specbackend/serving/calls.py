@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from specbackend.errors import InvalidRequest
-from specbackend.request import SamplingParams
+from specbackend.sampling_params import SamplingParams
 from specbackend.serving.errors import Unsupported
 from specbackend.serving.protocol import Ready
 from specbackend.serving.schemas import ALWAYS, ANY, LLM_INPUTS, LLM_OUTPUTS, LLM_PARAMETERS, Input

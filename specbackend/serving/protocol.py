@@ -6,7 +6,8 @@ from dataclasses import dataclass, field, fields
 
 import msgpack
 
-from specbackend.request import FinishReason, SamplingParams, Update
+from specbackend.request import Failure, FinishReason, TokenLogprob, Update
+from specbackend.sampling_params import SamplingParams
 
 LENGTH = struct.Struct("<I")
 RECEIVE_BYTES = 1 << 20
@@ -137,5 +138,13 @@ def _sampling_params(values: list) -> SamplingParams:
 
 def _update(values: list) -> Update:
     update = dict(zip((f.name for f in fields(Update)), values, strict=True))
-    reason = update["finish_reason"]
-    return Update(**{**update, "finish_reason": reason and FinishReason(reason)})
+    for name in ("logprobs", "prompt_logprobs"):
+        update[name] = [_token_logprob(*each) for each in update[name]]
+    reason, failure = update["finish_reason"], update["failure"]
+    return Update(
+        **{**update, "finish_reason": reason and FinishReason(reason), "failure": failure and Failure(*failure)}
+    )
+
+
+def _token_logprob(token_id: int, logprob: float, rank: int, top: list) -> TokenLogprob:
+    return TokenLogprob(token_id, logprob, rank, [tuple(pair) for pair in top])

@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 
 from specbackend.errors import InvalidRequest
-from specbackend.request import LONGEST_BAD_WORD
+from specbackend.sampling_params import LONGEST_BAD_WORD
 from specbackend.tokenizer import Tokenizer
 
 

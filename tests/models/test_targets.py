@@ -6,7 +6,8 @@ import torch
 from specbackend import Engine
 from specbackend.errors import ConfigError
 from specbackend.models.model_config import ModelConfig
-from specbackend.request import Request, SamplingParams
+from specbackend.request import Request
+from specbackend.sampling_params import SamplingParams
 from tests.checkpoints import FAMILIES, convert_to_bin, edit_config, edit_tensors, write_target
 from tests.models.forward import load_llama, prompt_logits, prompt_output
 

@@ -2,7 +2,7 @@
 
 import math
 
-from specbackend.request import SamplingParams
+from specbackend.sampling_params import SamplingParams
 
 
 def reference_logits(logits: list[float], prompt: list[int], output: list[int], params: SamplingParams, eos=()):

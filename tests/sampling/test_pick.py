@@ -3,9 +3,10 @@
 import pytest
 import torch
 
-from specbackend.request import Request, SamplingParams
+from specbackend.request import Request
 from specbackend.sampling import Nodes, SamplingBatch, pick
 from specbackend.sampling.pick import gumbel_noise
+from specbackend.sampling_params import SamplingParams
 from tests.chi_square import SIGNIFICANT, chi_square_p
 
 DRAWS = 200_000

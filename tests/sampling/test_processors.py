@@ -15,9 +15,10 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from specbackend.request import Request, SamplingParams
+from specbackend.request import Request
 from specbackend.sampling import Nodes, SamplingBatch
 from specbackend.sampling.pick import pick_tokens, target_logits
+from specbackend.sampling_params import SamplingParams
 from specbackend.speculative.draft_tree import DraftTree, build_tree
 from tests.sampling.reference import reference_distribution, reference_logits
 from tests.speculative.random_trees import path_to, random_candidates

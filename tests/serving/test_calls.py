@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from specbackend.errors import InvalidRequest
-from specbackend.request import SamplingParams
+from specbackend.sampling_params import SamplingParams
 from specbackend.serving.calls import CallReader, CancelCall
 from specbackend.serving.errors import Unsupported
 from specbackend.serving.protocol import Ready

@@ -2,7 +2,8 @@
 
 import pytest
 
-from specbackend.request import FinishReason, SamplingParams, Update
+from specbackend.request import FinishReason, Update
+from specbackend.sampling_params import SamplingParams
 from specbackend.serving.calls import Call
 from specbackend.serving.generation import Generation
 from specbackend.serving.schemas import LLM_OUTPUTS

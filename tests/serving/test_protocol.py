@@ -6,7 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from specbackend.request import FinishReason, SamplingParams, Update
+from specbackend.request import Failure, FinishReason, TokenLogprob, Update
+from specbackend.sampling_params import SamplingParams
 from specbackend.serving.protocol import (
     LENGTH,
     Cancel,
@@ -32,6 +33,18 @@ MESSAGES = [
     Failed("model_path: no such folder"),
     Rejected("7", None, "full"),
     Step([Update("7", [5, 6], FinishReason.STOP, 3, 2, 1, 1), Update("8", [])], {"num_running": 2}),
+    Step(
+        [
+            Update(
+                "9",
+                [5],
+                FinishReason.ABORT,
+                logprobs=[TokenLogprob(5, -0.5, 2, [(6, -0.25), (5, -0.5)])],
+                prompt_logprobs=[TokenLogprob(1, -3.0, 7)],
+                failure=Failure("json_schema", "is too large"),
+            )
+        ]
+    ),
 ]
 
 

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from specbackend import Engine
-from specbackend.request import Request, SamplingParams
+from specbackend.request import Request
+from specbackend.sampling_params import SamplingParams
 from specbackend.speculative import head_drafter
 from tests.checkpoints import write_head, write_target
 from tests.conftest import DEMO_EAGLE3

@@ -6,7 +6,7 @@ from itertools import product
 import pytest
 import torch
 
-from specbackend.request import Request, SamplingParams
+from specbackend.request import Request
 from specbackend.sampling import Nodes, SamplingBatch, pick_tokens
 from specbackend.sampling.processors import (
     AFTER_TEMPERATURE,
@@ -20,6 +20,7 @@ from specbackend.sampling.processors import (
     RepetitionPenalty,
     TopKTopP,
 )
+from specbackend.sampling_params import SamplingParams
 from tests.chi_square import SIGNIFICANT, chi_square_p
 from tests.sampling.reference import reference_distribution
 from tests.speculative.test_verifier import (
