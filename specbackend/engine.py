@@ -242,6 +242,8 @@ class _Answer:
         self._start = time.perf_counter()
 
     def take(self, update: Update) -> None:
+        if update.failure:
+            raise InvalidRequest(update.failure.field, update.failure.message)
         piece = self._stream.push(update.token_ids, last=update.finished)
         self.text += piece.text
         self.output_ids += piece.token_ids

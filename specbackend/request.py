@@ -20,6 +20,14 @@ class RequestStatus(Enum):
     FINISHED = 3
 
 
+@dataclass(frozen=True)
+class Failure:
+    """Why a request that was accepted could not be carried through."""
+
+    field: str  # the parameter at fault
+    message: str
+
+
 @dataclass(eq=False)
 class Request:
     """One generation. The scheduler owns every field below `params` once the request is submitted."""
@@ -35,6 +43,7 @@ class Request:
     num_cached: int = 0  # of these, how many the prefix cache supplied
     spec_verify_ct: int = 0  # decode steps taken
     finish_reason: FinishReason | None = None
+    failure: Failure | None = None  # set by whatever finds it; the request ends with the step
     # resolved when the engine takes the request
     seed: int = 0
     end_ids: tuple[int, ...] = ()  # eos and stop_token_ids, those of the vocabulary
@@ -64,14 +73,6 @@ class TokenLogprob:
     logprob: float
     rank: int  # 1: no token was likelier
     top: list[tuple[int, float]] = field(default_factory=list)  # token ids, the likeliest first
-
-
-@dataclass(frozen=True)
-class Failure:
-    """Why a request that was accepted could not be carried through."""
-
-    field: str  # the parameter at fault
-    message: str
 
 
 @dataclass(frozen=True)

@@ -187,7 +187,7 @@ class Scheduler:
         self._share(request, request.all_ids + [first_token], request.num_computed)
 
     def _append(self, request: Request, tokens: list[int]) -> Update:
-        tokens, reason = self._cut(request, tokens)
+        tokens, reason = ([], FinishReason.ABORT) if request.failure else self._cut(request, tokens)
         request.output_ids += tokens
         if reason:
             self.running.remove(request)
@@ -200,6 +200,7 @@ class Scheduler:
             completion_tokens=len(request.output_ids),
             cached_tokens=request.num_cached,
             spec_verify_ct=request.spec_verify_ct,
+            failure=request.failure,
         )
 
     def _cut(self, request: Request, tokens: list[int]) -> tuple[list[int], FinishReason | None]:

@@ -16,7 +16,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from specbackend.config import EngineConfig
 from specbackend.errors import ConfigError, QueueFull
-from specbackend.request import FinishReason, Request, Update
+from specbackend.request import Failure, FinishReason, Request, Update
 
 SPECIALS = ("<|begin|>", "<|user|>", "<|assistant|>", "<|end|>")
 END_ID = 256 + SPECIALS.index("<|end|>")
@@ -70,7 +70,7 @@ class FakeStats:
 
 
 class FakeEngine:
-    """Has the Engine's interface. Prompts that begin with `crash`, `raise` or `hang` make the next step do so."""
+    """Has the Engine's interface. The next step does what a prompt begins with: `crash`, `raise`, `hang` or `fail`."""
 
     step_seconds = 0.002
 
@@ -114,6 +114,10 @@ class FakeEngine:
             raise RuntimeError("the device is on fire")
         if prompt.startswith("hang"):
             time.sleep(3600)
+        if prompt.startswith("fail"):
+            request.finish_reason = FinishReason.ABORT
+            failure = Failure("regex", "cannot go on")
+            return Update(request.request_id, [], request.finish_reason, failure=failure)
         start, limit = len(request.output_ids), request.params.max_new_tokens
         new = fake_answer(request.input_ids, limit)[start : start + TOKENS_PER_STEP]
         request.output_ids += new

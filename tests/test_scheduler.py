@@ -20,7 +20,7 @@ from specbackend.cache.kv_pool import RequestTable
 from specbackend.cache.slots import DUMMY_SLOT, SlotManager
 from specbackend.config import EngineConfig
 from specbackend.errors import QueueFull
-from specbackend.request import FinishReason, Request, RequestStatus, Update
+from specbackend.request import Failure, FinishReason, Request, RequestStatus, Update
 from specbackend.sampling_params import SamplingParams
 from specbackend.scheduler import Scheduler
 from specbackend.speculative.drafter import CacheRule
@@ -442,6 +442,20 @@ def test_answers_of_finished_requests_are_cached():
     simulation.run([follow_up])
     # the last token's KV was never computed, and the draft row before it consumed it: both are computed anew at a hit
     assert simulation.updates["b"][0].cached_tokens == len(first.all_ids) - 1
+
+
+def test_a_failure_ends_its_request_without_the_tokens_of_the_step():
+    simulation = Simulation(Setup(spare_slots=40), random.Random(0))
+    failing, other = endless("failing", [1, 2, 3]), endless("other", [4, 5, 6])
+    simulation.add(failing)
+    simulation.add(other)
+    run_until(simulation, lambda: len(failing.output_ids) > 3)
+    told = len(failing.output_ids)
+    failing.failure = Failure("regex", "cannot go on")
+    run_until(simulation, lambda: other.finish_reason)
+    assert (failing.finish_reason, len(failing.output_ids)) == (FinishReason.ABORT, told)
+    assert simulation.updates["failing"][-1].failure == failing.failure
+    simulation.check_idle()
 
 
 def test_queue_full():

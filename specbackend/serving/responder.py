@@ -191,6 +191,10 @@ class Responder:
         if stream is None or stream.sender.is_done:  # dropped while the update was on its way, or about to be
             return
         with stream.sender.guard():
+            if update.failure:
+                self._drop(stream, tell_engine=False)
+                stream.sender.fail(InvalidRequest(update.failure.field, update.failure.message))
+                return
             outputs = stream.generation.advance(update)
             final = stream.generation.finish_reason is not None
             if final:
@@ -252,4 +256,11 @@ class Responder:
 
 def merge(earlier: Update | None, later: Update) -> Update:
     """Two updates of one request as one: counts are totals already."""
-    return later if earlier is None else replace(later, token_ids=earlier.token_ids + later.token_ids)
+    if earlier is None:
+        return later
+    return replace(
+        later,
+        token_ids=earlier.token_ids + later.token_ids,
+        logprobs=earlier.logprobs + later.logprobs,
+        prompt_logprobs=earlier.prompt_logprobs + later.prompt_logprobs,
+    )

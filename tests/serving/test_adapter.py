@@ -76,6 +76,16 @@ def test_many_requests_use_one_thread_and_final_is_last(adapter):
     check_use(*requests, *bad)
 
 
+def test_a_request_that_fails_under_way_is_answered_with_its_parameter(adapter):
+    failing = FakeRequest(text_input="fail", max_tokens=5)
+    served = FakeRequest(text_input=PROMPT, max_tokens=5)
+    execute(adapter, failing, served)
+    assert failing.sender.error().code == FakeError.INVALID_ARG
+    assert "regex" in str(failing.sender.error())
+    assert served.sender.text() == answer(PROMPT, 5)
+    check_use(failing, served)
+
+
 def test_equal_client_ids_do_not_collide(adapter):
     requests = [FakeRequest("same", text_input=text, max_tokens=30) for text in ("abc", "xyz")]
     execute(adapter, *requests)
