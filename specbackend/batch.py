@@ -1,10 +1,11 @@
 """Nouns that cross from the scheduler to the decoders and from there to the networks."""
 
+import math
 from dataclasses import dataclass
 
 import torch
 
-from specbackend.request import Request
+from specbackend.request import Request, TokenLogprob
 
 
 @dataclass(frozen=True)
@@ -60,11 +61,43 @@ class ForwardBatch:
 
 
 @dataclass(frozen=True)
+class Logprobs:
+    """What the target thought of P tokens of each of R requests, and of the K likeliest tokens in their places."""
+
+    rows: list[int]  # the requests, by their place in the batch
+    token_RP: torch.Tensor  # int64
+    logprob_RP: torch.Tensor  # float32
+    rank_RP: torch.Tensor  # int64; 1: no token was likelier
+    top_logprob_RPK: torch.Tensor  # float32, in falling order; -inf: may not be picked
+    top_token_RPK: torch.Tensor  # int64
+
+    def tolists(self, counts: list[int], tops: list[int]) -> list[list[TokenLogprob]]:
+        """To the host: of request r the first counts[r] tokens, each with the tops[r] likeliest."""
+        places = (self.token_RP, self.logprob_RP, self.rank_RP, self.top_token_RPK, self.top_logprob_RPK)
+        tokens, logprobs, ranks, top_tokens, top_logprobs = (place.tolist() for place in places)
+        return [
+            [
+                TokenLogprob(
+                    tokens[r][p], logprobs[r][p], ranks[r][p], _best(top_tokens[r][p], top_logprobs[r][p], tops[r])
+                )
+                for p in range(counts[r])
+            ]
+            for r in range(len(self.rows))
+        ]
+
+
+def _best(tokens: list[int], logprobs: list[float], most: int) -> list[tuple[int, float]]:
+    pairs = zip(tokens[:most], logprobs[:most], strict=True)
+    return [(token, logprob) for token, logprob in pairs if logprob > -math.inf]
+
+
+@dataclass(frozen=True)
 class Accepted:
     """What a step adds to each request: the first count_B[b] tokens of token_BP[b]."""
 
     token_BP: torch.Tensor  # int64
     count_B: torch.Tensor  # int64
+    logprobs: Logprobs | None = None  # of the tokens, for requests that ask
 
     def tolists(self) -> list[list[int]]:
         """To the host, in one copy."""

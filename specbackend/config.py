@@ -41,6 +41,15 @@ NGRAM_DEFAULTS = {
 
 
 @dataclass(frozen=True)
+class TreeShape:
+    """A draft tree's size; TREE names its fields in requests and server parameters."""
+
+    num_steps: int  # depth of the deepest node; the root has 0
+    topk: int  # branches per node
+    num_nodes: int  # verified per step, root included
+
+
+@dataclass(frozen=True)
 class EngineConfig:
     """Everything the engine must know before it loads. `from_params` is the way in; fields are what users may set."""
 
@@ -101,6 +110,14 @@ class EngineConfig:
         if not params.get("model_path"):
             raise ConfigError("model_path: is required")
         return cls(**{name: _parse(name, value, types[name]) for name, value in params.items() if name in types})
+
+    @property
+    def tree(self) -> TreeShape | None:
+        """None: no speculation."""
+        if self.speculative_algorithm is None:
+            return None
+        num_nodes = self.speculative_num_draft_tokens
+        return TreeShape(self.speculative_num_steps or num_nodes - 1, self.speculative_eagle_topk or 1, num_nodes)
 
     def to_params(self) -> dict[str, object]:
         """The inverse of `from_params`: plain values that survive JSON and msgpack."""

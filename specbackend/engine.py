@@ -34,6 +34,7 @@ from specbackend.speculative.plain import PlainDecoder
 from specbackend.speculative.standalone import StandaloneDrafter
 from specbackend.speculative.tree_decoder import TreeDecoder
 from specbackend.speculative.tree_growth import TreeGrower, num_scratch_slots
+from specbackend.speculative.tree_shapes import tree_of
 from specbackend.text import TextStream
 from specbackend.tokenizer import Tokenizer
 
@@ -121,6 +122,7 @@ class Engine:
         """Queue a request. Raises InvalidRequest, naming the field, or QueueFull."""
         self._check(request)
         params = request.params
+        request.tree = tree_of(params, self.config)
         request.seed = self._seeds.getrandbits(63) if params.seed is None else params.seed
         end_ids = {*self.model_config.eos_token_ids, *params.stop_token_ids}
         request.end_ids = tuple(token for token in end_ids if token < self.model_config.vocab_size)
@@ -139,7 +141,7 @@ class Engine:
             return []
         if isinstance(batch, ExtendBatch):
             accepted = self.decoder.extend(batch)  # draft KV too, even for plain requests: the cache is for everybody
-        elif self.scheduler.is_speculative(batch.requests[0]):
+        elif batch.requests[0].tree is not None:
             accepted = self.decoder.decode(batch)
         else:
             accepted = self.plain.decode(batch)
@@ -341,7 +343,6 @@ def _bytes_per_slot(model: LlamaModel | DraftModel, dtype: torch.dtype) -> int:
 def _drafter(config: EngineConfig, draft: DraftModel | None, table: RequestTable, attention, num_slots: int) -> Drafter:
     if draft is None:
         return NgramDrafter(
-            config.speculative_num_draft_tokens,
             config.speculative_ngram_min_match_window_size,
             config.speculative_ngram_max_match_window_size,
             table.slots.device,

@@ -4,6 +4,7 @@ from array import array
 from dataclasses import dataclass, field
 from enum import Enum
 
+from specbackend.config import TreeShape
 from specbackend.sampling_params import SamplingParams
 
 
@@ -18,6 +19,16 @@ class RequestStatus(Enum):
     PREFILLING = 1  # part of the prompt is in the KV pool
     RUNNING = 2  # decoding
     FINISHED = 3
+
+
+@dataclass(frozen=True)
+class TokenLogprob:
+    """How likely a token was at its place, and the likeliest ones there. Natural logarithms."""
+
+    token_id: int
+    logprob: float
+    rank: int  # 1: no token was likelier
+    top: list[tuple[int, float]] = field(default_factory=list)  # token ids, the likeliest first
 
 
 @dataclass(frozen=True)
@@ -43,9 +54,11 @@ class Request:
     num_cached: int = 0  # of these, how many the prefix cache supplied
     spec_verify_ct: int = 0  # decode steps taken
     finish_reason: FinishReason | None = None
+    prompt_logprobs: list[TokenLogprob] = field(default_factory=list)  # of all tokens but the first, if asked for
     failure: Failure | None = None  # set by whatever finds it; the request ends with the step
     # resolved when the engine takes the request
     seed: int = 0
+    tree: TreeShape | None = None  # None: plain decoding
     end_ids: tuple[int, ...] = ()  # eos and stop_token_ids, those of the vocabulary
     _text: array = field(default_factory=lambda: array("q"), init=False, repr=False)
 
@@ -63,16 +76,6 @@ class Request:
             self._text.extend(self.input_ids)
         self._text.extend(self.output_ids[len(self._text) - len(self.input_ids) :])
         return self._text
-
-
-@dataclass(frozen=True)
-class TokenLogprob:
-    """How likely a token was at its place, and the likeliest ones there. Natural logarithms."""
-
-    token_id: int
-    logprob: float
-    rank: int  # 1: no token was likelier
-    top: list[tuple[int, float]] = field(default_factory=list)  # token ids, the likeliest first
 
 
 @dataclass(frozen=True)

@@ -59,10 +59,6 @@ def extend_forward_batch(runner: TargetRunner, batch: ExtendBatch) -> ForwardBat
     )
 
 
-def temperatures(requests: list[Request], device) -> torch.Tensor:
-    return torch.tensor([request.params.temperature for request in requests], dtype=torch.float32, device=device)
-
-
 def _padded_chunk(request: Request, length: int, width: int) -> list[int]:
     start = request.num_computed
     return request.all_ids[start : start + length] + [0] * (width - length)

@@ -5,6 +5,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from itertools import chain
 
+from specbackend.config import TREE
 from specbackend.errors import InvalidRequest
 
 FLOAT32_MAX = 3.4e38  # the device's temperatures are float32
@@ -84,6 +85,9 @@ class SamplingParams:
         if len(self.stop) > MOST_STOPS:
             raise InvalidRequest("stop", f"has {len(self.stop)} strings, at most {MOST_STOPS} are served")
         _require_int("n", self.n, low=1, high=MOST_SEQUENCES)
+        for name in TREE:
+            if getattr(self, name) is not None:
+                _require_int(name, getattr(self, name), low=1, high=UNLIMITED)
         for flag in ("ignore_eos", "speculative", "include_stop_str_in_output", "skip_special_tokens"):
             if not isinstance(getattr(self, flag), bool):
                 raise InvalidRequest(flag, f"must be a bool, got {getattr(self, flag)!r}")

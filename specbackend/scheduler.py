@@ -8,7 +8,7 @@ from specbackend.cache.radix_tree import PrefixMatch
 from specbackend.cache.slots import SlotManager
 from specbackend.config import EngineConfig
 from specbackend.errors import QueueFull
-from specbackend.request import FinishReason, Request, RequestStatus, Update
+from specbackend.request import FinishReason, Request, RequestStatus, TokenLogprob, Update
 from specbackend.speculative.drafter import CacheRule
 
 
@@ -78,7 +78,7 @@ class Scheduler:
     def _start(self, request: Request) -> bool:
         """Give the request a row, its cached prefix and slots for its other tokens and one tree; False if full."""
         tokens = request.all_ids
-        pinned = self.slots.match(tokens)
+        pinned = self.slots.match(tokens if not _wants_prompt_rows(request) else [])
         cached = len(pinned.slots)
         needed = len(tokens) - cached + self.num_nodes
         headroom = self.num_nodes * (len(self.running) + len(self.prefilling))  # else the next step retracts it again
@@ -115,17 +115,14 @@ class Scheduler:
 
     def _decode_batch(self) -> DecodeBatch | None:
         """All requests of one kind, speculative or plain; where both run, they take turns."""
-        plain = [request for request in self.running if not self.is_speculative(request)]
-        drafted = [request for request in self.running if self.is_speculative(request)]
+        plain = [request for request in self.running if request.tree is None]
+        drafted = [request for request in self.running if request.tree is not None]
         self._last_was_plain = bool(plain) and not (drafted and self._last_was_plain)
         requests = plain if self._last_was_plain else drafted
         if not requests:
             return None
         kept = self._refill_windows(requests)
         return DecodeBatch(kept) if kept else None
-
-    def is_speculative(self, request: Request) -> bool:
-        return self.config.speculative_algorithm is not None and request.params.speculative
 
     def _refill_windows(self, requests: list[Request]) -> list[Request]:
         """Make each request own num_nodes slots beyond its computed ones; the youngest step back when slots run out.
@@ -167,8 +164,9 @@ class Scheduler:
         if isinstance(batch, ExtendBatch):
             for request, length in zip(batch.requests, batch.chunk_lens, strict=True):
                 request.num_computed += length
-        updates = []
-        for request, tokens in zip(batch.requests, accepted.tolists(), strict=True):
+        updates, token_lists = [], accepted.tolists()
+        logprobs = _logprobs(batch.requests, accepted, token_lists)
+        for request, tokens in zip(batch.requests, token_lists, strict=True):
             if not tokens:
                 continue
             if isinstance(batch, ExtendBatch):
@@ -176,7 +174,7 @@ class Scheduler:
             else:
                 request.num_computed += len(tokens)
                 request.spec_verify_ct += 1
-            updates.append(self._append(request, tokens))
+            updates.append(self._append(request, tokens, logprobs.get(request, [])))
         return updates
 
     def _start_running(self, request: Request, first_token: int) -> None:
@@ -186,8 +184,9 @@ class Scheduler:
         request.status = RequestStatus.RUNNING
         self._share(request, request.all_ids + [first_token], request.num_computed)
 
-    def _append(self, request: Request, tokens: list[int]) -> Update:
+    def _append(self, request: Request, tokens: list[int], logprobs: list[TokenLogprob]) -> Update:
         tokens, reason = ([], FinishReason.ABORT) if request.failure else self._cut(request, tokens)
+        prompt_logprobs = [] if request.output_ids else request.prompt_logprobs
         request.output_ids += tokens
         if reason:
             self.running.remove(request)
@@ -200,6 +199,8 @@ class Scheduler:
             completion_tokens=len(request.output_ids),
             cached_tokens=request.num_cached,
             spec_verify_ct=request.spec_verify_ct,
+            logprobs=logprobs[: len(tokens)],
+            prompt_logprobs=prompt_logprobs,
             failure=request.failure,
         )
 
@@ -226,7 +227,7 @@ class Scheduler:
         # Tokens past num_tokens - 1 may have KV too (a stop token cut the path short), but no known successor.
         known, cacheable = len(self._pinned[request].slots), min(request.num_computed, request.num_tokens - 1)
         if self.cache_rule.has_draft_kv:
-            fed = cacheable - self.cache_rule.unfed_tokens if self.is_speculative(request) else 0
+            fed = cacheable - self.cache_rule.unfed_tokens if request.tree is not None else 0
             cacheable = max(known, fed)
         self._share(request, request.all_ids, cacheable)
         pinned = self._pinned.pop(request)
@@ -246,3 +247,19 @@ class Scheduler:
         if replaced:
             slots = [pinned.slots[column] for column in replaced]
             self.table.write([request.row] * len(replaced), replaced, slots)
+
+
+def _wants_prompt_rows(request: Request) -> bool:
+    """Whether the prompt's own rows are needed, which a cached prefix does not have."""
+    return request.params.prompt_logprobs is not None and not request.prompt_logprobs
+
+
+def _logprobs(
+    requests: list[Request], accepted: Accepted, tokens: list[list[int]]
+) -> dict[Request, list[TokenLogprob]]:
+    if accepted.logprobs is None:
+        return {}
+    asking = [requests[row] for row in accepted.logprobs.rows]
+    counts = [len(tokens[row]) for row in accepted.logprobs.rows]
+    tops = [request.params.logprobs for request in asking]
+    return dict(zip(asking, accepted.logprobs.tolists(counts, tops), strict=True))

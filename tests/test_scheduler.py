@@ -24,6 +24,7 @@ from specbackend.request import Failure, FinishReason, Request, RequestStatus, U
 from specbackend.sampling_params import SamplingParams
 from specbackend.scheduler import Scheduler
 from specbackend.speculative.drafter import CacheRule
+from specbackend.speculative.tree_shapes import tree_of
 from tests.cache.test_slots import tree_slots
 
 VOCABULARY = 12
@@ -146,7 +147,7 @@ class Simulation:
 
     def __init__(self, setup: Setup, rng: random.Random):
         self.setup, self.rng = setup, rng
-        config = EngineConfig(
+        self.config = config = EngineConfig(
             model_path="none",
             chunked_prefill_size=setup.chunk,
             max_prefill_tokens=setup.max_prefill,
@@ -164,6 +165,7 @@ class Simulation:
         self.steps = 0
 
     def add(self, request: Request) -> None:
+        request.tree = tree_of(request.params, self.config)
         self.updates[request.request_id] = []
         self.scheduler.add(request)
 
@@ -174,8 +176,8 @@ class Simulation:
             return []
         if isinstance(batch, ExtendBatch):
             result = self.decoder.extend(batch)
-        elif self.setup.speculative and not self.scheduler.is_speculative(batch.requests[0]):
-            assert not any(self.scheduler.is_speculative(request) for request in batch.requests)
+        elif self.setup.speculative and batch.requests[0].tree is None:
+            assert not any(request.tree for request in batch.requests)
             result = self.decoder.decode_plain(batch)
         else:
             result = self.decoder.decode(batch)

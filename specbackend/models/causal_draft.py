@@ -27,5 +27,5 @@ class CausalDraftModel:
     def forward(self, batch: ForwardBatch, hidden_TD: torch.Tensor, plan: AttentionPlan, kv_pool: KVPool):
         return self.model.forward(batch, plan, kv_pool).hidden_TD
 
-    def top_tokens(self, hidden: torch.Tensor, k: int, temperature: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        return self.vocabulary.top_tokens(hidden, k, temperature)
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        return self.vocabulary.logits(hidden)

@@ -36,14 +36,9 @@ class DraftVocabulary:
         ids = torch.tensor(token_ids, device=device)
         return cls(target.lm_head[ids].contiguous(), ids)
 
-    def top_tokens(self, hidden: torch.Tensor, k: int, temperature: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """The k likeliest tokens after hidden [..., D], at a temperature [..., 1] above 0.
-
-        Returns float32 log-probabilities and target ids, both [..., k].
-        """
-        logprob = torch.log_softmax(F.linear(hidden, self.lm_head_WD).float() / temperature, dim=-1)
-        top_logprob, draft_id = logprob.topk(k, dim=-1)
-        return top_logprob, self.target_id_W[draft_id]
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Of the draft's tokens [..., W] after hidden [..., D]."""
+        return F.linear(hidden, self.lm_head_WD)
 
 
 class DraftModel(Protocol):
@@ -59,8 +54,8 @@ class DraftModel(Protocol):
     ) -> torch.Tensor:
         """One pass over T = B * Q rows; returns hidden_TD, which a head consumes in the next drafted row."""
 
-    def top_tokens(self, hidden: torch.Tensor, k: int, temperature: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """As DraftVocabulary.top_tokens, from what `forward` returned."""
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """As DraftVocabulary.logits, from what `forward` returned."""
 
 
 class HeadModel(DraftModel, Protocol):

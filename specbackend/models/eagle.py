@@ -64,5 +64,5 @@ class EagleModel:
         y = self.attention(x, x, rope, batch.slot_BQ.flatten(), plan, kv_pool.layer(0), batch.token_BQ.shape)
         return self.mlp(self.post_attention_layernorm(y), y)
 
-    def top_tokens(self, hidden: torch.Tensor, k: int, temperature: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        return self.vocabulary.top_tokens(hidden, k, temperature)
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        return self.vocabulary.logits(hidden)

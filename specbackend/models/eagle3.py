@@ -132,8 +132,8 @@ class Eagle3Model:
         z = self.mlp(self.post_attention_layernorm(y), y)
         return self.norm(z) if self.norm_output else z
 
-    def top_tokens(self, hidden: torch.Tensor, k: int, temperature: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        return self.vocabulary.top_tokens(hidden if self.norm_output else self.norm(hidden), k, temperature)
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        return self.vocabulary.logits(hidden if self.norm_output else self.norm(hidden))
 
 
 def canonical_name(name: str) -> str:

@@ -48,5 +48,5 @@ class MtpModel:
         rope, shape_BQ = self.rope[position_T], batch.token_BQ.shape
         return self.final_layernorm(self.layer(x, rope, batch.slot_BQ.flatten(), plan, kv_pool.layer(0), shape_BQ))
 
-    def top_tokens(self, hidden: torch.Tensor, k: int, temperature: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        return self.vocabulary.top_tokens(hidden, k, temperature)
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        return self.vocabulary.logits(hidden)

@@ -1,6 +1,16 @@
 """The one definition of the target's distribution, and of how a token is picked from it."""
 
+from specbackend.sampling.logprobs import note_prompt_logprobs
 from specbackend.sampling.nodes import Nodes
-from specbackend.sampling.pick import SamplingBatch, pick_tokens
+from specbackend.sampling.pick import SamplingBatch, forecast, pick_from, pick_tokens, picked_logprobs, target_logits
 
-__all__ = ["Nodes", "SamplingBatch", "pick_tokens"]
+__all__ = [
+    "Nodes",
+    "SamplingBatch",
+    "forecast",
+    "note_prompt_logprobs",
+    "pick_from",
+    "pick_tokens",
+    "picked_logprobs",
+    "target_logits",
+]

@@ -7,41 +7,40 @@ import torch
 
 @dataclass(frozen=True)
 class Nodes:
-    """N nodes for each of B requests. Node 0 is the root, the last token of the request's text so far (prompt and
-    output); the others are drafts. What a node's token follows is the text before the root and the node's ancestors.
+    """N places for each of B requests. Each follows the text before the root and a path of tokens from the root down.
+
+    Token 0 is the root, the last of the request's text so far (prompt and output); the others are drafts, parents
+    before their children. In verification every token is a place, so M is N; while a tree grows, only the last ones.
     """
 
-    token_BN: torch.Tensor  # int64
-    position_BN: torch.Tensor  # int64, of the token picked after the node
-    mask_BNN: torch.Tensor  # bool; [n, m]: m is n or one of n's ancestors
+    token_BM: torch.Tensor  # int64
+    position_BN: torch.Tensor  # int64, of the token picked in this place
+    mask_BNM: torch.Tensor  # bool; [n, m]: token m is on the path to place n
 
     @classmethod
     def roots(cls, token_B: torch.Tensor, position_B: torch.Tensor) -> "Nodes":
-        """Nothing is drafted: one node for each request."""
+        """Nothing is drafted: one place for each request."""
         mask_B11 = torch.ones(len(token_B), 1, 1, dtype=torch.bool, device=token_B.device)
         return cls(token_B[:, None], position_B[:, None], mask_B11)
 
     def drafted_count(self, vocab_size: int) -> torch.Tensor:
-        """float32 [B, N, V]: how often each token occurs among the drafts on each node's path, itself included."""
-        B, N = self.token_BN.shape
-        drafted_BNN = self.mask_BNN.float()
-        drafted_BNN[:, :, 0] = 0  # the root is no draft
-        count_BNV = torch.zeros(B, N, vocab_size, device=self.token_BN.device)
-        return count_BNV.scatter_add_(2, self.token_BN[:, None, :].expand(B, N, N), drafted_BNN)
+        """float32 [B, N, V]: how often each token occurs among the drafts on each path."""
+        drafted_BNM = self.mask_BNM.float()
+        drafted_BNM[:, :, 0] = 0  # the root is no draft
+        count_BNV = torch.zeros(*self.position_BN.shape, vocab_size, device=self.token_BM.device)
+        return count_BNV.scatter_add_(2, self.token_BM[:, None, :].expand_as(drafted_BNM), drafted_BNM)
 
     def last_tokens(self, before_root_BL: torch.Tensor) -> torch.Tensor:
-        """int64 [B, N, L]: the last L tokens of each node's text, itself included, in order.
+        """int64 [B, N, L]: the last L tokens of the text in each place, in order.
 
         before_root_BL: the last L tokens before the root; -1 where the text is shorter.
         """
-        B, L = before_root_BL.shape
-        N = self.token_BN.shape[1]
-        depth_BN = self.mask_BNN.sum(dim=2) - 1
-        distance_BNN = depth_BN[:, :, None] - depth_BN[:, None, :]
-        column_BNN = (L - 1 - distance_BNN).where(self.mask_BNN & (distance_BNN < L), L)  # L: one column for the rest
-        # what lies d tokens back from a node at depth k < d lies d - k back from the root
-        before_BNL = torch.arange(L, device=depth_BN.device) + depth_BN[:, :, None] + 1
+        (B, L), N = before_root_BL.shape, self.position_BN.shape[1]
+        back_BNM = self.mask_BNM.flip(2).cumsum(2).flip(2) - 1  # from the path's end
+        column_BNM = (L - 1 - back_BNM).where(self.mask_BNM & (back_BNM < L), L)  # L: one column for the rest
+        # what lies d tokens back from the end of a path of k < d drafts lies d - k back from the root
+        before_BNL = torch.arange(L, device=back_BNM.device) + self.mask_BNM.sum(dim=2, keepdim=True)
         before_BNL = before_root_BL[:, None, :].expand(B, N, L).gather(2, before_BNL.clamp(max=L - 1))
         last_BNL = torch.cat([before_BNL, before_BNL[:, :, :1]], dim=2)
-        last_BNL.scatter_(2, column_BNN, self.token_BN[:, None, :].expand(B, N, N))
+        last_BNL.scatter_(2, column_BNM, self.token_BM[:, None, :].expand_as(column_BNM))
         return last_BNL[:, :, :L]

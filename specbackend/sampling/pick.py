@@ -18,9 +18,15 @@ from dataclasses import dataclass
 
 import torch
 
+from specbackend.batch import Logprobs
 from specbackend.request import Request
+from specbackend.sampling.logprobs import logprobs_of
 from specbackend.sampling.nodes import Nodes
-from specbackend.sampling.processors import AFTER_TEMPERATURE, BEFORE_TEMPERATURE, Processor, processors_of
+from specbackend.sampling.processors import AFTER_TEMPERATURE, BANNED, BEFORE_TEMPERATURE, Processor, processors_of
+
+# Below this, forecasts would be surer than the draft can be: at 0, of the best token alone, which leaves a chain for a
+# tree. The demo's EAGLE-3 head accepts 3.62 tokens a step with forecasts at 1 and 3.95 at 0.5.
+LOWEST_FORECAST_TEMPERATURE = 0.5
 
 
 @dataclass(frozen=True)
@@ -32,6 +38,12 @@ class SamplingBatch:
     any_sampled: bool
     before_temperature: tuple[Processor, ...] = ()
     after_temperature: tuple[Processor, ...] = ()
+    logprob_rows: tuple[int, ...] = ()  # the requests that ask for logprobs
+    most_logprobs: int = 0  # that any of them asks for
+
+    @property
+    def greedy_B11(self) -> torch.Tensor:
+        return self.temperature_B[:, None, None] == 0
 
     @classmethod
     def of(cls, requests: list[Request], device) -> "SamplingBatch":
@@ -40,41 +52,89 @@ class SamplingBatch:
             temperature_B=torch.tensor(temperatures, dtype=torch.float32, device=device),
             seed_B=torch.tensor([_signed(request.seed) for request in requests], device=device),
             any_sampled=any(temperatures),
+            logprob_rows=tuple(row for row, request in enumerate(requests) if request.params.logprobs is not None),
+            most_logprobs=max(request.params.logprobs or 0 for request in requests),
             before_temperature=processors_of(BEFORE_TEMPERATURE, requests, device),
             after_temperature=processors_of(AFTER_TEMPERATURE, requests, device),
         )
 
 
 def pick_tokens(logits_BNV: torch.Tensor, nodes: Nodes, sampling: SamplingBatch) -> torch.Tensor:
-    """Pick the token that follows each node: int64 [B, N]."""
-    logits_BNV = target_logits(logits_BNV, nodes, sampling)
-    if not sampling.any_sampled:
-        return logits_BNV.argmax(dim=-1)
-    greedy_B11 = sampling.temperature_B[:, None, None] == 0
-    noise = gumbel_noise(sampling.seed_B, nodes.position_BN, logits_BNV.shape[-1])
-    return torch.where(greedy_B11, logits_BNV, logits_BNV + noise).argmax(dim=-1)
+    """Pick the token that follows in each place: int64 [B, N]."""
+    return pick_from(target_logits(logits_BNV, nodes, sampling), nodes, sampling)
 
 
 def target_logits(logits_BNV: torch.Tensor, nodes: Nodes, sampling: SamplingBatch) -> torch.Tensor:
-    """The distribution that each node's next token is picked from: sampled requests' tokens follow its softmax."""
+    """The distribution that each next token is picked from: sampled requests' tokens follow its softmax."""
+    return _scaled(_adjusted(logits_BNV, nodes, sampling), nodes, sampling)
+
+
+def pick_from(logits_BNV: torch.Tensor, nodes: Nodes, sampling: SamplingBatch) -> torch.Tensor:
+    """The second half of `pick_tokens`: what is picked from target logits."""
+    if sampling.any_sampled:
+        token_V = torch.arange(logits_BNV.shape[-1], device=logits_BNV.device)
+        noise_BNV = gumbel_noise(sampling.seed_B, nodes.position_BN, token_V)
+        logits_BNV = logits_BNV.where(sampling.greedy_B11, logits_BNV + noise_BNV)
+    return logits_BNV.argmax(dim=-1)
+
+
+def picked_logprobs(
+    logits_BNV: torch.Tensor, place_BP: torch.Tensor, token_BP: torch.Tensor, sampling: SamplingBatch
+) -> Logprobs | None:
+    """Of tokens picked from target logits in P of the N places, for the requests that ask."""
+    if not sampling.logprob_rows:
+        return None
+    rows = list(sampling.logprob_rows)
+    logits_RPV = logits_BNV[torch.tensor(rows, device=logits_BNV.device)[:, None], place_BP[rows]]
+    return logprobs_of(rows, logits_RPV, token_BP[rows], sampling.most_logprobs)
+
+
+def forecast(
+    draft_logits_BNW: torch.Tensor, token_W: torch.Tensor, vocab_size: int, nodes: Nodes, sampling: SamplingBatch
+) -> torch.Tensor:
+    """How likely the target is to pick each of the draft's tokens, as far as the draft knows: logarithms, float32.
+
+    The target picks argmax(logits + temperature * noise), and all but its logits is known. With the draft's logits in
+    their place the same argmax is the best guess, and their softmax says how far the others are behind. So sampled text
+    is drafted as greedy text is, not as if its noise could not be foreseen. Tokens that the request forbids get -inf.
+
+    Source: Daliri, Musco, Suresh 2024, "Coupling without communication", for drafts that share the target's noise.
+    """
     if sampling.before_temperature:
-        logits_BNV = logits_BNV.to(torch.float32, copy=True)
-        for processor in sampling.before_temperature:
-            processor.apply(logits_BNV, nodes)
+        logits_BNV = draft_logits_BNW.new_full((*nodes.position_BN.shape, vocab_size), BANNED, dtype=torch.float32)
+        logits_BNV[:, :, token_W] = draft_logits_BNW.float()
+        draft_logits_BNW = _adjusted(logits_BNV, nodes, sampling)[:, :, token_W]
+    score_BNW, temperature_B11 = draft_logits_BNW.float(), sampling.temperature_B[:, None, None]
+    if sampling.any_sampled:
+        noise_BNW = gumbel_noise(sampling.seed_B, nodes.position_BN, token_W)
+        sampled_BNW = (_scaled(score_BNW, nodes, sampling) + noise_BNW) * temperature_B11
+        score_BNW = score_BNW.where(sampling.greedy_B11, sampled_BNW)
+    score_BNW = score_BNW / temperature_B11.clamp(min=LOWEST_FORECAST_TEMPERATURE)
+    return torch.log_softmax(score_BNW, dim=-1).nan_to_num(nan=BANNED, neginf=BANNED)  # nan: all are forbidden
+
+
+def _adjusted(logits_BNV: torch.Tensor, nodes: Nodes, sampling: SamplingBatch) -> torch.Tensor:
+    if not sampling.before_temperature:
+        return logits_BNV
+    logits_BNV = logits_BNV.to(torch.float32, copy=True)
+    for processor in sampling.before_temperature:
+        processor.apply(logits_BNV, nodes)
+    return logits_BNV
+
+
+def _scaled(logits_BNV: torch.Tensor, nodes: Nodes, sampling: SamplingBatch) -> torch.Tensor:
     if not sampling.any_sampled:
         return logits_BNV
-    temperature_B11 = sampling.temperature_B[:, None, None]
     logits_BNV = logits_BNV.float()
     below_best = logits_BNV - logits_BNV.amax(dim=-1, keepdim=True)  # so that a tiny temperature cannot overflow to inf
-    scaled_BNV = below_best / temperature_B11.masked_fill(temperature_B11 == 0, 1.0)
+    scaled_BNV = below_best / sampling.temperature_B[:, None, None].masked_fill(sampling.greedy_B11, 1.0)
     for processor in sampling.after_temperature:
         processor.apply(scaled_BNV, nodes)
     return scaled_BNV
 
 
-def gumbel_noise(seed_B: torch.Tensor, position_BN: torch.Tensor, vocab_size: int) -> torch.Tensor:
+def gumbel_noise(seed_B: torch.Tensor, position_BN: torch.Tensor, token_V: torch.Tensor) -> torch.Tensor:
     """Standard Gumbel noise [B, N, V] float32, a pure function of (seed, position, token id)."""
-    token_V = torch.arange(vocab_size, device=seed_B.device)
     stream_BN = _mix(_mix(seed_B)[:, None] + position_BN)
     bits = _mix(stream_BN[:, :, None] + token_V) >> 41 & ((1 << 23) - 1)
     uniform = (bits + 0.5) * 2.0**-23  # 23 bits: both ends stay strictly inside (0, 1) in float32

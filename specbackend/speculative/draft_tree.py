@@ -25,37 +25,39 @@ class DraftTree:
     parent_BN: torch.Tensor  # int64
     mask_BNN: torch.Tensor  # bool; [n, m]: m is n or one of n's ancestors
     depth_BN: torch.Tensor  # int64; the root has 0
+    drafted_BN: torch.Tensor  # bool; False: only there because other trees of the batch are larger. True for the root
 
     @classmethod
-    def of(cls, token_BN: torch.Tensor, parent_BN: torch.Tensor) -> "DraftTree":
+    def of(cls, token_BN: torch.Tensor, parent_BN: torch.Tensor, drafted_BN: torch.Tensor) -> "DraftTree":
         mask_BNN = ancestor_mask(parent_BN)
-        return cls(token_BN, parent_BN, mask_BNN, depth_BN=mask_BNN.sum(dim=2) - 1)
+        return cls(token_BN, parent_BN, mask_BNN, depth_BN=mask_BNN.sum(dim=2) - 1, drafted_BN=drafted_BN)
 
 
 @dataclass(frozen=True)
 class Candidates:
     """Everything the draft loop proposed, level by level: K of level 1, then K * K of each further level."""
 
-    score_BC: torch.Tensor  # float32, log-probability of the whole path down to the candidate
+    score_BC: torch.Tensor  # float32, log-probability of the whole path down to the candidate; -inf: not a candidate
     token_BC: torch.Tensor  # int64
     parent_BC: torch.Tensor  # int64, index of the parent candidate; -1 below the root
 
 
-def build_tree(root_token_B: torch.Tensor, candidates: Candidates, num_nodes: int) -> DraftTree:
-    """Keep the root and the num_nodes - 1 best candidates, in index order.
+def build_tree(root_token_B: torch.Tensor, candidates: Candidates, num_nodes_B: torch.Tensor, most: int) -> DraftTree:
+    """Keep the root and each request's num_nodes - 1 best candidates, in index order; `most` is the largest num_nodes.
 
     A child never scores above its parent and never comes before it, so with ties broken by index (a stable sort) the
     kept set is closed under ancestors. Source: EAGLE-2's reranking, SafeAILab/EAGLE `topK_genrate`.
     """
-    best = candidates.score_BC.sort(dim=1, descending=True, stable=True).indices[:, : num_nodes - 1]
-    kept = best.sort(dim=1).values
+    ranked = candidates.score_BC.sort(dim=1, descending=True, stable=True)
+    kept, rank = ranked.indices[:, : most - 1].sort(dim=1)
+    drafted = (rank < num_nodes_B[:, None] - 1) & (candidates.score_BC.gather(1, kept) > -torch.inf)
     parent_candidate = candidates.parent_BC.gather(1, kept)
     parent = torch.searchsorted(kept, parent_candidate) + 1  # place among the kept, after the root
     parent.masked_fill_(parent_candidate < 0, 0)
     root_parent = torch.zeros_like(root_token_B)[:, None]
     token_BN = torch.cat([root_token_B[:, None], candidates.token_BC.gather(1, kept)], dim=1)
     parent_BN = torch.cat([root_parent, parent], dim=1)
-    return DraftTree.of(token_BN, parent_BN)
+    return DraftTree.of(token_BN, parent_BN, torch.cat([torch.ones_like(drafted[:, :1]), drafted], dim=1))
 
 
 def ancestor_mask(parent_BN: torch.Tensor) -> torch.Tensor:

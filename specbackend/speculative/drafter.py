@@ -5,7 +5,9 @@ from typing import Protocol
 
 from specbackend.batch import Accepted, ExtendBatch, ForwardBatch, Sequences
 from specbackend.models.llama import TargetOutput
+from specbackend.sampling import SamplingBatch
 from specbackend.speculative.draft_tree import DraftTree
+from specbackend.speculative.tree_shapes import TreeShapes
 from specbackend.speculative.verifier import AcceptedPath
 
 
@@ -29,7 +31,6 @@ class CacheRule:
 
 
 class Drafter(Protocol):
-    max_depth: int  # of its trees; the root has depth 0
     cache_rule: CacheRule
 
     def follow_prompt(
@@ -37,8 +38,8 @@ class Drafter(Protocol):
     ) -> None:
         """Take note of prompt chunks that the target has computed."""
 
-    def propose(self, at: Sequences, num_nodes: int) -> DraftTree:
-        """Draft what may follow each sequence's root."""
+    def propose(self, at: Sequences, sampling: SamplingBatch, shapes: TreeShapes) -> DraftTree:
+        """Draft what may follow each sequence's root, for a target that picks as `sampling` says."""
 
     def follow_path(self, verified: Verified, at: Sequences) -> None:
         """Take note of what became of the proposal; `at` is as it was proposed for."""

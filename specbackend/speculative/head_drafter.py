@@ -11,25 +11,25 @@ from specbackend.batch import Accepted, ExtendBatch, ForwardBatch, Sequences
 from specbackend.cache.slots import DUMMY_SLOT
 from specbackend.models.draft import HeadModel
 from specbackend.models.llama import TargetOutput
-from specbackend.runner import causal_mask, temperatures
+from specbackend.runner import causal_mask
+from specbackend.sampling import SamplingBatch
 from specbackend.speculative.draft_tree import DraftTree, build_tree
 from specbackend.speculative.drafter import CacheRule, Verified
-from specbackend.speculative.tree_growth import DraftPrefix, FirstLevel, TreeGrower
+from specbackend.speculative.tree_growth import DraftPrefix, TreeGrower
+from specbackend.speculative.tree_shapes import TreeShapes
 
 
 class HeadDrafter:
-    """Keeps, per table row, where the last feed left the head: the first level of the next tree."""
+    """Keeps, per table row, where the last feed left the head: the state that the next tree grows from."""
 
     cache_rule = CacheRule(successor_keys=True, has_draft_kv=True)
 
     def __init__(self, head: HeadModel, grower: TreeGrower):
         """grower: of the same head."""
-        self.head, self.grower, self.max_depth, self.device = head, grower, grower.num_steps, grower.device
-        R, K, D = grower.num_rows, grower.topk, head.config.hidden_size
-        self._logprob_RK = torch.zeros(R, K, device=self.device)
-        self._token_RK = torch.zeros(R, K, dtype=torch.int64, device=self.device)
-        self._hidden_RD = torch.zeros(R, D, dtype=grower.dtype, device=self.device)
-        self._causal_PP = causal_mask(self.max_depth + 1, self.device)
+        self.head, self.grower, self.device = head, grower, grower.device
+        D = head.config.hidden_size
+        self._hidden_RD = torch.zeros(grower.num_rows, D, dtype=grower.dtype, device=self.device)
+        self._causal_PP = causal_mask(grower.num_steps + 1, self.device)
 
     def follow_prompt(
         self, batch: ExtendBatch, forward: ForwardBatch, output: TargetOutput, accepted: Accepted
@@ -45,14 +45,12 @@ class HeadDrafter:
         tail_B1 = token_BQ.gather(1, last_B[:, None]).where(accepted.count_B[:, None] == 0, accepted.token_BP)
         token_BQ.scatter_(1, last_B[:, None], tail_B1)
         row_B = torch.tensor([request.row for request in batch.requests], device=self.device)
-        temperature_B = temperatures(batch.requests, self.device)
-        self._feed(dataclasses.replace(forward, token_BQ=token_BQ), output.feature_TF, last_B, row_B, temperature_B)
+        self._feed(dataclasses.replace(forward, token_BQ=token_BQ), output.feature_TF, last_B, row_B)
 
-    def propose(self, at: Sequences, num_nodes: int) -> DraftTree:
-        first = FirstLevel(self._logprob_RK[at.row_B], self._token_RK[at.row_B], self._hidden_RD[at.row_B])
-        temperature_B = temperatures(at.requests, self.device)
-        candidates = self.grower.grow(first, DraftPrefix(at.row_B, at.length_B, at.prefix_slot_BL, temperature_B))
-        return build_tree(at.root_B, candidates, num_nodes)
+    def propose(self, at: Sequences, sampling: SamplingBatch, shapes: TreeShapes) -> DraftTree:
+        prefix = DraftPrefix(at.length_B, at.prefix_slot_BL, self._hidden_RD[at.row_B])
+        candidates = self.grower.grow(at, prefix, sampling, shapes)
+        return build_tree(at.root_B, candidates, shapes.num_nodes_B, shapes.most_nodes)
 
     def follow_path(self, verified: Verified, at: Sequences) -> None:
         """Row j of the path pairs the feature of its node with the token after it; the width is fixed."""
@@ -73,10 +71,7 @@ class HeadDrafter:
         )
         first_row_B1 = torch.arange(0, B * N, N, device=self.device)[:, None]
         feature_TF = verified.output.feature_TF[(first_row_B1 + node_BP).flatten()]
-        self._feed(batch, feature_TF, path.count_B - 1, at.row_B, temperatures(at.requests, self.device))
+        self._feed(batch, feature_TF, path.count_B - 1, at.row_B)
 
-    def _feed(self, batch: ForwardBatch, feature_TF: torch.Tensor, last_B, row_B, temperature_B) -> None:
-        first = self.grower.feed(batch, self.head.fuse(feature_TF), last_B, temperature_B)
-        self._logprob_RK[row_B] = first.logprob_BK
-        self._token_RK[row_B] = first.token_BK
-        self._hidden_RD[row_B] = first.hidden_BD
+    def _feed(self, batch: ForwardBatch, feature_TF: torch.Tensor, last_B, row_B) -> None:
+        self._hidden_RD[row_B] = self.grower.feed(batch, self.head.fuse(feature_TF), last_B)

@@ -12,8 +12,10 @@ import torch
 from specbackend.batch import Accepted, ExtendBatch, ForwardBatch, Sequences
 from specbackend.models.llama import TargetOutput
 from specbackend.request import Request
+from specbackend.sampling import SamplingBatch
 from specbackend.speculative.draft_tree import DraftTree
 from specbackend.speculative.drafter import CacheRule, Verified
+from specbackend.speculative.tree_shapes import TreeShapes
 
 MAX_OCCURRENCES = 64  # looked at per step, the latest ones: bounds the work on text that repeats itself
 
@@ -70,9 +72,8 @@ class TokenTree:
 class NgramDrafter:
     cache_rule = CacheRule()
 
-    def __init__(self, num_draft_tokens: int, min_match: int, max_match: int, device):
-        self.max_depth, self.min_match, self.max_match = num_draft_tokens - 1, min_match, max_match
-        self.device = device
+    def __init__(self, min_match: int, max_match: int, device):
+        self.min_match, self.max_match, self.device = min_match, max_match, device
         self._indexes: WeakKeyDictionary[Request, NgramIndex] = WeakKeyDictionary()
 
     def follow_prompt(
@@ -80,20 +81,22 @@ class NgramDrafter:
     ) -> None:
         """Nothing to do: texts are read when something is proposed for them."""
 
-    def propose(self, at: Sequences, num_nodes: int) -> DraftTree:
-        trees = [self._tree(request, num_nodes) for request in at.requests]
-        token_BN = torch.tensor([tree.tokens for tree in trees], device=self.device)
-        return DraftTree.of(token_BN, torch.tensor([tree.parents for tree in trees], device=self.device))
+    def propose(self, at: Sequences, sampling: SamplingBatch, shapes: TreeShapes) -> DraftTree:
+        trees, N = [self._tree(request) for request in at.requests], shapes.most_nodes
+        token_BN = torch.tensor([_padded(tree.tokens, N) for tree in trees], device=self.device)
+        parent_BN = torch.tensor([_padded(tree.parents, N) for tree in trees], device=self.device)
+        size_B1 = torch.tensor([[len(tree.tokens)] for tree in trees], device=self.device)
+        return DraftTree.of(token_BN, parent_BN, torch.arange(N, device=self.device) < size_B1)
 
     def follow_path(self, verified: Verified, at: Sequences) -> None:
         """Nothing to do, as above."""
 
-    def _tree(self, request: Request, num_nodes: int) -> TokenTree:
-        index = self._index(request)
+    def _tree(self, request: Request) -> TokenTree:
+        """At most as large as the request's own tree may be."""
+        index, shape = self._index(request), request.tree
         tree = TokenTree(index.tokens[-1])
         for end in index.matches(self.max_match):
-            tree.add_path(index.tokens[end : end + self.max_depth], num_nodes)
-        tree.add_path([0] * num_nodes, num_nodes)  # the forward has num_nodes rows anyway
+            tree.add_path(index.tokens[end : end + shape.num_steps], shape.num_nodes)
         return tree
 
     def _index(self, request: Request) -> NgramIndex:
@@ -103,3 +106,7 @@ class NgramDrafter:
             index.extend(request.input_ids)
         index.extend(request.output_ids[len(index.tokens) - len(request.input_ids) :])
         return index
+
+
+def _padded(values: list[int], length: int) -> list[int]:
+    return values + [0] * (length - len(values))

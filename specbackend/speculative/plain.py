@@ -5,7 +5,7 @@ import torch
 from specbackend.batch import Accepted, DecodeBatch, ExtendBatch, ForwardBatch
 from specbackend.models.llama import TargetOutput
 from specbackend.runner import TargetRunner, extend_forward_batch
-from specbackend.sampling import Nodes, SamplingBatch, pick_tokens
+from specbackend.sampling import Nodes, SamplingBatch, note_prompt_logprobs, pick_from, picked_logprobs, target_logits
 
 
 class PlainDecoder:
@@ -32,9 +32,8 @@ class PlainDecoder:
             window_mask_BQW=torch.ones(len(requests), 1, 1, dtype=torch.bool, device=runner.device),
         )
         logits_BV = runner.model.logits(runner.forward(forward).hidden_TD)
-        sampling = SamplingBatch.of(requests, runner.device)
-        token_B1 = pick_tokens(logits_BV[:, None], Nodes.roots(at.root_B, at.length_B + 1), sampling)
-        return Accepted(token_B1, torch.ones_like(at.length_B))
+        nodes, sampling = Nodes.roots(at.root_B, at.length_B + 1), SamplingBatch.of(requests, runner.device)
+        return _pick_one(logits_BV, nodes, sampling, torch.ones_like(at.length_B))
 
 
 def pick_after_prompt(runner: TargetRunner, batch: ExtendBatch, output: TargetOutput) -> Accepted:
@@ -42,10 +41,16 @@ def pick_after_prompt(runner: TargetRunner, batch: ExtendBatch, output: TargetOu
     B = len(batch.requests)
     chunk_len_B = torch.tensor(batch.chunk_lens, device=runner.device)
     hidden_BQD = output.hidden_TD.view(B, -1, output.hidden_TD.shape[-1])
+    note_prompt_logprobs(batch, hidden_BQD, runner.model.logits)
     last_BD = hidden_BQD[torch.arange(B, device=runner.device), chunk_len_B - 1]
     position_B = runner.lengths(batch.requests) + chunk_len_B
     root_B = torch.tensor([(r.output_ids or r.input_ids)[-1] for r in batch.requests], device=runner.device)
-    sampling = SamplingBatch.of(batch.requests, runner.device)
-    token_B1 = pick_tokens(runner.model.logits(last_BD)[:, None], Nodes.roots(root_B, position_B), sampling)
+    nodes, sampling = Nodes.roots(root_B, position_B), SamplingBatch.of(batch.requests, runner.device)
     final_B = torch.tensor([batch.is_final(i) for i in range(B)], device=runner.device)
-    return Accepted(token_B1, final_B.long())
+    return _pick_one(runner.model.logits(last_BD), nodes, sampling, final_B.long())
+
+
+def _pick_one(logits_BV: torch.Tensor, nodes: Nodes, sampling: SamplingBatch, count_B: torch.Tensor) -> Accepted:
+    logits_B1V = target_logits(logits_BV[:, None], nodes, sampling)
+    token_B1 = pick_from(logits_B1V, nodes, sampling)
+    return Accepted(token_B1, count_B, picked_logprobs(logits_B1V, torch.zeros_like(token_B1), token_B1, sampling))

@@ -6,10 +6,12 @@ from specbackend.batch import Accepted, ExtendBatch, ForwardBatch, Sequences
 from specbackend.cache.kv_pool import RequestTable
 from specbackend.cache.slots import DUMMY_SLOT
 from specbackend.models.llama import TargetOutput
-from specbackend.runner import causal_mask, temperatures
+from specbackend.runner import causal_mask
+from specbackend.sampling import SamplingBatch
 from specbackend.speculative.draft_tree import DraftTree, build_tree
 from specbackend.speculative.drafter import CacheRule, Verified
 from specbackend.speculative.tree_growth import DraftPrefix, TreeGrower
+from specbackend.speculative.tree_shapes import TreeShapes
 
 
 class StandaloneDrafter:
@@ -20,22 +22,22 @@ class StandaloneDrafter:
     """
 
     def __init__(self, grower: TreeGrower, table: RequestTable):
-        self.grower, self.table, self.max_depth = grower, table, grower.num_steps
-        self.cache_rule = CacheRule(has_draft_kv=True, unfed_tokens=self.max_depth)
-        self._back_P = torch.arange(-self.max_depth, 1, device=grower.device)
+        self.grower, self.table = grower, table
+        self.cache_rule = CacheRule(has_draft_kv=True, unfed_tokens=grower.num_steps)
+        self._back_P = torch.arange(-grower.num_steps, 1, device=grower.device)
 
     def follow_prompt(
         self, batch: ExtendBatch, forward: ForwardBatch, output: TargetOutput, accepted: Accepted
     ) -> None:
         last_B = torch.tensor(batch.chunk_lens, device=self.grower.device) - 1
-        self.grower.feed(forward, None, last_B, torch.ones_like(last_B))  # what may follow is asked before drafting
+        self.grower.feed(forward, None, last_B)  # for its K and V; what may follow is asked before drafting
 
-    def propose(self, at: Sequences, num_nodes: int) -> DraftTree:
-        P, temperature_B = len(self._back_P), temperatures(at.requests, self.grower.device)
-        first = self.grower.feed(self._recent(at), None, torch.full_like(at.length_B, P - 1), temperature_B)
+    def propose(self, at: Sequences, sampling: SamplingBatch, shapes: TreeShapes) -> DraftTree:
+        last_B = torch.full_like(at.length_B, len(self._back_P) - 1)
+        hidden_BD = self.grower.feed(self._recent(at), None, last_B)
         slot_BL = self.table.slots[at.row_B, : at.prefix_slot_BL.shape[1] + 1]  # one more: the root has been read
-        candidates = self.grower.grow(first, DraftPrefix(at.row_B, at.length_B + 1, slot_BL, temperature_B))
-        return build_tree(at.root_B, candidates, num_nodes)
+        candidates = self.grower.grow(at, DraftPrefix(at.length_B + 1, slot_BL, hidden_BD), sampling, shapes)
+        return build_tree(at.root_B, candidates, shapes.num_nodes_B, shapes.most_nodes)
 
     def follow_path(self, verified: Verified, at: Sequences) -> None:
         """Nothing to do: the next proposal reads what was accepted."""

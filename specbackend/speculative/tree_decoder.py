@@ -4,10 +4,11 @@ import torch
 
 from specbackend.batch import Accepted, DecodeBatch, ExtendBatch, ForwardBatch, Sequences
 from specbackend.runner import TargetRunner, extend_forward_batch
-from specbackend.sampling import Nodes, SamplingBatch, pick_tokens
+from specbackend.sampling import Nodes, SamplingBatch, pick_from, picked_logprobs, target_logits
 from specbackend.speculative.draft_tree import DraftTree
 from specbackend.speculative.drafter import Drafter, Verified
 from specbackend.speculative.plain import pick_after_prompt
+from specbackend.speculative.tree_shapes import TreeShapes
 from specbackend.speculative.verifier import AcceptedPath, accept_path
 
 
@@ -20,7 +21,6 @@ class TreeDecoder:
 
     def __init__(self, runner: TargetRunner, drafter: Drafter, num_nodes: int):
         self.runner, self.drafter, self.num_nodes = runner, drafter, num_nodes
-        self.max_path = min(drafter.max_depth + 1, num_nodes)
         self._node_N = torch.arange(num_nodes, device=runner.device)
 
     def extend(self, batch: ExtendBatch) -> Accepted:
@@ -31,22 +31,28 @@ class TreeDecoder:
         return accepted
 
     def decode(self, batch: DecodeBatch) -> Accepted:
-        at = self.runner.sequences(batch.requests)
-        tree = self.drafter.propose(at, self.num_nodes)
+        at, device = self.runner.sequences(batch.requests), self.runner.device
+        sampling = SamplingBatch.of(batch.requests, device)
+        shapes = TreeShapes.of([request.tree for request in batch.requests], device)
+        tree = self.drafter.propose(at, sampling, shapes)
         verify = self._verify_batch(tree, at)
         output = self.runner.forward(verify)
         logits_BNV = self.runner.model.logits(output.hidden_TD).view(*tree.token_BN.shape, -1)
-        sampling = SamplingBatch.of(batch.requests, self.runner.device)
         nodes = Nodes(tree.token_BN, verify.position_BQ + 1, tree.mask_BNN)
-        pick_BN = pick_tokens(logits_BNV, nodes, sampling)
+        logits_BNV = target_logits(logits_BNV, nodes, sampling)
+        pick_BN = pick_from(logits_BNV, nodes, sampling)
         path = accept_path(tree, pick_BN)
         self._keep_path(path, verify, at)
-        accepted = Accepted(pick_BN.gather(1, path.order_BN[:, : self.max_path]), path.count_B)
+        node_BP = path.order_BN[:, : shapes.longest_path]
+        token_BP = pick_BN.gather(1, node_BP)
+        logprobs = picked_logprobs(logits_BNV, node_BP, token_BP, sampling)
+        accepted = Accepted(token_BP, path.count_B, logprobs)
         self.drafter.follow_path(Verified(verify, output, path, accepted), at)
         return accepted
 
     def _verify_batch(self, tree: DraftTree, at: Sequences) -> ForwardBatch:
-        slot_BN = self.runner.table.slots[at.row_B[:, None], at.length_B[:, None] + self._node_N]
+        node_N = self._node_N[: tree.token_BN.shape[1]]
+        slot_BN = self.runner.table.slots[at.row_B[:, None], at.length_B[:, None] + node_N]
         return ForwardBatch(
             token_BQ=tree.token_BN,
             position_BQ=at.length_B[:, None] + tree.depth_BN,
@@ -58,5 +64,5 @@ class TreeDecoder:
         )
 
     def _keep_path(self, path: AcceptedPath, verify: ForwardBatch, at: Sequences) -> None:
-        column_BN = at.length_B[:, None] + self._node_N
+        column_BN = at.length_B[:, None] + self._node_N[: path.order_BN.shape[1]]
         self.runner.table.slots[at.row_B[:, None], column_BN] = verify.slot_BQ.gather(1, path.order_BN)

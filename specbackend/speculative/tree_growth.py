@@ -1,11 +1,12 @@
 """Growing a draft tree with a network, level by level.
 
 K = topk, S = num_steps, W = (S - 1) * K drafted rows, M = K * K candidates of a level, R = rows of the request table.
-Level 1 is known when growth begins. Each further level runs K rows of the draft model, which see the prefix and their
-own ancestors among the drafted rows, nothing else. Drafted K and V live in scratch slots and are never kept.
+Each level but the first runs K rows of the draft model, which see the prefix and their own ancestors among the drafted
+rows, nothing else. Drafted K and V live in scratch slots and are never kept.
 
-Candidates compete by the draft's estimate of the chance that the target picks them. So they are scored at the
-temperature at which it picks; at 1 that is the published algorithm.
+Candidates compete by the draft's estimate of the chance that the target picks them, and the target picks by parameters,
+text and noise that are known: see `sampling.forecast`. Greedy requests get the published algorithm, but for a sharper
+scale.
 """
 
 from dataclasses import dataclass
@@ -13,38 +14,26 @@ from dataclasses import dataclass
 import torch
 
 from specbackend.attention.base import AttentionBackend, AttentionPlan
-from specbackend.batch import ForwardBatch
+from specbackend.batch import ForwardBatch, Sequences
 from specbackend.cache.kv_pool import KVPool
 from specbackend.models.draft import DraftModel
+from specbackend.sampling import Nodes, SamplingBatch, forecast
 from specbackend.speculative.draft_tree import Candidates
-
-# At temperature 0 a score of 1 for the best token and 0 for the rest would leave a chain. The demo's EAGLE-3 head
-# accepts 3.76 tokens a step when scored at 1, and 4.08 at 0.2, 0.3 or 0.5.
-LOWEST_TEMPERATURE = 0.5
+from specbackend.speculative.tree_shapes import TreeShapes
 
 
 @dataclass(frozen=True)
 class DraftPrefix:
     """What the draft model has computed of each sequence: length_B tokens, at these slots."""
 
-    row_B: torch.Tensor
     length_B: torch.Tensor
     slot_BL: torch.Tensor
-    temperature_B: torch.Tensor  # float32, of the request
-
-
-@dataclass(frozen=True)
-class FirstLevel:
-    """The likeliest tokens after the prefix and a root the draft was fed, and the draft's hidden state there."""
-
-    logprob_BK: torch.Tensor  # float32
-    token_BK: torch.Tensor  # int64
-    hidden_BD: torch.Tensor
+    hidden_BD: torch.Tensor  # the draft's hidden state at its last row, which saw the root
 
 
 @dataclass(frozen=True)
 class Beam:
-    """The K nodes of a level that are continued."""
+    """The K nodes of a level that are continued, and what is known of the rows above them."""
 
     score_BK: torch.Tensor
     token_BK: torch.Tensor
@@ -78,61 +67,71 @@ class TreeGrower:
         self._scratch_RW = first_scratch_slot + torch.arange(num_rows * W, device=self.device).view(num_rows, W)
         self._own_LKW = torch.eye(W, dtype=torch.bool, device=self.device).view(num_steps - 1, topk, W)
 
-    def feed(
-        self, batch: ForwardBatch, hidden_TD: torch.Tensor | None, last_B: torch.Tensor, temperature_B: torch.Tensor
-    ) -> FirstLevel:
-        """Compute true tokens; growth may begin after row last_B[b] of each sequence."""
+    def feed(self, batch: ForwardBatch, hidden_TD: torch.Tensor | None, last_B: torch.Tensor) -> torch.Tensor:
+        """Compute true tokens. Returns hidden_BD at row last_B[b] of each sequence, after which growth may begin."""
         hidden_BQD = self._forward(batch, hidden_TD, self.attention.plan(batch, self.dtype))
-        last_BD = hidden_BQD[torch.arange(len(last_B), device=self.device), last_B]
-        logprob_BK, token_BK = self.model.top_tokens(last_BD, self.topk, _scoring(temperature_B)[:, None])
-        return FirstLevel(logprob_BK, token_BK, last_BD)
+        return hidden_BQD[torch.arange(len(last_B), device=self.device), last_B]
 
-    def grow(self, first: FirstLevel, prefix: DraftPrefix) -> Candidates:
-        """Draft K + (S - 1) * K^2 candidates per request."""
-        beam, plan, temperature_B11 = self._first_beam(first), None, _scoring(prefix.temperature_B)[:, None, None]
+    def grow(self, at: Sequences, prefix: DraftPrefix, sampling: SamplingBatch, shapes: TreeShapes) -> Candidates:
+        """Draft K + (S - 1) * K^2 candidates per request. Those beyond a request's own tree score -inf."""
+        nodes = Nodes.roots(at.root_B, at.length_B + 1)
+        logprob_B1K, token_B1K = self._children(prefix.hidden_BD[:, None], nodes, sampling)
+        beam, plan = self._first_beam(shapes.within(0, logprob_B1K)[:, 0], token_B1K[:, 0], prefix.hidden_BD), None
+        drafted_BW = at.root_B.new_zeros(len(at.root_B), self._scratch_RW.shape[1])
         scores, tokens, parents = [beam.score_BK], [beam.token_BK], [torch.full_like(beam.token_BK, -1)]
-        for level in range(1, self.num_steps):
-            batch = self._level_batch(level, beam, prefix)
+        for level in range(1, shapes.most_steps):
+            batch = self._level_batch(level, beam, at, prefix)
             if plan is None:
                 plan = self.attention.plan(batch, self.dtype)
             else:
                 plan.set_window_mask(batch.window_mask_BQW)
             hidden_BKD = self._forward(batch, beam.hidden_BKD.flatten(0, 1), plan)
-            logprob_BKK, token_BKK = self.model.top_tokens(hidden_BKD, self.topk, temperature_B11)
+            drafted_BW[:, (level - 1) * self.topk : level * self.topk] = beam.token_BK
+            nodes = _level_nodes(level, at, drafted_BW, batch.window_mask_BQW)
+            logprob_BKK, token_BKK = self._children(hidden_BKD, nodes, sampling)
+            logprob_BKK = shapes.within(level, logprob_BKK)
             score_BM, token_BM = (beam.score_BK[:, :, None] + logprob_BKK).flatten(1), token_BKK.flatten(1)
             scores.append(score_BM)
             tokens.append(token_BM)
             parents.append(beam.candidate_BK[:, :, None].expand_as(token_BKK).flatten(1))
-            if level < self.num_steps - 1:
-                beam = self._next_beam(level, score_BM, token_BM, hidden_BKD, batch.window_mask_BQW)
+            if level < shapes.most_steps - 1:
+                beam = self._next_beam(level, score_BM, token_BM, hidden_BKD, batch.window_mask_BQW, shapes)
         return Candidates(torch.cat(scores, dim=1), torch.cat(tokens, dim=1), torch.cat(parents, dim=1))
 
-    def _first_beam(self, first: FirstLevel) -> Beam:
-        (B, K), W = first.token_BK.shape, self._scratch_RW.shape[1]
+    def _children(self, hidden_BQD: torch.Tensor, nodes: Nodes, sampling: SamplingBatch):
+        """The likeliest tokens after each row: log-probabilities float32, target ids, both [B, Q, K]."""
+        token_W = self.model.vocabulary.target_id_W
+        logits_BQW = self.model.logits(hidden_BQD)
+        logprob_BQW = forecast(logits_BQW, token_W, self.model.config.vocab_size, nodes, sampling)
+        logprob_BQK, draft_id_BQK = logprob_BQW.topk(self.topk, dim=-1)
+        return logprob_BQK, token_W[draft_id_BQK]
+
+    def _first_beam(self, score_BK: torch.Tensor, token_BK: torch.Tensor, hidden_BD: torch.Tensor) -> Beam:
+        (B, K), W = token_BK.shape, self._scratch_RW.shape[1]
         return Beam(
-            score_BK=first.logprob_BK,
-            token_BK=first.token_BK,
+            score_BK,
+            token_BK,
             candidate_BK=torch.arange(K, device=self.device).expand(B, K),
-            hidden_BKD=first.hidden_BD[:, None].expand(B, K, -1),
+            hidden_BKD=hidden_BD[:, None].expand(B, K, -1),
             ancestor_BKW=torch.zeros(B, K, W, dtype=torch.bool, device=self.device),
         )
 
-    def _next_beam(self, level: int, score_BM, token_BM, hidden_BKD, seen_BKW) -> Beam:
-        """The K best of a level's candidates, each with its parent's hidden state and everything its parent saw."""
+    def _next_beam(self, level: int, score_BM, token_BM, hidden_BKD, seen_BKW, shapes: TreeShapes) -> Beam:
+        """The best of a level's candidates, each with its parent's hidden state and everything its parent saw."""
         K = self.topk
         score_BK, chosen_BK = score_BM.topk(K, dim=1)
         parent_BK1 = chosen_BK.div(K, rounding_mode="floor")[:, :, None]
         return Beam(
-            score_BK=score_BK,
+            score_BK=shapes.within(level, score_BK[:, None])[:, 0],
             token_BK=token_BM.gather(1, chosen_BK),
             candidate_BK=chosen_BK + (K + (level - 1) * K * K),
             hidden_BKD=hidden_BKD.gather(1, parent_BK1.expand_as(hidden_BKD)),
             ancestor_BKW=seen_BKW.gather(1, parent_BK1.expand_as(seen_BKW)),
         )
 
-    def _level_batch(self, level: int, beam: Beam, prefix: DraftPrefix) -> ForwardBatch:
+    def _level_batch(self, level: int, beam: Beam, at: Sequences, prefix: DraftPrefix) -> ForwardBatch:
         """The beam's tokens as rows; all of a level sit at the same position."""
-        scratch_BW = self._scratch_RW[prefix.row_B]
+        scratch_BW = self._scratch_RW[at.row_B]
         return ForwardBatch(
             token_BQ=beam.token_BK,
             position_BQ=(prefix.length_B + (level - 1))[:, None].expand_as(beam.token_BK),
@@ -148,5 +147,9 @@ class TreeGrower:
         return hidden_TD.view(*batch.token_BQ.shape, -1)
 
 
-def _scoring(temperature_B: torch.Tensor) -> torch.Tensor:
-    return temperature_B.clamp(min=LOWEST_TEMPERATURE)
+def _level_nodes(level: int, at: Sequences, drafted_BW: torch.Tensor, seen_BKW: torch.Tensor) -> Nodes:
+    """The rows of a level as places in the text: the root and the drafted rows that each sees lead there."""
+    token_BM = torch.cat([at.root_B[:, None], drafted_BW], dim=1)
+    root_BK1 = torch.ones_like(seen_BKW[:, :, :1])
+    position_B1 = at.length_B[:, None] + level + 1
+    return Nodes(token_BM, position_B1.expand(seen_BKW.shape[:2]), torch.cat([root_BK1, seen_BKW], dim=2))

@@ -23,9 +23,9 @@ def accept_path(tree: DraftTree, pick_BN: torch.Tensor) -> AcceptedPath:
     """Walk down from the root for as long as the drafted child is the target's pick.
 
     pick_BN: the token the target picks after each node (see sampling.pick_tokens). No walk is needed: a node is on the
-    path if every node from the root to it equals its parent's pick, and siblings differ, so there is one path.
+    path if every node from the root to it equals its parent's pick, and drafted siblings differ, so there is one path.
     """
-    agrees = tree.token_BN == pick_BN.gather(1, tree.parent_BN)
+    agrees = tree.drafted_BN & (tree.token_BN == pick_BN.gather(1, tree.parent_BN))
     agrees[:, 0] = True
     rejected_on_path = tree.mask_BNN & ~agrees[:, None, :]
     accepted = ~rejected_on_path.any(dim=2)

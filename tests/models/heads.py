@@ -43,7 +43,8 @@ def drafts(target: Target, head: DraftModel, k: int = 5) -> tuple[torch.Tensor, 
     # in the shape of a target, which is what run_prompt runs
     as_target = SimpleNamespace(forward=forward, config=head.config, num_kv_layers=head.num_kv_layers)
     output_TD = run_prompt(as_target, TOKENS[1:])
-    return output_TD, *head.top_tokens(output_TD, k, torch.ones(1))
+    logprob_TK, draft_id_TK = head.logits(output_TD).log_softmax(dim=-1).topk(k)
+    return output_TD, logprob_TK, head.vocabulary.target_id_W[draft_id_TK]
 
 
 @torch.no_grad()

@@ -92,7 +92,7 @@ def splitmix64(x: int) -> int:
 @pytest.mark.parametrize("seed", [0, 1, (1 << 63) - 1, 1 << 63, (1 << 64) - 1], ids=hex)
 def test_noise_equals_its_definition(seed):
     sampling = SamplingBatch.of([Request("a", [1], seed=seed)], "cpu")
-    noise_NV = gumbel_noise(sampling.seed_B, torch.tensor([[0, 1, 100_000]]), 4)[0]
+    noise_NV = gumbel_noise(sampling.seed_B, torch.tensor([[0, 1, 100_000]]), torch.arange(4))[0]
     for row_V, position in zip(noise_NV, [0, 1, 100_000], strict=True):
         stream = splitmix64((splitmix64(seed) + position) % 2**64)
         bits = torch.tensor([splitmix64((stream + token) % 2**64) >> 41 for token in range(4)])
@@ -102,9 +102,9 @@ def test_noise_equals_its_definition(seed):
 
 def test_noise_depends_on_seed_position_and_token_alone():
     seed_B, position_BN = torch.tensor([3, 4, 3]), torch.tensor([[5, 6], [5, 6], [6, 9]])
-    noise_BNV = gumbel_noise(seed_B, position_BN, 50)
+    noise_BNV = gumbel_noise(seed_B, position_BN, torch.arange(50))
     assert torch.equal(noise_BNV[0, 1], noise_BNV[2, 0]), "seed 3, position 6, in two places"
-    assert torch.equal(gumbel_noise(seed_B[1:2], position_BN[1:2, 1:], 20)[0, 0], noise_BNV[1, 1, :20])
+    assert torch.equal(gumbel_noise(seed_B[1:2], position_BN[1:2, 1:], torch.arange(20))[0, 0], noise_BNV[1, 1, :20])
     distinct_RV = torch.cat([noise_BNV[0], noise_BNV[1], noise_BNV[2, 1:]])
     assert distinct_RV.unique().numel() == distinct_RV.numel()
 
@@ -112,7 +112,7 @@ def test_noise_depends_on_seed_position_and_token_alone():
 @pytest.mark.parametrize("bits, extreme", [(0, -2.8), (-1, 16.6)], ids=["all-zero", "all-one"])
 def test_extreme_bits_stay_finite(bits, extreme, monkeypatch):
     monkeypatch.setattr(pick, "_mix", lambda x: torch.full_like(x, bits))
-    noise = gumbel_noise(torch.tensor([1]), torch.tensor([[1]]), 1)
+    noise = gumbel_noise(torch.tensor([1]), torch.tensor([[1]]), torch.tensor([0]))
     assert noise.item() == pytest.approx(extreme, abs=0.1)
 
 

@@ -2,7 +2,7 @@
 
 import torch
 
-from specbackend.speculative.draft_tree import Candidates, DraftTree, ancestor_mask
+from specbackend.speculative.draft_tree import Candidates, DraftTree
 
 
 def random_candidates(B, K, num_steps, vocab_size, generator, ties=False) -> Candidates:
@@ -32,9 +32,9 @@ def _children(score_BK, K, vocab_size, generator, ties):
 
 def tree_of(token_N: list[int], parent_N: list[int]) -> DraftTree:
     """One tree written by hand."""
-    parent_1N = torch.tensor([parent_N])
-    mask_1NN = ancestor_mask(parent_1N)
-    return DraftTree(torch.tensor([token_N]), parent_1N, mask_1NN, mask_1NN.sum(2) - 1)
+    return DraftTree.of(
+        torch.tensor([token_N]), torch.tensor([parent_N]), torch.ones(1, len(token_N), dtype=torch.bool)
+    )
 
 
 def path_to(parent_N: list[int], node: int) -> list[int]:

@@ -155,11 +155,12 @@ class ReferenceMtp(ReferenceHead):
 
 @torch.no_grad()
 def grow_tree(
-    draft: ReferenceHead, token_ids: list[int], num_steps: int, topk: int, num_draft_tokens: int, temperature: float = 1
+    draft: ReferenceHead, token_ids: list[int], num_steps: int, topk: int, num_draft_tokens: int, adjust=None
 ):
     """Draft after token_ids, whose last token is the root. Returns (tokens, parents) of num_draft_tokens nodes.
 
-    SafeAILab/EAGLE `topK_genrate`, over lists of dicts; there the temperature of the scores is always 1.
+    SafeAILab/EAGLE `topK_genrate`, over lists of dicts. adjust(logits, path tokens), if any, is what is done to the
+    logits of the draft's tokens before their softmax.
     """
     hidden = draft.fuse(draft.features(token_ids[:-1]))
     following = token_ids[1:]
@@ -168,7 +169,10 @@ def grow_tree(
         """Hidden state and top-k (log-probability, target id) at the end of a drafted path."""
         rows = torch.cat([hidden, *[node["fed"][None] for node in path]])
         last = draft.hidden(rows, torch.tensor(following + [node["token"] for node in path]))[-1]
-        logprob, draft_id = torch.log_softmax(draft.logits(last) / temperature, dim=-1).topk(topk)
+        logits = draft.logits(last)
+        if adjust:
+            logits = adjust(logits, [node["token"] for node in path])
+        logprob, draft_id = torch.log_softmax(logits, dim=-1).topk(topk)
         return last, [(float(p), draft.target_id(int(i))) for p, i in zip(logprob, draft_id, strict=True)]
 
     def children(parent: dict | None) -> list[dict]:

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from specbackend.speculative.draft_tree import Candidates, ancestor_mask, build_tree
+from specbackend.speculative.draft_tree import Candidates, DraftTree, ancestor_mask, build_tree
 from tests.speculative.random_trees import path_to, random_candidates
 
 SHAPES = [(1, 1, 2), (1, 5, 6), (4, 1, 2), (4, 1, 5), (4, 3, 2), (4, 3, 8), (4, 3, 25), (3, 8, 32), (8, 4, 64)]
@@ -34,6 +34,13 @@ def test_ancestor_mask_of_the_deepest_tree(N):
     assert torch.equal(ancestor_mask(torch.tensor([chain, chain])), torch.ones(2, N, N, dtype=torch.bool).tril())
 
 
+def full_tree(root_B: torch.Tensor, candidates: Candidates, num_nodes: int) -> DraftTree:
+    """No request has a smaller tree than the others."""
+    tree = build_tree(root_B, candidates, torch.full_like(root_B, num_nodes), num_nodes)
+    assert tree.drafted_BN.all()
+    return tree
+
+
 def slow_tree(root: int, score: list[float], token: list[int], parent: list[int], num_nodes: int):
     """The definition: (tokens, parents) of the root and the best candidates; ties go to the lower index."""
     best = sorted(range(len(score)), key=lambda c: (-score[c], c))[: num_nodes - 1]
@@ -48,7 +55,7 @@ def test_build_tree_equals_definition(K, num_steps, N, ties):
     """On ties too every kept node has its parent kept: slow_tree's index() would raise if not."""
     B = 40
     candidates = random_candidates(B, K, num_steps, 100, torch.Generator().manual_seed(N), ties)
-    tree = build_tree(torch.arange(B), candidates, N)
+    tree = full_tree(torch.arange(B), candidates, N)
     for b in range(B):
         one = [each[b].tolist() for each in (candidates.score_BC, candidates.token_BC, candidates.parent_BC)]
         tokens, parents = slow_tree(b, *one, N)
@@ -61,13 +68,13 @@ def test_all_scores_equal():
     """The hardest tie: everything is certain, so the order of the candidates decides alone."""
     candidates = random_candidates(1, 4, 5, 100, torch.Generator().manual_seed(0))
     flat = Candidates(torch.zeros_like(candidates.score_BC), candidates.token_BC, candidates.parent_BC)
-    tree = build_tree(torch.tensor([7]), flat, 8)
+    tree = full_tree(torch.tensor([7]), flat, 8)
     assert tree.token_BN[0].tolist() == [7] + candidates.token_BC[0, :7].tolist()
     assert tree.parent_BN[0, :5].tolist() == [0] * 5
 
 
 def test_topk_one_is_a_chain():
-    tree = build_tree(torch.tensor([9]), random_candidates(1, 1, 5, 100, torch.Generator().manual_seed(0)), 6)
+    tree = full_tree(torch.tensor([9]), random_candidates(1, 1, 5, 100, torch.Generator().manual_seed(0)), 6)
     assert tree.parent_BN[0].tolist() == [0, 0, 1, 2, 3, 4]
     assert tree.depth_BN[0].tolist() == [0, 1, 2, 3, 4, 5]
 
@@ -75,6 +82,6 @@ def test_topk_one_is_a_chain():
 def test_all_candidates_kept():
     candidates = random_candidates(2, 3, 3, 100, torch.Generator().manual_seed(0))
     C = candidates.token_BC.shape[1]
-    tree = build_tree(torch.tensor([1, 2]), candidates, C + 1)
+    tree = full_tree(torch.tensor([1, 2]), candidates, C + 1)
     assert torch.equal(tree.token_BN[:, 1:], candidates.token_BC)
     assert torch.equal(tree.parent_BN[:, 1:], candidates.parent_BC + 1)

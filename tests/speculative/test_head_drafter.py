@@ -1,6 +1,6 @@
 """The drafted trees are those of the official algorithm, for every kind of head: same tokens, same parents.
 
-Requests of temperature 1 get exactly the official trees; at others the scores are those of that temperature.
+Greedy requests get exactly the official trees if forecasts are made at temperature 1.
 """
 
 import pytest
@@ -8,6 +8,8 @@ import torch
 
 from specbackend import Engine
 from specbackend.request import Request
+from specbackend.sampling import pick
+from specbackend.sampling.pick import gumbel_noise
 from specbackend.sampling_params import SamplingParams
 from specbackend.speculative import head_drafter
 from tests.checkpoints import write_head, write_target
@@ -15,11 +17,12 @@ from tests.conftest import DEMO_EAGLE3
 from tests.speculative.reference_heads import ReferenceEagle, ReferenceEagle3, ReferenceMtp, grow_tree
 from tests.test_equivalence import make_engine
 
+SEED = 5
 TREE_NAMES = ("speculative_num_steps", "speculative_eagle_topk", "speculative_num_draft_tokens")
 
 
 def drafted_trees(
-    engine, prompt: list[int], steps: int, monkeypatch, temperature: float = 1.0
+    engine, prompt: list[int], steps: int, monkeypatch, **params
 ) -> list[tuple[list[int], list[int], list[int]]]:
     """Run a few decode steps; return (all tokens before the step, tree tokens, tree parents) of each."""
     trees, build_tree = [], head_drafter.build_tree
@@ -29,9 +32,8 @@ def drafted_trees(
         return trees[-1]
 
     monkeypatch.setattr(head_drafter, "build_tree", recording_build_tree)
-    request = Request(
-        "probe", prompt, SamplingParams(max_new_tokens=200, temperature=temperature, ignore_eos=True, seed=0)
-    )
+    params = {"max_new_tokens": 200, "temperature": 0.0, "ignore_eos": True, "seed": SEED, **params}
+    request = Request("probe", prompt, SamplingParams.from_dict(params))
     engine.submit(request)
     contexts = []
     while len(trees) < steps and engine.has_work:
@@ -45,6 +47,12 @@ def drafted_trees(
     ]
 
 
+@pytest.fixture
+def official_scale(monkeypatch):
+    monkeypatch.setattr(pick, "LOWEST_FORECAST_TEMPERATURE", 1.0)
+
+
+@pytest.mark.usefixtures("official_scale")
 @pytest.mark.parametrize("tree", [(5, 4, 8), (5, 1, 6), (3, 8, 32), (1, 3, 4)], ids=str)
 def test_tree_equals_official_growth(tree, hf_target, demo_prompts, monkeypatch):
     engine, reference = make_engine(tree), ReferenceEagle3(DEMO_EAGLE3, hf_target)
@@ -53,13 +61,42 @@ def test_tree_equals_official_growth(tree, hf_target, demo_prompts, monkeypatch)
             assert (tokens, parents) == grow_tree(reference, context, *tree)
 
 
-@pytest.mark.parametrize("temperature, scored_at", [(0.0, 0.5), (0.5, 0.5), (0.7, 0.7), (1.5, 1.5)])
-def test_scores_are_those_of_the_requests_temperature(temperature, scored_at, hf_target, demo_prompts, monkeypatch):
+def forecast_of(context: list[int], num_prompt: int, draft: ReferenceEagle3, params: dict):
+    """What the target would pick if the draft's logits were its own, on one text: see `sampling.forecast`."""
+    temperature = params["temperature"]
+    token_W = torch.tensor([draft.target_id(draft_id) for draft_id in range(len(draft.weights["d2t"]))])
+
+    def adjust(logits_W, path):
+        if penalty := params.get("frequency_penalty"):
+            said = torch.tensor(context[num_prompt:] + path)
+            logits_W = logits_W - penalty * said.bincount(minlength=int(token_W.max()) + 1)[token_W]
+        if temperature:
+            if top_k := params.get("top_k"):
+                logits_W = logits_W.where(logits_W >= logits_W.topk(top_k).values[-1], -torch.inf)
+            position = torch.tensor([[len(context) + len(path)]])
+            logits_W = logits_W + temperature * gumbel_noise(torch.tensor([SEED]), position, token_W)[0, 0]
+        return logits_W / max(temperature, 0.5)
+
+    return adjust
+
+
+FORECASTS = [
+    {"temperature": 0.0},
+    {"temperature": 0.5},
+    {"temperature": 0.7, "top_k": 6},
+    {"temperature": 1.5},
+    {"temperature": 0.0, "frequency_penalty": 2.0},
+]
+
+
+@pytest.mark.parametrize("params", FORECASTS, ids=str)
+def test_candidates_are_what_the_target_would_pick_by_the_drafts_logits(params, hf_target, demo_prompts, monkeypatch):
     tree = (5, 4, 8)
     engine, reference = make_engine(tree), ReferenceEagle3(DEMO_EAGLE3, hf_target)
     for prompt in demo_prompts[:4]:
-        for context, tokens, parents in drafted_trees(engine, prompt, 3, monkeypatch, temperature):
-            assert (tokens, parents) == grow_tree(reference, context, *tree, temperature=scored_at)
+        for context, tokens, parents in drafted_trees(engine, prompt, 3, monkeypatch, **params):
+            adjust = forecast_of(context, len(prompt), reference, params)
+            assert (tokens, parents) == grow_tree(reference, context, *tree, adjust=adjust)
 
 
 def test_a_batch_of_several_temperatures_drafts_as_each_alone(demo_prompts):
@@ -103,6 +140,7 @@ def random_engine(folder, tree, **params) -> Engine:
     return Engine(model_path=str(folder), max_running_requests=1, chunked_prefill_size=7, **tree, **params)
 
 
+@pytest.mark.usefixtures("official_scale")
 @pytest.mark.parametrize("tree", [(4, 3, 10), (3, 1, 4)], ids=str)
 @pytest.mark.parametrize("head", HEADS)
 def test_random_heads(head, tree, tmp_path, monkeypatch):
@@ -114,6 +152,7 @@ def test_random_heads(head, tree, tmp_path, monkeypatch):
     assert_official_growth(random_engine(tmp_path / "target", tree, **draft), reference, tree, monkeypatch)
 
 
+@pytest.mark.usefixtures("official_scale")
 @pytest.mark.parametrize("tree", [(4, 3, 10), (1, 1, 2)], ids=str)
 def test_random_mtp_layer(tree, tmp_path, monkeypatch):
     target = write_target(tmp_path, "mimo")
@@ -121,6 +160,7 @@ def test_random_mtp_layer(tree, tmp_path, monkeypatch):
     assert_official_growth(engine, ReferenceMtp(tmp_path, target), tree, monkeypatch)
 
 
+@pytest.mark.usefixtures("official_scale")
 def test_token_map(tmp_path, monkeypatch):
     tree, token_map = (4, 3, 10), [9, 3, 60, 17, 2, 33, 41, 5]
     target = write_target(tmp_path / "target")

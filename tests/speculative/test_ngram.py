@@ -5,8 +5,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from specbackend.batch import Sequences
+from specbackend.config import TreeShape
 from specbackend.request import Request
 from specbackend.speculative.ngram import MAX_OCCURRENCES, NgramDrafter, NgramIndex, TokenTree
+from specbackend.speculative.tree_shapes import TreeShapes
 
 TEXT = st.lists(st.integers(0, 3), min_size=1, max_size=60)
 
@@ -54,19 +56,30 @@ def test_token_tree_is_a_tree_of_distinct_siblings(paths, num_nodes):
                 node = edges[node, token]
 
 
-def make_drafter(num_nodes: int) -> NgramDrafter:
-    return NgramDrafter(num_nodes, min_match=1, max_match=4, device="cpu")
+def make_drafter() -> NgramDrafter:
+    return NgramDrafter(min_match=1, max_match=4, device="cpu")
 
 
-def propose_for(requests: list[Request], drafter: NgramDrafter, num_nodes: int):
+def propose_for(requests: list[Request], drafter: NgramDrafter):
+    """Tokens and parents of what was drafted, for each request."""
     nothing = torch.zeros(0)  # a drafter without a network does not ask where the KV is
-    tree = drafter.propose(Sequences(requests, nothing, nothing, nothing, nothing), num_nodes)
-    return tree.token_BN.tolist(), tree.parent_BN.tolist()
+    shapes = TreeShapes.of([request.tree for request in requests], "cpu")
+    tree = drafter.propose(Sequences(requests, nothing, nothing, nothing, nothing), None, shapes)
+    assert tree.token_BN.shape == (len(requests), max(request.tree.num_nodes for request in requests))
+    sizes = tree.drafted_BN.sum(1).tolist()
+    assert tree.drafted_BN.tolist() == [[node < size for node in range(tree.token_BN.shape[1])] for size in sizes]
+    tokens, parents = tree.token_BN.tolist(), tree.parent_BN.tolist()
+    return [each[:n] for each, n in zip(tokens, sizes, strict=True)], [
+        each[:n] for each, n in zip(parents, sizes, strict=True)
+    ]
+
+
+def request_of(text: list[int], num_nodes: int) -> Request:
+    return Request("a", text[:1], output_ids=text[1:], tree=TreeShape(num_nodes - 1, 1, num_nodes))
 
 
 def propose(texts: list[list[int]], num_nodes: int):
-    requests = [Request(str(i), text[:1], output_ids=text[1:]) for i, text in enumerate(texts)]
-    return propose_for(requests, make_drafter(num_nodes), num_nodes)
+    return propose_for([request_of(text, num_nodes) for text in texts], make_drafter())
 
 
 def test_longest_match_first_then_other_ways_to_go_on():
@@ -86,23 +99,30 @@ def test_a_match_near_the_end_leaves_room_for_others():
     assert parents == [[0, 0, 1, 2, 0, 4, 5, 6]]
 
 
-def test_text_without_a_match_still_fills_the_tree():
+def test_text_without_a_match_drafts_nothing():
     tokens, parents = propose([[1, 2, 3], [5, 6, 5]], num_nodes=4)
-    assert tokens == [[3, 0, 0, 0], [5, 6, 5, 0]]
-    assert parents == [[0, 0, 1, 2], [0, 0, 1, 0]]
+    assert tokens == [[3], [5, 6, 5]]
+    assert parents == [[0], [0, 0, 1]]
+
+
+def test_each_request_has_a_tree_of_its_own_size():
+    text = [1, 2, 3, 4, 5, 6, 1]
+    tokens, _ = propose_for([request_of(text, size) for size in (3, 6, 2)], make_drafter())
+    assert tokens == [[1, 2, 3], [1, 2, 3, 4, 5, 6], [1, 2]]
 
 
 def test_a_text_that_grows_is_read_on():
     text = torch.randint(4, (40,), generator=torch.Generator().manual_seed(0)).tolist()
-    drafter, request = make_drafter(8), Request("a", text[:5])
+    drafter, request = make_drafter(), request_of(text[:5], 8)
+    request.input_ids, request.output_ids = text[:5], []
     for length in (6, 7, 11, 20, 21, 40):  # as steps accept one token or several
         request.output_ids = text[5:length]
-        assert propose_for([request], drafter, 8) == propose([text[:length]], 8)
+        assert propose_for([request], drafter) == propose([text[:length]], 8)
 
 
 def test_finished_requests_are_forgotten():
-    drafter, request = make_drafter(4), Request("a", [1, 2], output_ids=[1])
-    propose_for([request], drafter, 4)
+    drafter, request = make_drafter(), request_of([1, 2, 1], 4)
+    propose_for([request], drafter)
     assert len(drafter._indexes) == 1
     del request
     assert len(drafter._indexes) == 0

@@ -110,7 +110,8 @@ def emitted_tokens(
     while len(active_B):
         count_B1 = count_D[active_B, None]
         candidates = random_candidates(len(active_B), K, num_steps, V, generator)
-        tree = build_tree(token_DP[active_B, count_B1[:, 0] - 1], candidates, num_nodes)
+        root_B = token_DP[active_B, count_B1[:, 0] - 1]
+        tree = build_tree(root_B, candidates, torch.full_like(root_B, num_nodes), num_nodes)
         position_BN = FIRST_POSITION + count_B1 + tree.depth_BN
         if position_of:
             position_BN = position_of(position_BN, tree)

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from specbackend.request import Request
-from specbackend.sampling import Nodes, SamplingBatch, pick_tokens
+from specbackend.sampling import SamplingBatch, pick_tokens
 from specbackend.sampling.processors import (
     AFTER_TEMPERATURE,
     BEFORE_TEMPERATURE,
@@ -168,14 +168,14 @@ def in_one_percent(bug):
 
 def counts_of_the_root_for_all_nodes(logits_BNV, nodes, sampling):
     """The relaxed penalties of other engines."""
-    alone_BNN = torch.zeros_like(nodes.mask_BNN)
+    alone_BNN = torch.zeros_like(nodes.mask_BNM)
     alone_BNN[:, :, 0] = True
-    return pick_tokens(logits_BNV, Nodes(nodes.token_BN, nodes.position_BN, alone_BNN), sampling)
+    return pick_tokens(logits_BNV, replace(nodes, mask_BNM=alone_BNN), sampling)
 
 
 def counts_without_the_node_itself(logits_BNV, nodes, sampling):
-    itself_NN = torch.eye(nodes.token_BN.shape[1], dtype=torch.bool)
-    return pick_tokens(logits_BNV, Nodes(nodes.token_BN, nodes.position_BN, nodes.mask_BNN & ~itself_NN), sampling)
+    itself_NN = torch.eye(nodes.token_BM.shape[1], dtype=torch.bool)
+    return pick_tokens(logits_BNV, replace(nodes, mask_BNM=nodes.mask_BNM & ~itself_NN), sampling)
 
 
 def top_p_of_what_top_k_left(logits_BNV, nodes, sampling):
@@ -207,7 +207,7 @@ def temperature_last(logits_BNV, nodes, sampling):
 
 
 def one_position_too_early(logits_BNV, nodes, sampling):
-    later = Nodes(nodes.token_BN, nodes.position_BN + 1, nodes.mask_BNN)
+    later = replace(nodes, position_BN=nodes.position_BN + 1)
     return pick_tokens(logits_BNV, later, sampling)
 
 
