@@ -23,8 +23,9 @@ def note_prompt_logprobs(batch: ExtendBatch, hidden_BQD: torch.Tensor, logits_of
     They are of the target's own logits: nothing is picked in a prompt. logits_of: hidden states [T, D] to logits.
     """
     for row, (request, length) in enumerate(zip(batch.requests, batch.chunk_lens, strict=True)):
-        for start in range(0, _num_predicted(request, length), MOST_ROWS):
-            count = min(MOST_ROWS, _num_predicted(request, length) - start)
+        num_predicted = _num_predicted(request, length)
+        for start in range(0, num_predicted, MOST_ROWS):
+            count = min(MOST_ROWS, num_predicted - start)
             first = request.num_computed + start + 1
             token_1P = torch.tensor([request.input_ids[first : first + count]], device=hidden_BQD.device)
             logits_1PV = logits_of(hidden_BQD[row, start : start + count])[None]

@@ -1,0 +1,121 @@
+"""A request's own draft tree is what a server of that tree would draft, whatever the others in the batch do."""
+
+import pytest
+
+from specbackend import Engine
+from specbackend.config import TREE, EngineConfig, TreeShape
+from specbackend.errors import InvalidRequest
+from specbackend.sampling_params import SamplingParams
+from specbackend.speculative.tree_shapes import tree_of
+from tests.conftest import DEMO_EAGLE3, DEMO_TARGET
+
+SERVER = (5, 4, 8)
+NEW_TOKENS = 40
+
+
+def tree_params(*tree) -> dict:
+    return {name: value for name, value in zip(TREE, tree, strict=True) if value is not None}
+
+
+def make_engine(*tree, **params) -> Engine:
+    draft = {"speculative_algorithm": "EAGLE3", "speculative_draft_model_path": str(DEMO_EAGLE3)}
+    return Engine(model_path=str(DEMO_TARGET), **draft, **tree_params(*tree), **params)
+
+
+def steps_and_tokens(engine: Engine, prompts, params) -> list[tuple[int, list[int]]]:
+    answers = engine.generate(input_ids=prompts, sampling_params=params)
+    return [(answer["meta_info"]["spec_verify_ct"], answer["output_ids"]) for answer in answers]
+
+
+# what a request asks for, and the server that does the same for all
+OWN = [
+    ((None, None, None), SERVER),
+    ((3, 2, 5), (3, 2, 5)),
+    ((None, 1, None), (5, 1, 6)),
+    ((2, 1, None), (2, 1, 3)),
+    ((1, 4, 3), (1, 4, 3)),
+    ((None, None, 4), (5, 4, 4)),
+    ((2, 3, None), (2, 3, 8)),
+    ((None, 1, 4), (3, 1, 4)),
+]
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+def test_own_trees_mixed_in_one_batch(temperature, demo_prompts):
+    sampling = [{"temperature": temperature, "seed": i, "max_new_tokens": NEW_TOKENS} for i in range(10)]
+    prompts = demo_prompts[:10]
+    expected = []
+    for index, (_, server) in enumerate(OWN):
+        engine = make_engine(*server)
+        expected += steps_and_tokens(engine, prompts[index : index + 1], sampling[index : index + 1])
+    plain = {"speculative": False}
+    expected += steps_and_tokens(engine, prompts[8:], [{**each, **plain} for each in sampling[8:]])
+    own = [tree_params(*asked) for asked, _ in OWN] + [plain, {"speculative_num_draft_tokens": 1}]
+    together = [{**each, **tree} for each, tree in zip(sampling, own, strict=True)]
+    assert steps_and_tokens(make_engine(*SERVER), prompts, together) == expected
+    assert len({steps for steps, _ in expected}) > 4, "the trees do not differ enough to tell"
+
+
+def test_a_batch_of_small_trees_verifies_no_more_nodes_than_they_have(demo_prompts, monkeypatch):
+    engine = make_engine(*SERVER)
+    rows, forward = [], engine.decoder.runner.forward
+
+    def recording_forward(batch):
+        rows.append(batch.token_BQ.shape[1])
+        return forward(batch)
+
+    monkeypatch.setattr(engine.decoder.runner, "forward", recording_forward)
+    params = {"temperature": 0, "max_new_tokens": 8, **tree_params(2, 2, 3)}
+    engine.generate(input_ids=[[1, 2, 3], [4, 5, 6]], sampling_params=params)
+    assert set(rows) == {3}
+
+
+def test_ngram_trees_have_their_own_size():
+    engine = Engine(model_path=str(DEMO_TARGET), speculative_algorithm="NGRAM", speculative_num_draft_tokens=10)
+    prompt, params = [5, 6, 7, 8, 9, 10, 11, 12] * 4, {"temperature": 0, "max_new_tokens": 30}
+    of_size = {
+        size: steps_and_tokens(engine, [prompt], {**params, "speculative_num_draft_tokens": size})[0]
+        for size in (1, 2, 5, 10)
+    }
+    assert len({tuple(tokens) for _, tokens in of_size.values()}) == 1
+    assert of_size[1][0] == 29
+    small = Engine(model_path=str(DEMO_TARGET), speculative_algorithm="NGRAM", speculative_num_draft_tokens=5)
+    assert steps_and_tokens(small, [prompt], params)[0] == of_size[5]
+
+
+EAGLE3 = {"speculative_algorithm": "EAGLE3", "speculative_draft_model_path": "d"}
+NGRAM = {"speculative_algorithm": "NGRAM"}
+REFUSED = [
+    (EAGLE3, (6, None, None), "speculative_num_steps", "5"),
+    (EAGLE3, (None, 5, None), "speculative_eagle_topk", "4"),
+    (EAGLE3, (None, None, 9), "speculative_num_draft_tokens", "8"),
+    (EAGLE3, (1, 2, 4), "speculative_num_draft_tokens", "2 tokens"),
+    (EAGLE3, (3, 1, 5), "speculative_num_draft_tokens", "3 tokens"),
+    (NGRAM, (2, None, None), "speculative_num_steps", "NGRAM"),
+    (NGRAM, (None, 1, None), "speculative_eagle_topk", "NGRAM"),
+    (NGRAM, (None, None, 13), "speculative_num_draft_tokens", "12"),
+    ({}, (None, None, 4), "speculative_num_draft_tokens", "speculative_algorithm"),
+]
+
+
+@pytest.mark.parametrize("server, asked, field, told", REFUSED, ids=str)
+def test_refused_by_name(server, asked, field, told):
+    with pytest.raises(InvalidRequest, match=told) as refusal:
+        tree_of(SamplingParams(**tree_params(*asked)), EngineConfig("m", **server))
+    assert refusal.value.field == field
+
+
+@pytest.mark.parametrize(
+    "asked, tree",
+    [
+        ((None, None, 1), None),
+        ((None, 1, None), TreeShape(5, 1, 6)),
+        ((None, 1, 3), TreeShape(2, 1, 3)),
+        ((4, 1, 3), TreeShape(2, 1, 3)),
+        ((1, None, None), TreeShape(1, 4, 5)),
+        ((None, None, 3), TreeShape(2, 4, 3)),
+    ],
+    ids=str,
+)
+def test_what_is_not_asked_for_is_as_large_as_the_server_allows(asked, tree):
+    assert tree_of(SamplingParams(**tree_params(*asked)), EngineConfig("m", **EAGLE3)) == tree
