@@ -77,6 +77,7 @@ class EngineConfig:
     attention_backend: str = "torch"
     stream_interval: int = 1  # decode steps between two responses of one request
     random_seed: int = 0
+    logits_processors: str | None = None  # the server's own: module:function, separated by commas; see sampling.custom
     num_threads: int | None = None  # CPU threads of the engine; None: torch's default, less one beside tritonserver
     watchdog_timeout: float = 300.0  # seconds one step may take before the engine is restarted
 

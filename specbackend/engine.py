@@ -24,6 +24,7 @@ from specbackend.models.model_config import ModelConfig
 from specbackend.models.registry import load_draft
 from specbackend.request import FinishReason, Request, Update
 from specbackend.runner import TargetRunner
+from specbackend.sampling.custom import load_processors
 from specbackend.sampling_params import SamplingParams
 from specbackend.scheduler import Scheduler
 from specbackend.speculative.decoder import Decoder
@@ -74,6 +75,7 @@ class Engine:
         self._seeds = random.Random(config.random_seed)
         self._totals = {"prompt_tokens": 0, "cached_tokens": 0, "completion_tokens": 0, "verify_steps": 0}
         self._tokenizer: Tokenizer | None = None
+        self._processors = load_processors(config.logits_processors) if config.logits_processors else ()
         with torch.inference_mode():
             self._load(target_path)
 
@@ -123,6 +125,7 @@ class Engine:
         self._check(request)
         params = request.params
         request.tree = tree_of(params, self.config)
+        request.processors = self._processors
         request.seed = self._seeds.getrandbits(63) if params.seed is None else params.seed
         end_ids = {*self.model_config.eos_token_ids, *params.stop_token_ids}
         request.end_ids = tuple(token for token in end_ids if token < self.model_config.vocab_size)
@@ -216,6 +219,8 @@ class Engine:
             if isinstance(token, bool) or not isinstance(token, int) or not 0 <= token < vocab:
                 raise InvalidRequest("input_ids", f"{token!r} is not an id of the vocabulary of {vocab}")
         request.params.check_vocabulary(vocab, self.model_config.eos_token_ids)
+        if request.params.custom_params is not None and not self._processors:
+            raise InvalidRequest("custom_params", "this server has no logits processors of its own (logits_processors)")
 
     def _count(self, batch: ExtendBatch | DecodeBatch, updates: list[Update]) -> None:
         """Step by step, because a request that is cancelled has no last update."""

@@ -1,6 +1,7 @@
 """Nouns: what a client asks for, what the engine says back. No torch: the Triton adapter imports this file."""
 
 from array import array
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import Enum
 
@@ -59,6 +60,7 @@ class Request:
     # resolved when the engine takes the request
     seed: int = 0
     tree: TreeShape | None = None  # None: plain decoding
+    processors: tuple[Callable, ...] = ()  # the server's own, see sampling.custom
     end_ids: tuple[int, ...] = ()  # eos and stop_token_ids, those of the vocabulary
     _text: array = field(default_factory=lambda: array("q"), init=False, repr=False)
 

@@ -95,6 +95,8 @@ class SamplingParams:
         self._check_penalties()
         self._check_tokens()
         self._check_logprobs()
+        if not isinstance(self.custom_params, dict | None):
+            raise InvalidRequest("custom_params", f"must be an object, got {self.custom_params!r}")
 
     def _check_logprobs(self) -> None:
         for name in ("logprobs", "prompt_logprobs"):

@@ -228,8 +228,9 @@ class Scheduler:
         known, cacheable = len(self._pinned[request].slots), min(request.num_computed, request.num_tokens - 1)
         if self.cache_rule.has_draft_kv:
             fed = cacheable - self.cache_rule.unfed_tokens if request.tree is not None else 0
-            cacheable = max(known, fed)
-        self._share(request, request.all_ids, cacheable)
+            cacheable = fed
+        if cacheable > known:  # a failure at the first token leaves less text than is cached
+            self._share(request, request.all_ids, cacheable)
         pinned = self._pinned.pop(request)
         owned = self.table.read(request.row, self._num_owned.pop(request))
         self.slots.release(owned[len(pinned.slots) :])

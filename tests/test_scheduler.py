@@ -446,12 +446,16 @@ def test_answers_of_finished_requests_are_cached():
     assert simulation.updates["b"][0].cached_tokens == len(first.all_ids) - 1
 
 
-def test_a_failure_ends_its_request_without_the_tokens_of_the_step():
-    simulation = Simulation(Setup(spare_slots=40), random.Random(0))
+@pytest.mark.parametrize("at_length", [0, 4])
+@pytest.mark.parametrize(
+    "setup", [Setup(spare_slots=40), Setup(num_nodes=4, speculative=True, spare_slots=40)], ids=str
+)
+def test_a_failure_ends_its_request_without_the_tokens_of_the_step(setup, at_length):
+    simulation = Simulation(setup, random.Random(0))
     failing, other = endless("failing", [1, 2, 3]), endless("other", [4, 5, 6])
     simulation.add(failing)
     simulation.add(other)
-    run_until(simulation, lambda: len(failing.output_ids) > 3)
+    run_until(simulation, lambda: len(failing.output_ids) >= at_length)
     told = len(failing.output_ids)
     failing.failure = Failure("regex", "cannot go on")
     run_until(simulation, lambda: other.finish_reason)

@@ -1,6 +1,7 @@
 """The places in texts after which the target picks a token."""
 
 from dataclasses import dataclass
+from itertools import compress
 
 import torch
 
@@ -22,6 +23,14 @@ class Nodes:
         """Nothing is drafted: one place for each request."""
         mask_B11 = torch.ones(len(token_B), 1, 1, dtype=torch.bool, device=token_B.device)
         return cls(token_B[:, None], position_B[:, None], mask_B11)
+
+    def paths(self) -> list[list[list[int]]]:
+        """The drafts that lead to each place, on the host."""
+        tokens, masks = self.token_BM[:, 1:].tolist(), self.mask_BNM[:, :, 1:].tolist()
+        return [
+            [list(compress(tokens_M, mask_M)) for mask_M in mask_NM]
+            for tokens_M, mask_NM in zip(tokens, masks, strict=True)
+        ]
 
     def drafted_count(self, vocab_size: int) -> torch.Tensor:
         """float32 [B, N, V]: how often each token occurs among the drafts on each path."""

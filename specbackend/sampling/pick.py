@@ -2,8 +2,8 @@
 
 The logits of a node become the target's distribution by the parameters of its request, in one order for all:
 
-    logit_bias -> repetition_penalty -> frequency_penalty, presence_penalty -> min_new_tokens -> allowed_token_ids,
-    bad words -> temperature -> top_k and top_p jointly -> min_p
+    logit_bias -> the server's own processors -> repetition_penalty -> frequency_penalty, presence_penalty
+    -> min_new_tokens -> allowed_token_ids, bad words -> temperature -> top_k and top_p jointly -> min_p
 
 Greedy requests (temperature 0) take the best token after all that comes before temperature.
 
@@ -20,6 +20,7 @@ import torch
 
 from specbackend.batch import Logprobs
 from specbackend.request import Request
+from specbackend.sampling.custom import CustomProcessors
 from specbackend.sampling.logprobs import logprobs_of
 from specbackend.sampling.nodes import Nodes
 from specbackend.sampling.processors import AFTER_TEMPERATURE, BANNED, BEFORE_TEMPERATURE, Processor, processors_of
@@ -66,7 +67,7 @@ def pick_tokens(logits_BNV: torch.Tensor, nodes: Nodes, sampling: SamplingBatch)
 
 def target_logits(logits_BNV: torch.Tensor, nodes: Nodes, sampling: SamplingBatch) -> torch.Tensor:
     """The distribution that each next token is picked from: sampled requests' tokens follow its softmax."""
-    return _scaled(_adjusted(logits_BNV, nodes, sampling), nodes, sampling)
+    return _scaled(_adjusted(logits_BNV, nodes, sampling.before_temperature), nodes, sampling)
 
 
 def pick_from(logits_BNV: torch.Tensor, nodes: Nodes, sampling: SamplingBatch) -> torch.Tensor:
@@ -97,13 +98,15 @@ def forecast(
     The target picks argmax(logits + temperature * noise), and all but its logits is known. With the draft's logits in
     their place the same argmax is the best guess, and their softmax says how far the others are behind. So sampled text
     is drafted as greedy text is, not as if its noise could not be foreseen. Tokens that the request forbids get -inf.
+    The server's own processors are left out: they see the target's logits only, and are slow.
 
     Source: Daliri, Musco, Suresh 2024, "Coupling without communication", for drafts that share the target's noise.
     """
-    if sampling.before_temperature:
+    processors = tuple(p for p in sampling.before_temperature if not isinstance(p, CustomProcessors))
+    if processors:
         logits_BNV = draft_logits_BNW.new_full((*nodes.position_BN.shape, vocab_size), BANNED, dtype=torch.float32)
         logits_BNV[:, :, token_W] = draft_logits_BNW.float()
-        draft_logits_BNW = _adjusted(logits_BNV, nodes, sampling)[:, :, token_W]
+        draft_logits_BNW = _adjusted(logits_BNV, nodes, processors)[:, :, token_W]
     score_BNW, temperature_B11 = draft_logits_BNW.float(), sampling.temperature_B[:, None, None]
     if sampling.any_sampled:
         noise_BNW = gumbel_noise(sampling.seed_B, nodes.position_BN, token_W)
@@ -113,11 +116,11 @@ def forecast(
     return torch.log_softmax(score_BNW, dim=-1).nan_to_num(nan=BANNED, neginf=BANNED)  # nan: all are forbidden
 
 
-def _adjusted(logits_BNV: torch.Tensor, nodes: Nodes, sampling: SamplingBatch) -> torch.Tensor:
-    if not sampling.before_temperature:
+def _adjusted(logits_BNV: torch.Tensor, nodes: Nodes, processors: tuple[Processor, ...]) -> torch.Tensor:
+    if not processors:
         return logits_BNV
     logits_BNV = logits_BNV.to(torch.float32, copy=True)
-    for processor in sampling.before_temperature:
+    for processor in processors:
         processor.apply(logits_BNV, nodes)
     return logits_BNV
 

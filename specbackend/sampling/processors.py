@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from specbackend.request import Request
+from specbackend.sampling.custom import CustomProcessors
 from specbackend.sampling.nodes import Nodes
 
 BANNED = -torch.inf
@@ -239,10 +240,28 @@ class MinP:
         scaled_BNV.masked_fill_(scaled_BNV < self.log_min_p_B[:, None, None], BANNED)
 
 
-Processor = LogitBias | RepetitionPenalty | OutputPenalties | MinNewTokens | AllowedTokens | BadWords | TopKTopP | MinP
+Processor = (
+    LogitBias
+    | CustomProcessors
+    | RepetitionPenalty
+    | OutputPenalties
+    | MinNewTokens
+    | AllowedTokens
+    | BadWords
+    | TopKTopP
+    | MinP
+)
 
 # The order is the definition. Between the two, logits are divided by the temperature.
-BEFORE_TEMPERATURE = (LogitBias, RepetitionPenalty, OutputPenalties, MinNewTokens, AllowedTokens, BadWords)
+BEFORE_TEMPERATURE = (
+    LogitBias,
+    CustomProcessors,
+    RepetitionPenalty,
+    OutputPenalties,
+    MinNewTokens,
+    AllowedTokens,
+    BadWords,
+)
 AFTER_TEMPERATURE = (TopKTopP, MinP)
 
 
