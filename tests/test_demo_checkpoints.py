@@ -5,6 +5,7 @@ from functools import cache
 import pytest
 
 from specbackend import Engine
+from specbackend.speculative import tree_growth
 from tests.conftest import DEMO_EAGLE3, DEMO_TARGET, DEMOS, NEW_TOKENS
 from tests.test_equivalence import mean_accept_length
 
@@ -52,6 +53,24 @@ def test_better_algorithms_accept_more(answers):
     assert length["EAGLE3 tree"] > length["EAGLE3 chain"], "a tree of as many nodes"
     assert length["NEXTN"] > 1.5
     assert length["NGRAM"] > 1.3
+
+
+def blind_forecast(draft_logits_BNW, token_W, vocab_size, nodes, sampling):
+    """As if nobody could know the noise: candidates by their probability alone."""
+    return (draft_logits_BNW / sampling.temperature_B[:, None, None]).log_softmax(-1)
+
+
+@pytest.mark.parametrize("shape", [CHAIN, TREE], ids=["chain", "tree"])
+def test_sampled_text_is_drafted_with_the_targets_own_noise(shape, demo_prompts, monkeypatch):
+    engine = Engine(model_path=str(DEMO_TARGET), max_running_requests=20, **EAGLE3, **shape)
+
+    def accept_length() -> float:
+        params = {"temperature": 1.0, "max_new_tokens": NEW_TOKENS, "seed": 1}
+        return mean_accept_length(engine.generate(input_ids=demo_prompts[:20], sampling_params=params))
+
+    foreseen = accept_length()
+    monkeypatch.setattr(tree_growth, "forecast", blind_forecast)
+    assert foreseen > 1.2 * accept_length()
 
 
 def test_size():

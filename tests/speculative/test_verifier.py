@@ -5,8 +5,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from specbackend.sampling import Nodes, SamplingBatch, pick_tokens
-from specbackend.speculative.draft_tree import build_tree
+from specbackend.sampling import Nodes, SamplingBatch, forecast, pick_tokens
+from specbackend.speculative.draft_tree import Candidates, build_tree
 from specbackend.speculative.verifier import AcceptedPath, accept_path
 from tests.chi_square import SIGNIFICANT, chi_square_p
 from tests.speculative.random_trees import random_candidates, tree_of
@@ -97,9 +97,17 @@ def with_temperature(temperature: float):
 
 
 def emitted_tokens(
-    sampling_of, K, num_steps, num_nodes, position_of=None, pick=pick_tokens, accept=accept_path, draws=DRAWS
+    sampling_of,
+    K,
+    num_steps,
+    num_nodes,
+    position_of=None,
+    pick=pick_tokens,
+    accept=accept_path,
+    draws=DRAWS,
+    draft=None,
 ) -> torch.Tensor:
-    """[D, 3]: what drafted steps with random drafts emit, by the real tree, picks and acceptance.
+    """[D, 3]: what drafted steps emit, by the real tree, picks and acceptance; drafts are random if nobody drafts.
 
     Each draw is a request of its own, whose seed is its number and whose prompt ends with FIRST_TOKEN.
     """
@@ -109,13 +117,16 @@ def emitted_tokens(
     active_B = torch.arange(draws)
     while len(active_B):
         count_B1 = count_D[active_B, None]
-        candidates = random_candidates(len(active_B), K, num_steps, V, generator)
+        sampling = sampling_of(active_B, token_DP[active_B], count_B1[:, 0])
         root_B = token_DP[active_B, count_B1[:, 0] - 1]
+        if draft:
+            candidates = draft(Nodes.roots(root_B, FIRST_POSITION + count_B1[:, 0]), sampling, K)
+        else:
+            candidates = random_candidates(len(active_B), K, num_steps, V, generator)
         tree = build_tree(root_B, candidates, torch.full_like(root_B, num_nodes), num_nodes)
         position_BN = FIRST_POSITION + count_B1 + tree.depth_BN
         if position_of:
             position_BN = position_of(position_BN, tree)
-        sampling = sampling_of(active_B, token_DP[active_B], count_B1[:, 0])
         pick_BN = pick(TARGET_VV[tree.token_BN], Nodes(tree.token_BN, position_BN, tree.mask_BNN), sampling)
         path = accept(tree, pick_BN)
         # the columns past the path's end are junk that the next step overwrites
@@ -151,6 +162,47 @@ def test_drafted_steps_emit_the_very_tokens_of_plain_decoding():
         plain.append(token_D)
     for shape in [(1, 2, 3), (3, 2, 6), (3, 3, 20)]:
         assert torch.equal(emitted_tokens(with_temperature(1.0), *shape, draws=draws), torch.stack(plain, dim=1))
+
+
+DRAFT_VV = TARGET_VV + torch.tensor(
+    [[0.5, -0.4, 0.0, 0.3], [0.0, 0.6, -0.7, 0.1], [0.4, 0.0, 0.2, -0.6], [-0.3, 0.5, 0.0, 0.2]]
+)
+
+
+def foreseen(nodes: Nodes, sampling: SamplingBatch, K: int) -> Candidates:
+    """One level of what a draft, whose logits are not quite the target's, expects the target to pick."""
+    logits_B1V = DRAFT_VV[nodes.token_BM]
+    score_BK, token_BK = forecast(logits_B1V, torch.arange(V), V, nodes, sampling)[:, 0].topk(K)
+    return Candidates(score_BK, token_BK, torch.full_like(token_BK, -1))
+
+
+@pytest.mark.parametrize("K", [1, 2, 3])
+def test_drafts_that_know_the_noise_change_nothing(K):
+    """They are right far more often, and about those tokens that the noise favours: still it is the target's pick."""
+    right = []
+
+    def counting_accept(tree, pick_BN) -> AcceptedPath:
+        right.append((tree.token_BN[:, 1:] == pick_BN[:, :1]).any(1).float().mean().item())
+        return accept_path(tree, pick_BN)
+
+    emitted_D3 = emitted_tokens(with_temperature(0.8), K, 1, K + 1, accept=counting_accept, draft=foreseen)
+    assert joint_p(emitted_D3, 0.8) > SIGNIFICANT
+    overlap = torch.minimum((DRAFT_VV / 0.8).softmax(-1), (TARGET_VV / 0.8).softmax(-1)).sum(-1)[FIRST_TOKEN]
+    best = (TARGET_VV[FIRST_TOKEN] / 0.8).softmax(-1).sort(descending=True).values[:K].sum()
+    assert right[0] > best, "no draft that does not know the noise can be right as often"
+    if K == 1:
+        assert 0.85 * overlap < right[0] <= overlap + 0.01, "nor can rejection sampling accept more than the overlap"
+
+
+def take_the_best_guess(tree, pick_BN) -> AcceptedPath:
+    """Trusts a draft that knows the noise in one step of 25."""
+    pick_BN[::25, 0] = tree.token_BN[::25, 1]
+    return accept_path(tree, pick_BN)
+
+
+def test_the_test_sees_such_drafts_favoured():
+    emitted_D3 = emitted_tokens(with_temperature(0.8), 1, 1, 2, accept=take_the_best_guess, draft=foreseen)
+    assert joint_p(emitted_D3, 0.8) < SIGNIFICANT
 
 
 def without_position(position_BN, tree):
