@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
+from math import exp, floor, lgamma, log
 
 import torch
 
@@ -49,7 +50,7 @@ def two_sample(first: Counter, second: Counter) -> TwoSample:
         p=chi_square_tail(statistic, len(cells) - 1),
         freedom=len(cells) - 1,
         distance=sum(abs(first[outcome] / n - second[outcome] / m) for outcome in outcomes) / 2,
-        noise=sum(deviation.values()) * (2 / torch.pi) ** 0.5 / 2,
+        noise=sum(_mean_difference(first[outcome] + second[outcome], n, m) for outcome in outcomes) / 2,
         suspects=sorted(suspects, key=lambda suspect: -abs(suspect.deviations))[:NUM_SUSPECTS],
     )
 
@@ -113,3 +114,15 @@ def _deviation(count: int, n: int, m: int) -> float:
     """Of the difference between the shares of an outcome that both samples together had `count` times."""
     share = count / (n + m)
     return (share * (1 - share) * (1 / n + 1 / m)) ** 0.5
+
+
+def _mean_difference(count: int, n: int, m: int) -> float:
+    """What to expect of that difference's size.
+
+    The mean deviation of a binomial, as De Moivre has it, scaled for draws that are not put back.
+    """
+    q = n / (n + m)
+    v = floor(count * q) + 1
+    log_choose = lgamma(count + 1) - lgamma(v + 1) - lgamma(count - v + 1)
+    deviation = 2 * v * exp(log_choose + v * log(q) + (count - v + 1) * log(1 - q))
+    return deviation * ((n + m - count) / (n + m - 1)) ** 0.5 * (1 / n + 1 / m)
