@@ -8,13 +8,14 @@ import pytest
 import torch
 from audit_report.statistics import beginnings, fit_p, tokens_at, two_sample
 
-from specbackend.serving.client import Answer, Question, ask_all
+from specbackend.serving.client import Answer, Question, ask_all, read_metrics
 from specbackend.serving.tritonserver import TritonServer
 from tests.checkpoints import write_head, write_target, write_tokenizer
 from tests.chi_square import SIGNIFICANT
-from tests.e2e.conftest import make_repository
+from tests.e2e.conftest import make_repository, slots
+from tests.e2e.test_tritonserver import wait_until
 
-VOCABULARY, TOKENS, REQUESTS = 8, 3, 20_000
+VOCABULARY, TOKENS, REQUESTS, SHADOW_FRACTION = 8, 3, 20_000, 0.05
 PROMPT = [1, 2, 3, 4, 5]
 TREE = {"speculative_num_steps": 2, "speculative_eagle_topk": 2, "speculative_num_draft_tokens": 5}
 
@@ -40,6 +41,7 @@ def tiny(request, tmp_path_factory) -> Iterator[TinyServer]:
         speculative_draft_model_path=str(folder / "head"),
         max_running_requests=256,
         max_queued_requests=REQUESTS,
+        shadow_fraction=SHADOW_FRACTION,
         **TREE,
     )
     with TritonServer(repository, log_path=folder / "server.log") as running:
@@ -108,3 +110,20 @@ def test_equal_seeds_give_equal_answers(tiny):
         outputs=["output_ids"],
     )
     assert token_ids(answers[::2]) == token_ids(answers[1::2])
+
+
+def shadow_counts(server: TritonServer) -> list[float]:
+    """Of requests, of those that differ, and of tokens."""
+    metrics = read_metrics(server.metrics_url)
+    names = [f"specbackend:shadow_{what}_total{{" for what in ("requests", "different_requests", "tokens")]
+    return [value for start in names for name, value in metrics.items() if name.startswith(start)]
+
+
+def test_shadow_mode_compares_a_share(tiny):
+    server = tiny.server
+    requests, *_ = shadow_counts(server)
+    ask_all(server.grpc_url, "llm", questions(range(400), speculative=True), outputs=["output_ids"])
+    requests += 400 * SHADOW_FRACTION
+    assert wait_until(lambda: shadow_counts(server)[0] >= requests and slots(server)["used"] == 0, 20)
+    compared, different, tokens = shadow_counts(server)
+    assert (different, tokens) == (0, compared * TOKENS)
