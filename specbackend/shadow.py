@@ -1,7 +1,8 @@
 """Shadow mode: a share of the speculative answers is decoded again without speculation, and compared.
 
-What a shadow decodes is seen by nobody: no client, no count of tokens or steps. It shares batches with live requests,
-but never takes a place that one of them waits for.
+What a shadow decodes is seen by nobody: no client, no count of tokens or steps. It never keeps a place that a live
+request waits for. But plain and drafted steps take turns, so each step of shadows is one that live requests wait for:
+beside these they run as a full group, to which a step costs no more than to one.
 """
 
 import logging
@@ -73,7 +74,7 @@ class ShadowRuns:
 
     def start(self) -> None:
         """One more, if there is room and nobody waits. To be called before the scheduler chooses a batch."""
-        if self._pending and len(self._runs) < MOST_AT_ONCE and self._has_room():
+        if self._pending and len(self._runs) < MOST_AT_ONCE and self._is_worth_a_step() and self._has_room():
             shadowed = self._pending.popleft()
             request = Request(f"shadow {next(self._numbers)}", shadowed.input_ids, shadowed.params)
             self._runs[request] = shadowed
@@ -101,6 +102,10 @@ class ShadowRuns:
     def drop(self) -> None:
         self._pending.clear()
         self._end_runs()
+
+    def _is_worth_a_step(self) -> bool:
+        is_full_group = len(self._runs) + len(self._pending) >= MOST_AT_ONCE
+        return is_full_group or self.num_running == len(self._scheduler.running) + len(self._scheduler.prefilling)
 
     def _has_room(self) -> bool:
         slots, table = self._scheduler.slots, self._scheduler.table

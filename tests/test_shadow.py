@@ -216,14 +216,31 @@ def test_none_is_started_where_slots_are_short(make_engine):
     submit(engine, "long", max_new_tokens=60)
     while engine.stats().free_slots >= 50:
         engine.step()
-    submit(engine, "short", 1, max_new_tokens=2)
+    for number in range(4):
+        submit(engine, "short", number, max_new_tokens=1)
     ended: list[str] = []
     while "long" not in ended:
         ended += [update.request_id for update in engine.step() if update.finished]
         assert engine.shadows.num_running == 0
-    assert ended == ["short", "long"]
+    assert ended == ["short"] * 4 + ["long"]
     finish(engine)
-    assert engine.stats().shadow_requests == 2
+    assert engine.stats().shadow_requests == 5
+
+
+def test_beside_live_requests_they_run_as_a_full_group(make_engine):
+    engine = make_engine()
+    submit(engine, "long", max_new_tokens=60)
+    for number in range(3):
+        submit(engine, "short", number, max_new_tokens=4)
+    for _ in range(12):
+        engine.step()
+        assert engine.shadows.num_running == 0
+    submit(engine, "fourth", 4, max_new_tokens=4)
+    while not engine.stats().shadow_requests:
+        assert engine.step() is not None and engine.stats().num_running
+    assert {update.request_id for _ in range(4) for update in engine.step()} == {"long"}
+    finish(engine)
+    assert engine.stats().shadow_requests == 5
 
 
 def test_random_traffic_in_a_small_pool(make_engine):
