@@ -2,7 +2,7 @@
 
 What a shadow decodes is seen by nobody: no client, no count of tokens or steps. It never keeps a place that a live
 request waits for. But plain and drafted steps take turns, so each step of shadows is one that live requests wait for:
-beside these they run as a full group, to which a step costs no more than to one.
+beside these they start as a full group, to which a step costs hardly more than to one.
 """
 
 import logging

@@ -100,20 +100,23 @@ def ask_all(
 
     with closing(grpc_client.InferenceServerClient(url)) as client:
         client.start_stream(callback=lambda result, error: results.put((result, error)))
-        for question in questions:
-            while num_open >= in_flight:
+        try:
+            for question in questions:
+                while num_open >= in_flight:
+                    num_open -= take()
+                client.async_stream_infer(
+                    model,
+                    _tensors(question.inputs),
+                    request_id=str(len(answers)),
+                    outputs=requested,
+                    parameters=question.parameters,
+                )
+                answers.append(Answer())
+                num_open += 1
+            while num_open:
                 num_open -= take()
-            client.async_stream_infer(
-                model,
-                _tensors(question.inputs),
-                request_id=str(len(answers)),
-                outputs=requested,
-                parameters=question.parameters,
-            )
-            answers.append(Answer())
-            num_open += 1
-        while num_open:
-            num_open -= take()
+        finally:
+            client.stop_stream(cancel_requests=bool(num_open))
     return answers
 
 

@@ -135,6 +135,13 @@ def test_what_cannot_be_audited_is_named(audit, capsys, arguments, message):
     assert message in f"{caught.value.code} {capsys.readouterr().err}"
 
 
+def test_no_server_at_the_address(monkeypatch, capsys):
+    tool = load_tool("audit", monkeypatch)
+    monkeypatch.setattr(sys, "argv", ["audit", "--url", "localhost:1"])
+    with pytest.raises(SystemExit, match=r"audit: .*failed to connect"):
+        tool.main()
+
+
 def test_prompts_of_all_kinds(tmp_path):
     path = tmp_path / "prompts.jsonl"
     lines = ['{"input_ids": [1, 2]}', '{"prompt": "a"}', '{"question": "b"}', '{"turns": ["c", "d"]}']

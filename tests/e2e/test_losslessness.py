@@ -8,7 +8,7 @@ import pytest
 import torch
 from audit_report.statistics import beginnings, fit_p, tokens_at, two_sample
 
-from specbackend.serving.client import Answer, Question, ask_all, read_metrics
+from specbackend.serving.client import Answer, Question, RequestFailed, ask_all, read_metrics
 from specbackend.serving.tritonserver import TritonServer
 from tests.checkpoints import write_head, write_target, write_tokenizer
 from tests.chi_square import SIGNIFICANT
@@ -110,6 +110,13 @@ def test_equal_seeds_give_equal_answers(tiny):
         outputs=["output_ids"],
     )
     assert token_ids(answers[::2]) == token_ids(answers[1::2])
+
+
+def test_first_error_of_many_requests_is_raised(tiny):
+    wrong = [Question({"input_ids": PROMPT}, {"top_p": 2.0})]
+    asked = interleaved(questions(range(20), speculative=True), iter(wrong * 20))
+    with pytest.raises(RequestFailed, match="top_p: must be above 0"):
+        ask_all(tiny.server.grpc_url, "llm", asked, in_flight=8, outputs=["output_ids"])
 
 
 def shadow_counts(server: TritonServer) -> list[float]:
