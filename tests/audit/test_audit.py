@@ -135,6 +135,15 @@ def test_what_cannot_be_audited_is_named(audit, capsys, arguments, message):
     assert message in f"{caught.value.code} {capsys.readouterr().err}"
 
 
+@pytest.mark.parametrize("check", ["greedy", "seeded", "distributions"])
+def test_nothing_is_proved_of_an_engine_that_does_not_speculate(monkeypatch, engine_flags, check):
+    tool = load_tool("audit", monkeypatch)
+    few = ["--draws", "20", "--draw-prompts", "1", "--max-new-tokens", "8", "--checks", check]
+    monkeypatch.setattr(sys, "argv", ["audit", *engine_flags[:4], *few])
+    with pytest.raises(SystemExit, match="does not speculate"):
+        tool.main()
+
+
 def test_no_server_at_the_address(monkeypatch, capsys):
     tool = load_tool("audit", monkeypatch)
     monkeypatch.setattr(sys, "argv", ["audit", "--url", "localhost:1"])

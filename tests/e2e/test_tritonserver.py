@@ -174,10 +174,12 @@ def test_bad_token_ids(server):
 
 
 @pytest.mark.parametrize("model", ["llm", "ensemble"])
-def test_audit_of_a_running_server(server, monkeypatch, capsys, tmp_path, model):
-    audit = load_tool("audit", monkeypatch)
+def test_audit_of_a_running_server(server, questions, monkeypatch, capsys, tmp_path, model):
+    audit, prompts = load_tool("audit", monkeypatch), tmp_path / "prompts.jsonl"
+    texts = questions[:4] if model == "ensemble" else map(chat, questions[:4])
+    prompts.write_text("\n".join(json.dumps({"prompt": text}) for text in texts))
     params = '{"top_p": 0.9, "stop": ["####"], "bad_words_ids": [[50, 50]], "frequency_penalty": 0.1}'
-    command = ["audit", "--url", server.grpc_url, "--model", model, "--params", params, "--num-prompts", "4"]
+    command = ["audit", "--url", server.grpc_url, "--model", model, "--params", params, "--prompts", str(prompts)]
     command += ["--max-new-tokens", "24", "--draws", "60", "--draw-prompts", "1"]
     command += ["--html", str(tmp_path / "report.html")]
     monkeypatch.setattr("sys.argv", command)

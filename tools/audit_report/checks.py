@@ -7,7 +7,7 @@ from itertools import zip_longest
 from typing import Any
 
 from audit_report.statistics import JOINT_TOKENS, TwoSample, beginnings, holm, tokens_at, two_sample
-from audit_report.subjects import Answer, Prompt, Subject
+from audit_report.subjects import Answer, AuditError, Prompt, Subject
 
 CONTEXT = 4  # tokens shown before and after a difference
 
@@ -109,9 +109,17 @@ def compare_answers(name: str, subject: Subject, prompts: Sequence[Prompt], para
     subject.answer(prompts, [{**each, "max_new_tokens": 1, "min_new_tokens": 0} for each in params])
     drafted, speculative = _run(subject, prompts, params, speculative=True)
     plain_answers, plain = _run(subject, prompts, params, speculative=False)
+    check_that_drafts_counted(speculative.steps, plain.steps)
     pairs = zip(drafted, plain_answers, strict=True)
     found = [first_difference(number, a.output_ids, b.output_ids) for number, (a, b) in enumerate(pairs)]
     return Equality(name, len(prompts), speculative, plain, [difference for difference in found if difference])
+
+
+def check_that_drafts_counted(speculative_steps: int, plain_steps: int) -> None:
+    """Else both sides did the same, and their equality says nothing."""
+    if speculative_steps >= plain_steps:
+        steps = f"{speculative_steps} steps with speculation, {plain_steps} without"
+        raise AuditError(f"{steps}: this one does not speculate, or no draft was ever right")
 
 
 def first_difference(prompt: int, speculative: list[int], plain: list[int]) -> Difference | None:
@@ -131,11 +139,14 @@ def compare_distributions(
     No seed comes twice: with the same seeds in both samples the answers would be equal and say nothing about others.
     """
     params = {**params, "max_new_tokens": num_tokens}
-    found = []
+    found, steps = [], [0, 0]
     for number, prompt in enumerate(prompts):
         seeds = range(seed + 2 * draws * number, seed + 2 * draws * (number + 1))
-        samples = [_sample(subject, prompt, params, seeds[start::2], speculative=not start) for start in (0, 1)]
+        answers = [_drawn(subject, prompt, params, seeds[start::2], speculative=not start) for start in (0, 1)]
+        steps = [step + sum(answer.num_steps for answer in each) for step, each in zip(steps, answers, strict=True)]
+        samples = [[answer.output_ids for answer in each] for each in answers]
         found += [(number, what, two_sample(*counts)) for what, counts in _counted(samples, num_tokens)]
+    check_that_drafts_counted(*steps)
     adjusted = holm([result.p for _, _, result in found])
     return Distributions(len(prompts), draws, alpha, [Test(*test, p) for test, p in zip(found, adjusted, strict=True)])
 
@@ -148,9 +159,9 @@ def _counted(samples: list[list[list[int]]], num_tokens: int):
         yield f"first {JOINT_TOKENS} jointly", [beginnings(sample) for sample in samples]
 
 
-def _sample(subject: Subject, prompt: Prompt, params: Params, seeds: Sequence[int], speculative: bool) -> list:
+def _drawn(subject: Subject, prompt: Prompt, params: Params, seeds: Sequence[int], speculative: bool) -> list[Answer]:
     asked = [{**params, "seed": seed, "speculative": speculative} for seed in seeds]
-    return [answer.output_ids for answer in subject.answer([prompt] * len(asked), asked)]
+    return subject.answer([prompt] * len(asked), asked)
 
 
 def _run(
