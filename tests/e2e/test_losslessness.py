@@ -129,8 +129,8 @@ def shadow_counts(server: TritonServer) -> list[float]:
 def test_shadow_mode_compares_a_share(tiny):
     server = tiny.server
     requests = sum(shadow_counts(server)[:1])
-    ask_all(server.grpc_url, "llm", questions(range(400), speculative=True), outputs=["output_ids"])
-    requests += 400 * SHADOW_FRACTION
+    ask_all(server.grpc_url, "llm", questions(range(1000), speculative=True), outputs=["output_ids"])
+    requests += 1000 * SHADOW_FRACTION
     assert wait_until(lambda: sum(shadow_counts(server)[:1]) >= requests and slots(server)["used"] == 0, 20)
     compared, different, tokens = shadow_counts(server)
     assert (different, tokens) == (0, compared * TOKENS)
