@@ -80,6 +80,7 @@ class EngineConfig:
     logits_processors: str | None = None  # the server's own: module:function, separated by commas; see sampling.custom
     num_threads: int | None = None  # CPU threads of the engine; None: torch's default, less one beside tritonserver
     watchdog_timeout: float = 300.0  # seconds one step may take before the engine is restarted
+    shadow_fraction: float = 0.0  # of speculative answers, decoded again without speculation and compared
 
     def __post_init__(self) -> None:
         self._default("speculative_algorithm", ALIASES.get(self.speculative_algorithm, self.speculative_algorithm))
@@ -87,6 +88,8 @@ class EngineConfig:
         self._check_ranges()
         if self.speculative_algorithm is None:
             self._refuse_speculative("speculative_", "speculative_algorithm is not")
+            if self.shadow_fraction:
+                raise ConfigError("shadow_fraction: is set, but speculative_algorithm is not")
             return
         self._check_draft()
         if self.speculative_algorithm == "NGRAM":
@@ -146,6 +149,8 @@ class EngineConfig:
             _at_least("chunked_prefill_size", self.chunked_prefill_size, 1)
         if not 0 < self.mem_fraction_static < 1:
             raise ConfigError(f"mem_fraction_static: must lie between 0 and 1, got {self.mem_fraction_static}")
+        if not 0 <= self.shadow_fraction <= 1:  # false for nan too
+            raise ConfigError(f"shadow_fraction: must lie between 0 and 1, got {self.shadow_fraction}")
         if not self.watchdog_timeout > 0:  # false for nan too
             raise ConfigError(f"watchdog_timeout: must be positive, got {self.watchdog_timeout}")
 

@@ -27,6 +27,7 @@ from specbackend.runner import TargetRunner
 from specbackend.sampling.custom import load_processors
 from specbackend.sampling_params import SamplingParams
 from specbackend.scheduler import Scheduler
+from specbackend.shadow import ShadowRuns
 from specbackend.speculative.decoder import Decoder
 from specbackend.speculative.drafter import CacheRule, Drafter
 from specbackend.speculative.head_drafter import HeadDrafter
@@ -53,6 +54,9 @@ class EngineStats:
     cached_tokens: int
     completion_tokens: int
     verify_steps: int
+    shadow_requests: int
+    shadow_different_requests: int
+    shadow_tokens: int
 
 
 class Engine:
@@ -109,10 +113,11 @@ class Engine:
             frozenset(self.model_config.eos_token_ids),
             cache_rule,
         )
+        self.shadows = ShadowRuns(config.shadow_fraction, self.scheduler, self.submit)
 
     @property
     def has_work(self) -> bool:
-        return self.scheduler.has_work
+        return self.scheduler.has_work or self.shadows.has_work
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -134,11 +139,14 @@ class Engine:
     @torch.inference_mode()
     def cancel(self, request_id: str) -> None:
         """Drop a request; no update of it follows. Unknown ids are ignored."""
-        self.scheduler.cancel(request_id)
+        request = self.scheduler.cancel(request_id)
+        if request and request.params.stop:  # this is how a stop string ends an answer
+            self.shadows.offer(request)
 
     @torch.inference_mode()
     def step(self) -> list[Update]:
         """One scheduling decision and one forward of what it chose; [] when there is nothing to do."""
+        self.shadows.start()
         batch = self.scheduler.schedule()
         if batch is None:
             return []
@@ -148,19 +156,23 @@ class Engine:
             accepted = self.decoder.decode(batch)
         else:
             accepted = self.plain.decode(batch)
-        updates = self.scheduler.commit(batch, accepted)
+        updates = self.shadows.take(batch.requests, self.scheduler.commit(batch, accepted))
+        self.shadows.step_aside()
         self._count(batch, updates)
         return updates
 
     def stats(self) -> EngineStats:
-        scheduler, slots = self.scheduler, self.slots
+        scheduler, slots, shadows = self.scheduler, self.slots, self.shadows
         return EngineStats(
-            num_running=len(scheduler.running) + len(scheduler.prefilling),
-            num_waiting=len(scheduler.waiting),
+            num_running=len(scheduler.running) + len(scheduler.prefilling) - shadows.num_running,
+            num_waiting=len(scheduler.waiting) - shadows.num_waiting,
             free_slots=slots.num_free,
             evictable_slots=slots.tree.num_evictable,
             total_slots=slots.num_slots,
             **self._totals,
+            shadow_requests=shadows.totals.requests,
+            shadow_different_requests=shadows.totals.different_requests,
+            shadow_tokens=shadows.totals.tokens,
         )
 
     def generate(self, prompt=None, sampling_params=None, input_ids=None, stream=False):
@@ -188,6 +200,7 @@ class Engine:
         for queue in (self.scheduler.waiting, self.scheduler.prefilling, self.scheduler.running):
             for request in list(queue):
                 self.cancel(request.request_id)
+        self.shadows.drop()
 
     def _generate(self, prompts: list[list[int]], params: list[SamplingParams]) -> Iterator[dict]:
         if self.has_work:

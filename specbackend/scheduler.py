@@ -49,14 +49,15 @@ class Scheduler:
             raise QueueFull("Exceeds maximum queue size")
         self.waiting.append(request)
 
-    def cancel(self, request_id: str) -> None:
-        """Forget a request and free what it holds; an unknown id is none of our business any more."""
+    def cancel(self, request_id: str) -> Request | None:
+        """Forget a request, free what it holds and return it; an unknown id is none of our business any more."""
         for queue in (self.waiting, self.prefilling, self.running):
             for request in queue:
                 if request.request_id == request_id:
                     queue.remove(request)
                     self._finish(request, FinishReason.ABORT)
-                    return
+                    return request
+        return None
 
     # ---- schedule ----
 

@@ -67,6 +67,9 @@ class FakeStats:
     cached_tokens: int = 0
     completion_tokens: int = 0
     verify_steps: int = 0
+    shadow_requests: int = 0
+    shadow_different_requests: int = 0
+    shadow_tokens: int = 0
 
 
 class FakeEngine:
@@ -248,12 +251,16 @@ class FakeMetric:
         self.value = value
         self.threads.add(threading.get_ident())
 
+    def increment(self, value: float) -> None:
+        assert value >= 0, "a counter cannot go back"
+        self.set((self.value or 0) + value)
+
 
 class FakeMetricFamily:
-    GAUGE = "gauge"
+    COUNTER, GAUGE = "counter", "gauge"
 
     def __init__(self, name: str, description: str, kind: str):
-        self.name, self.metrics = name, {}
+        self.name, self.kind, self.metrics = name, kind, {}
         FakePbUtils.metric_families.append(self)
 
     def Metric(self, labels: dict) -> FakeMetric:

@@ -89,6 +89,9 @@ REFUSED = [
     ("mem_fraction_static", "half"),
     ("watchdog_timeout", 0),
     ("watchdog_timeout", "nan"),
+    ("shadow_fraction", 1.5),
+    ("shadow_fraction", "nan"),
+    ("shadow_fraction", 0.5),  # nothing is speculative here
     ("disable_radix_cache", "yes"),
     ("disable_radix_cache", None),
     ("random_seed", "x"),

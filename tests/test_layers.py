@@ -13,6 +13,7 @@ LAYERS = [  # top to bottom
     ["model_repository"],
     ["specbackend.serving"],
     ["specbackend.engine", "specbackend.Engine"],
+    ["specbackend.shadow"],
     ["specbackend.scheduler", "specbackend.speculative", "specbackend.runner"],
     ["specbackend.models", "specbackend.attention", "specbackend.sampling"],
     ["specbackend.cache"],

@@ -1,10 +1,13 @@
-"""Small clients for tools and tests: gRPC streaming, HTTP generate_stream and generate. One connection per call."""
+"""Small clients for tools and tests: gRPC streaming, HTTP generate_stream and generate. One connection per call.
+
+`ask_all` is for many requests: all of them go through one stream.
+"""
 
 import http.client
 import json
 import queue
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import closing
 from dataclasses import dataclass, field
 from typing import Any
@@ -62,6 +65,59 @@ def stream_grpc(
             final = result.get_response().parameters["triton_final_response"].bool_param
         client.stop_stream(cancel_requests=answer.cancelled)
     return answer
+
+
+@dataclass(frozen=True)
+class Question:
+    """One request of many: tensors, and parameters of the request."""
+
+    inputs: Mapping[str, Any]
+    parameters: Mapping[str, Any] = field(default_factory=dict)
+
+
+class RequestFailed(Exception):
+    """The server answered one of many requests with an error."""
+
+
+def ask_all(
+    url: str, model: str, questions: Iterable[Question], in_flight: int = 64, outputs: Iterable[str] = ()
+) -> list[Answer]:
+    """Ask over one stream, up to `in_flight` requests at a time. The answers are in the questions' order.
+
+    outputs: names of those to request; none requests what the inputs ask for. Raises RequestFailed for the first error.
+    """
+    answers, results, num_open = [], queue.SimpleQueue(), 0
+    requested = [grpc_client.InferRequestedOutput(name) for name in outputs] or None
+
+    def take() -> bool:
+        """The next response; whether it was the last to its request."""
+        result, error = results.get(timeout=RESPONSE_TIMEOUT_S)
+        if error is not None:
+            raise RequestFailed(error.message())
+        response = result.get_response()
+        answers[int(response.id)].add(_outputs(result))
+        return response.parameters["triton_final_response"].bool_param
+
+    with closing(grpc_client.InferenceServerClient(url)) as client:
+        client.start_stream(callback=lambda result, error: results.put((result, error)))
+        try:
+            for question in questions:
+                while num_open >= in_flight:
+                    num_open -= take()
+                client.async_stream_infer(
+                    model,
+                    _tensors(question.inputs),
+                    request_id=str(len(answers)),
+                    outputs=requested,
+                    parameters=question.parameters,
+                )
+                answers.append(Answer())
+                num_open += 1
+            while num_open:
+                num_open -= take()
+        finally:
+            client.stop_stream(cancel_requests=bool(num_open))
+    return answers
 
 
 def stream_http(

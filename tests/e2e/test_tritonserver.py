@@ -16,6 +16,7 @@ from specbackend.serving.tritonserver import TritonServer, TritonServerError, pr
 from specbackend.tokenizer import Tokenizer
 from tests.conftest import DEMO_TARGET
 from tests.e2e.conftest import engine_pid, make_repository, slots
+from tests.test_tools import load_tool
 
 NUM_REQUESTS, CONCURRENCY, MAX_TOKENS = 40, 16, 48
 UNSUPPORTED, UNAVAILABLE = (400, 501), (400, 503)  # by Triton's version: 2.51 answers 400 to every model error
@@ -170,6 +171,23 @@ def test_large_form_encoded_body_is_refused_and_the_server_lives(server):
 def test_bad_token_ids(server):
     answer = stream_grpc(server.grpc_url, "llm", {"input_ids": [5, 10**6]})
     assert "input_ids: must lie between 0 and" in answer.error
+
+
+@pytest.mark.parametrize("model", ["llm", "ensemble"])
+def test_audit_of_a_running_server(server, questions, monkeypatch, capsys, tmp_path, model):
+    audit, prompts = load_tool("audit", monkeypatch), tmp_path / "prompts.jsonl"
+    texts = questions[:4] if model == "ensemble" else map(chat, questions[:4])
+    prompts.write_text("\n".join(json.dumps({"prompt": text}) for text in texts))
+    params = '{"top_p": 0.9, "stop": ["####"], "bad_words_ids": [[50, 50]], "frequency_penalty": 0.1}'
+    command = ["audit", "--url", server.grpc_url, "--model", model, "--params", params, "--prompts", str(prompts)]
+    command += ["--max-new-tokens", "24", "--draws", "60", "--draw-prompts", "1"]
+    command += ["--html", str(tmp_path / "report.html")]
+    monkeypatch.setattr("sys.argv", command)
+    assert audit.main() == 0, capsys.readouterr().out
+    greedy, seeded, distributions = capsys.readouterr().out.splitlines()
+    assert "4 prompts" in greedy and "all equal; accept length" in seeded
+    assert "1 prompts, 60 draws each way, 5 tests: no difference" in distributions
+    assert f"model {model}" in (tmp_path / "report.html").read_text()
 
 
 def test_stop_cancels_by_request_id(server):
