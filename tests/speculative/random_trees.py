@@ -37,6 +37,13 @@ def tree_of(token_N: list[int], parent_N: list[int]) -> DraftTree:
     )
 
 
+def lowest_child(tree: DraftTree) -> torch.Tensor:
+    """int64 [B]: the drafted token below the root with the lowest id, which the noise favours no more than others."""
+    below_root_BN = tree.drafted_BN & (tree.parent_BN == 0)
+    below_root_BN[:, 0] = False
+    return tree.token_BN.masked_fill(~below_root_BN, torch.iinfo(torch.int64).max).amin(1)
+
+
 def path_to(parent_N: list[int], node: int) -> list[int]:
     """Nodes from the root down to `node`."""
     return [0] if node == 0 else path_to(parent_N, parent_N[node]) + [node]
