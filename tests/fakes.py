@@ -15,8 +15,8 @@ import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from specbackend.config import EngineConfig
-from specbackend.errors import ConfigError, QueueFull
-from specbackend.request import Failure, FinishReason, Request, Update
+from specbackend.errors import ConfigError, InvalidRequest, QueueFull
+from specbackend.request import Failure, FinishReason, Request, TokenLogprob, Update
 
 SPECIALS = ("<|begin|>", "<|user|>", "<|assistant|>", "<|end|>")
 END_ID = 256 + SPECIALS.index("<|end|>")
@@ -56,6 +56,13 @@ def fake_answer(input_ids: list[int], max_new_tokens: int) -> list[int]:
     return [input_ids[i % len(input_ids)] for i in range(max_new_tokens)]
 
 
+def fake_logprobs(input_ids: list[int], count: int | None) -> list[TokenLogprob]:
+    """Each token is less likely the larger it is, and the one before it would have been likelier."""
+    if count is None:
+        return []
+    return [TokenLogprob(t, -t / 8, 2, [(t - 1, -(t - 1) / 8), (t, -t / 8)][:count]) for t in input_ids]
+
+
 @dataclass(frozen=True)
 class FakeStats:
     num_running: int
@@ -91,6 +98,9 @@ class FakeEngine:
         return bool(self._requests)
 
     def submit(self, request: Request) -> None:
+        assert request.params.n == 1
+        if request.params.regex == "(":
+            raise InvalidRequest("regex", "is no regex")
         if len(self._requests) >= self.config.max_queued_requests:
             raise QueueFull("full")
         self._requests.append(request)
@@ -127,7 +137,9 @@ class FakeEngine:
         request.spec_verify_ct += 1
         request.finish_reason = FinishReason.LENGTH if len(request.output_ids) == limit else None
         counts = len(request.input_ids), len(request.output_ids), 0, request.spec_verify_ct
-        return Update(request.request_id, new, request.finish_reason, *counts)
+        logprobs = fake_logprobs(new, request.params.logprobs)
+        of_prompt = fake_logprobs(request.input_ids[1:], request.params.prompt_logprobs) if start == 0 else []
+        return Update(request.request_id, new, request.finish_reason, *counts, logprobs, of_prompt)
 
 
 class SlowEngine(FakeEngine):
