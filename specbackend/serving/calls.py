@@ -3,18 +3,21 @@
 import json
 import time
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field, fields, replace
+from itertools import chain
 from typing import Any
 
+import msgpack
 import numpy as np
 
 from specbackend.errors import InvalidRequest
-from specbackend.sampling_params import GUIDE_OBJECTS, RETURN_LOGPROB, SamplingParams, in_our_words
+from specbackend.sampling_params import GUIDE_OBJECTS, GUIDES, RETURN_LOGPROB, SamplingParams, in_our_words
 from specbackend.serving.errors import Unsupported
 from specbackend.serving.protocol import Ready
 from specbackend.serving.schemas import ALWAYS, ANY, LLM_INPUTS, LLM_OUTPUTS, LLM_PARAMETERS, Input
 from specbackend.tokenizer import Tokenizer
-from specbackend.words import bad_word_ids, word_biases
+from specbackend.words import bad_word_ids, with_token_ids, word_biases
 
 TENSORS = {spec.name: spec for spec in LLM_INPUTS}
 PARAMETERS = {**TENSORS, **{spec.name: spec for spec in LLM_PARAMETERS}}  # where both exist, parameters have their own
@@ -34,6 +37,8 @@ MOST_VALUES = {"stop": 64, "bad_words": 64, "bias_words": 256, "bias_weights": 2
 SAMPLING_FIELDS = (*(f.name for f in fields(SamplingParams)), *RETURN_LOGPROB, *GUIDE_OBJECTS)
 JSON_FIELDS = {spec.sets for spec in LLM_PARAMETERS if spec.dtype == "JSON"}
 GUIDE_TYPES = {"json_schema": "json_schema", "regex": "regex", "ebnf_grammar": "ebnf"}  # TensorRT-LLM's
+AS_TEXT = ("stop", "bad_words", *GUIDES)  # of the vLLM backend's sampling_parameters; all else may be text of JSON
+VLLM_DEFAULTS = {"temperature": 1.0, "max_new_tokens": 16}  # where they differ from ours
 ANY_JSON = '{"type": ["object", "array"]}'  # TensorRT-LLM's guide type json
 
 
@@ -212,16 +217,20 @@ class CallReader:
             stop = params["stop"]
             params["stop"] = [stop] if isinstance(stop, str) else [text for text in stop if text]  # clients send [""]
         names = {name: fields.name(name) for name in params}
-        for name, value, client_name in (*self._read_words(fields), *_read_guide(fields), *self._read_codes(fields)):
+        other_words = self._read_words, self._read_codes, self._read_sampling_parameters, _read_guide
+        for name, value, client_name in chain.from_iterable(read(fields) for read in other_words):
             if name in params and params[name] != value:
                 raise InvalidRequest(client_name, f"contradicts {names[name]}: send one of the two")
             params[name], names[name] = value, client_name
+        names |= {own: names[name] for name, own, _ in in_our_words(params)}
+        defaults = VLLM_DEFAULTS if fields.get("sampling_parameters") else {}
         try:
-            names |= {own: names[name] for name, own, _ in in_our_words(params)}
-            sampling = SamplingParams.from_dict(_apply_defaults(params))
+            sampling = SamplingParams.from_dict(_apply_defaults({**defaults, **params}))
             sampling.check_vocabulary(self._limits.vocab_size, self._limits.eos_token_ids)
         except InvalidRequest as error:
             raise InvalidRequest(names.get(error.field, error.field), error.message) from None
+        for name in ("custom_params", "stop", *GUIDES):
+            check_packable(names.get(name, name), getattr(sampling, name))
         return sampling, names
 
     def _read_words(self, fields: Fields) -> Iterator[tuple[str, Any, str]]:
@@ -248,6 +257,17 @@ class CallReader:
             raise InvalidRequest("num_draft_tokens", message)
         elif nodes not in (None, own_nodes):
             yield "speculative_num_draft_tokens", nodes, "num_draft_tokens"
+
+    def _read_sampling_parameters(self, fields: Fields) -> Iterator[tuple[str, Any, str]]:
+        given = _read_json("sampling_parameters", fields.get("sampling_parameters") or "{}")
+        if not isinstance(given, dict):
+            raise InvalidRequest("sampling_parameters", f"must be an object, got {given!r}")
+        for name, value in given.items():
+            if isinstance(value, str) and name not in AS_TEXT:
+                with suppress(InvalidRequest):
+                    given[name] = _read_json(name, value)
+        for name, own, value in in_our_words(with_token_ids(self._tokenizer, given)):
+            yield own, value, "bad_words" if "bad_words" in given and own == "bad_words_ids" else name
 
 
 def _read_guide(fields: Fields) -> Iterator[tuple[str, str, str]]:
@@ -314,12 +334,20 @@ def _apply_defaults(params: dict[str, Any]) -> dict[str, Any]:
     return {"temperature": 1.0 if chooses else 0.0, **params}
 
 
-def _read_json(name: str, text: str, as_pairs: bool) -> Any:
+def _read_json(name: str, text: str, as_pairs: bool = False) -> Any:
     """As pairs objects become lists, so that a key that comes twice is seen."""
     try:
         return json.loads(text, object_pairs_hook=list if as_pairs else None)
     except (ValueError, RecursionError):  # no JSON, absurdly long numbers; absurdly deep lists
         raise InvalidRequest(name, f"must be a number or JSON, got {text!r}") from None
+
+
+def check_packable(name: str, value: Any) -> None:
+    """JSON has larger numbers and stranger text than messages to the engine."""
+    try:
+        msgpack.packb(value)
+    except (ValueError, OverflowError) as error:
+        raise InvalidRequest(name, f"cannot be sent to the engine: {error}") from None
 
 
 def _read_outputs(fields: Fields, params: SamplingParams, requested: Iterable[str]) -> frozenset[str]:

@@ -143,6 +143,7 @@ LLM_PARAMETERS = (
     *SAMPLING_PARAMETERS,
     *(Input(name, _TYPES[own], sets=own) for name, own in ALIASES.items() if name not in _TENSOR_NAMES),
     *(Input(name, "ANY", neutral=neutral, why=why) for name, (neutral, why) in NOT_SERVED.items()),
+    Input("sampling_parameters", "STRING", sets="sampling_parameters"),  # JSON of vLLM's, with its defaults
     Input("timeout", "INT64", sets="timeout"),  # microseconds
     Input("id", "STRING", neutral=ANY),  # generate's request id; read from the request itself
     Input("triton_enable_empty_final_response", "BOOL", neutral=ANY),

@@ -1,5 +1,6 @@
 """What clients send, and what becomes of it: a value is used exactly, or refused by the name the client gave it."""
 
+import json
 import time
 from dataclasses import fields
 
@@ -7,7 +8,7 @@ import numpy as np
 import pytest
 
 from specbackend.errors import InvalidRequest
-from specbackend.sampling_params import NOT_SERVED, SamplingParams
+from specbackend.sampling_params import NOT_SERVED, UNLIMITED, SamplingParams
 from specbackend.serving.calls import ANY_JSON, CallReader, CancelCall
 from specbackend.serving.errors import Unsupported
 from specbackend.serving.protocol import Ready
@@ -228,6 +229,10 @@ def test_values_are_used_exactly(read, inputs, expected):
         ({"parameters": {"choice": "[1"}}, "choice: must be a number or JSON"),
         ({"parameters": {"custom_params": "[1]"}}, "custom_params: must be an object"),
         ({"parameters": {"extra_args": "[1]"}}, "extra_args: must be an object"),
+        ({"parameters": {"extra_args": f'{{"a": {10**30}}}'}}, "extra_args: cannot be sent"),
+        ({"parameters": {"custom_params": '{"a": "\\ud800"}'}}, "custom_params: cannot be sent"),
+        ({"parameters": {"choice": '["\\ud800"]'}}, "choice: cannot be sent"),
+        ({"parameters": {"stop": "\ud800"}}, "stop: cannot be sent"),
         ({"parameters": {"sampling_seed": -2}}, "sampling_seed: must be between"),
         ({"parameters": {"sampling_seed": 3}, "seed": 4}, "sampling_seed: contradicts seed"),
         ({"guided_decoding_guide": "{}"}, "guided_decoding_guide_type: must be json"),
@@ -365,6 +370,46 @@ def test_what_the_engine_refuses_has_the_clients_name(read):
     }
     for own, name in names.items():
         assert str(call.refusal(own, "is too much")) == f"{name}: is too much"
+
+
+@pytest.mark.parametrize(
+    ("given", "inputs", "expected"),
+    [
+        ({}, {}, {"temperature": 1.0, "max_new_tokens": 16}),
+        ({"max_tokens": "30", "min_tokens": "30"}, {}, {"max_new_tokens": 30, "min_new_tokens": 30}),
+        ({"temperature": "0", "top_k": "0", "ignore_eos": "true"}, {}, {"temperature": 0, "ignore_eos": True}),
+        ({"stop": ["1", "b"], "bad_words": ["c"]}, {}, {"stop": ("1", "b"), "bad_words_ids": ((66,), (220, 66))}),
+        ({"stop": "1"}, {}, {"stop": ("1",)}),
+        ({"logit_bias": {"5": 1.5}, "n": 2}, {}, {"logit_bias": ((5, 1.5),), "n": 2}),
+        ({"structured_outputs": '{"regex": "a"}'}, {}, {"regex": "a"}),
+        ({"temperature": 0.5}, {"max_tokens": 5}, {"temperature": 0.5, "max_new_tokens": 5}),
+        ({"max_tokens": 5}, {"max_tokens": 5, "temperature": 0.0}, {"temperature": 0.0, "max_new_tokens": 5}),
+        ({"max_tokens": None, "seed": None}, {}, {"max_new_tokens": UNLIMITED, "seed": None}),
+    ],
+    ids=str,
+)
+def test_vllms_sampling_parameters(read, given, inputs, expected):
+    params = read(parameters={"sampling_parameters": json.dumps(given)}, **inputs).params
+    assert {name: getattr(params, name) for name in expected} == expected
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ("[1]", "sampling_parameters: must be an object"),
+        ("{", "sampling_parameters: must be a number or JSON"),
+        ('{"min_tokens": "many"}', "min_tokens: must be an integer, got 'many'"),
+        ('{"min_tokens": -1}', "min_tokens: must be between"),
+        ('{"max_tokens": 6}', "max_tokens: contradicts request_output_len"),
+        ('{"lora_name": "x"}', "lora_name: is not a supported sampling parameter"),
+        ('{"best_of": 2}', "best_of: is not supported"),
+        ('{"bad_words": ["x y z x y z x y z x y z x y z x y z"]}', "bad_words: each sequence must have"),
+    ],
+)
+def test_vllms_sampling_parameters_are_refused_by_name(read, given, message):
+    with pytest.raises(InvalidRequest) as error:
+        read(request_output_len=5, parameters={"sampling_parameters": given})
+    assert str(error.value).startswith(message)
 
 
 def test_every_sampling_parameter_can_be_said(read):
