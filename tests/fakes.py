@@ -24,6 +24,7 @@ VOCAB_SIZE = 256 + len(SPECIALS)
 CONTEXT_LENGTH = 512
 TOKENS_PER_STEP = 3
 UNLUCKY_SEED = 13  # a random_seed that the fake engine refuses
+LUCKY_SEED = 7  # a request's seed with which nothing fails
 CHAT_TEMPLATE = (
     "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
@@ -51,9 +52,9 @@ def save_byte_checkpoint(folder: Path) -> Path:
     return folder
 
 
-def fake_answer(input_ids: list[int], max_new_tokens: int) -> list[int]:
-    """The fake model repeats its prompt for ever."""
-    return [input_ids[i % len(input_ids)] for i in range(max_new_tokens)]
+def fake_answer(input_ids: list[int], max_new_tokens: int, seed: int | None = None) -> list[int]:
+    """The fake model repeats its prompt for ever, from the place that the seed says."""
+    return [input_ids[(i + (seed or 0)) % len(input_ids)] for i in range(max_new_tokens)]
 
 
 def fake_logprobs(input_ids: list[int], count: int | None) -> list[TokenLogprob]:
@@ -127,12 +128,12 @@ class FakeEngine:
             raise RuntimeError("the device is on fire")
         if prompt.startswith("hang"):
             time.sleep(3600)
-        if prompt.startswith("fail"):
+        if prompt.startswith("fail") and request.params.seed != LUCKY_SEED:
             request.finish_reason = FinishReason.ABORT
             failure = Failure("regex", "cannot go on")
             return Update(request.request_id, [], request.finish_reason, failure=failure)
         start, limit = len(request.output_ids), request.params.max_new_tokens
-        new = fake_answer(request.input_ids, limit)[start : start + TOKENS_PER_STEP]
+        new = fake_answer(request.input_ids, limit, request.params.seed)[start : start + TOKENS_PER_STEP]
         request.output_ids += new
         request.spec_verify_ct += 1
         request.finish_reason = FinishReason.LENGTH if len(request.output_ids) == limit else None

@@ -19,6 +19,7 @@ from specbackend.serving.protocol import Cancel, Submit
 from specbackend.serving.responder import merge
 from specbackend.serving.supervisor import EngineProcess
 from tests.fakes import (
+    LUCKY_SEED,
     UNLUCKY_SEED,
     FakeError,
     FakePbUtils,
@@ -32,9 +33,9 @@ from tests.serving.engines import STUCK_SEED
 PROMPT = "héllo 😀 "
 
 
-def answer(prompt: str, max_tokens: int) -> str:
+def answer(prompt: str, max_tokens: int, seed: int = 0) -> str:
     tokenizer = byte_tokenizer()
-    return tokenizer.decode(fake_answer(tokenizer.encode(prompt).ids, max_tokens))
+    return tokenizer.decode(fake_answer(tokenizer.encode(prompt).ids, max_tokens, seed))
 
 
 def execute(adapter, *requests: FakeRequest, **inputs) -> FakeRequest:
@@ -299,7 +300,7 @@ def too_big(*_) -> None:
 
 def test_an_arrival_that_cannot_be_handled_fails_alone(adapter, break_sending):
     break_sending(adapter, lambda message: isinstance(message, Submit) and message.params.seed == 1)
-    requests = [FakeRequest(text_input="abc", max_tokens=3, seed=seed) for seed in (1, 2, 1, 2)]
+    requests = [FakeRequest(text_input="abc", max_tokens=3, seed=seed) for seed in (1, 3, 1, 3)]
     execute(adapter, *requests)
     check_internal_error(*requests[::2])
     assert [request.sender.text() for request in requests[1::2]] == ["abc", "abc"]
@@ -310,7 +311,7 @@ def test_a_stream_that_cannot_be_submitted_again_fails_alone(adapter, break_send
     break_sending(adapter, lambda message: isinstance(message, Submit) and message.params.seed == 1)
     os.kill(pid(adapter), signal.SIGKILL)
     time.sleep(0.1)
-    requests = [FakeRequest(text_input="abc", max_tokens=3, seed=seed) for seed in (2, 1, 2)]
+    requests = [FakeRequest(text_input="abc", max_tokens=3, seed=seed) for seed in (3, 1, 3)]
     execute(adapter, *requests)
     check_internal_error(requests[1])
     assert [request.sender.text() for request in requests[::2]] == ["abc", "abc"]
@@ -495,13 +496,14 @@ def test_metrics_belong_to_the_response_thread(start_adapter):
 
 @pytest.mark.parametrize("stream", [False, True])
 def test_several_answers(adapter, stream):
-    request = execute(adapter, max_tokens=40, num_return_sequences=3, stream=stream, return_finish_reason=True)
+    inputs = {"text_input": "abcd", "max_tokens": 40, "num_return_sequences": 3, "seed": 2}
+    request = execute(adapter, **inputs, stream=stream, return_finish_reason=True)
     responses = request.sender.wait()
     texts = dict.fromkeys(range(3), "")
     for outputs in (response.outputs for response in responses):
         for index, text in zip(outputs["sequence_index"][0], outputs["text_output"][0], strict=True):
             texts[index] += text.decode()
-    assert texts == dict.fromkeys(range(3), answer(PROMPT, 40))
+    assert texts == {index: answer("abcd", 40, seed=2 + index) for index in range(3)}
     assert (len(responses) > 3) == stream
     reasons = [reason for r in responses for reason in r.outputs.get("finish_reason", [[]])[0]]
     assert reasons == [b"length"] * 3
@@ -520,19 +522,29 @@ def several(**inputs) -> FakeRequest:
     return FakeRequest(**{"text_input": "abcd", "max_tokens": 400, "num_return_sequences": 2, **inputs})
 
 
-def test_one_answer_of_several_may_end_early(start_adapter):
-    """By a stop string, which the engine does not know of."""
-    adapter = start_adapter(SLOW_ENGINE, max_queued_requests=2)
-    sent = []
+@pytest.mark.parametrize("cancel_arrives", [True, False])
+def test_answers_end_one_by_one(start_adapter, monkeypatch, cancel_arrives):
+    """By a stop string, which the engine does not know of: what it says until it hears of the end is dropped."""
+    adapter = start_adapter(SLOW_ENGINE, max_queued_requests=8)
+    cancelled = []
     supervisor = adapter._responder._supervisor
     send = supervisor.send
-    supervisor.send = lambda message: (sent.append(message), send(message))
-    request = execute(adapter, several(stop_words=["cdab"], return_finish_reason=True))
+
+    def send_and_note(message):
+        if isinstance(message, Cancel):
+            cancelled.append(message.request_id)
+        if cancel_arrives or not isinstance(message, Cancel):
+            send(message)
+
+    monkeypatch.setattr(supervisor, "send", send_and_note)
+    inputs = {"text_input": "abcdefghijkl", "num_return_sequences": 8, "seed": 0, "stop_words": ["kla"]}
+    request = execute(adapter, several(**inputs, return_finish_reason=True))
     [response] = request.sender.wait()
-    assert response.outputs["text_output"].tolist() == [[b"ab", b"ab"]]
-    assert response.outputs["finish_reason"].tolist() == [[b"stop", b"stop"]]
-    assert [message for message in sent if isinstance(message, Cancel)] == [Cancel("0.0"), Cancel("0.1")]
-    assert execute(adapter, several(max_tokens=2)).sender.wait()[-1].error is None  # both places are free again
+    assert response.outputs["text_output"].tolist() == [["abcdefghij"[i:].encode() for i in range(8)]]
+    assert response.outputs["finish_reason"].tolist() == [[b"stop"] * 8]
+    assert cancelled[0] != "0.0" and set(cancelled) == {f"0.{i}" for i in range(8)}
+    if cancel_arrives:  # all places are free again
+        assert execute(adapter, several(max_tokens=2, num_return_sequences=8)).sender.wait()[-1].error is None
     check_use(request)
 
 
@@ -586,9 +598,11 @@ def test_stop_tensor_ends_all_answers(start_adapter, stream):
     check_use(running, stop)
 
 
-def test_one_failure_is_the_answer_for_all(adapter):
-    request = execute(adapter, several(text_input="fail"))
+def test_one_failure_is_the_answer_for_all(start_adapter):
+    adapter = start_adapter(SLOW_ENGINE, max_queued_requests=2)
+    request = execute(adapter, several(text_input="fail", seed=LUCKY_SEED))
     assert str(request.sender.error()) == "regex: cannot go on"
+    assert execute(adapter, several(max_tokens=2)).sender.wait()[-1].error is None  # both places are free again
     check_use(request)
 
 
