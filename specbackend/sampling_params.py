@@ -33,7 +33,8 @@ RETURN_LOGPROB = {"return_logprob": False, "top_logprobs_num": 0, "logprob_start
 GUIDES = ("json_schema", "regex", "ebnf", "choice")
 # vLLM's objects that hold a guide, by their new name and the old, and the keys in them.
 GUIDE_OBJECTS = ("structured_outputs", "guided_decoding")
-GUIDE_KEYS = {"json": "json_schema", "regex": "regex", "grammar": "ebnf", "choice": "choice"}
+VLLM_GUIDES = {"json": "json_schema", "regex": "regex", "grammar": "ebnf", "choice": "choice"}
+ANY_OBJECT = '{"type": "object"}'
 
 # The other parameters of vLLM's and SGLang's clients: the values that change nothing (None is one always), which pass,
 # and why all others are refused. README.md's table has them, too.
@@ -258,14 +259,12 @@ def _guide_in_our_words(name: str, value: object) -> Iterator[tuple[str, str, ob
     if not isinstance(value, dict | None):
         raise InvalidRequest(name, f"must be an object, got {value!r}")
     for key, guide in (value or {}).items():
-        if guide is None or guide is False:
-            continue
-        if key == "json_object":
-            yield name, "json_schema", '{"type": "object"}'
-        elif key in GUIDE_KEYS:
-            yield name, GUIDE_KEYS[key], json.dumps(guide) if isinstance(guide, dict) else guide
-        else:
-            raise InvalidRequest(name, f"{key} is not supported (supported: {', '.join(GUIDE_KEYS)}, json_object)")
+        if key in VLLM_GUIDES and guide is not None:
+            yield name, VLLM_GUIDES[key], json.dumps(guide) if isinstance(guide, dict) else guide
+        elif key == "json_object" and guide is True:
+            yield name, "json_schema", ANY_OBJECT
+        elif guide not in (None, False):
+            raise InvalidRequest(name, f"{key} is not supported (supported: {', '.join(VLLM_GUIDES)}, json_object)")
 
 
 def _logprobs_in_our_words(params: dict) -> Iterator[tuple[str, str, object]]:
