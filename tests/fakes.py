@@ -140,7 +140,9 @@ class FakeEngine:
         counts = len(request.input_ids), len(request.output_ids), 0, request.spec_verify_ct
         logprobs = fake_logprobs(new, request.params.logprobs)
         of_prompt = fake_logprobs(request.input_ids[1:], request.params.prompt_logprobs) if start == 0 else []
-        return Update(request.request_id, new, request.finish_reason, *counts, logprobs, of_prompt)
+        return Update(
+            request.request_id, new, request.finish_reason, *counts, logprobs=logprobs, prompt_logprobs=of_prompt
+        )
 
 
 class SlowEngine(FakeEngine):

@@ -130,6 +130,20 @@ def test_several_answers_may_be_asked_for_per_prompt(engine):
     ]
 
 
+def test_logprobs_are_of_the_tokens_that_are_shown(engine):
+    prompt, asked = "Tom has 3 apples.", {"return_logprob": True, "top_logprobs_num": 2, "logprob_start_len": 0}
+    whole = engine.generate(prompt, GREEDY, **asked)
+    ids, meta = engine.tokenizer.encode(prompt), whole["meta_info"]
+    assert [token for _, token, _ in meta["output_token_logprobs"]] == whole["output_ids"]
+    assert [token for _, token, _ in meta["input_token_logprobs"]] == ids
+    assert [top[0][:2] for top in meta["output_top_logprobs"]] == [e[:2] for e in meta["output_token_logprobs"]]
+    assert meta["input_top_logprobs"][0] is None and len(meta["input_top_logprobs"]) == len(ids)
+    stopped = engine.generate(prompt, {**GREEDY, "stop": whole["text"][10:14], "logprobs": 0})
+    entries = zip(stopped["meta_info"]["output_token_logprobs"], meta["output_token_logprobs"], strict=False)
+    assert all(mine == pytest.approx(theirs) for (mine, *_), (theirs, *_) in entries)
+    assert len(stopped["meta_info"]["output_token_logprobs"]) == len(stopped["output_ids"]) < 24
+
+
 def test_bad_words_are_not_said(engine):
     whole = engine.generate("Tom has 3 apples.", GREEDY)["text"]
     word = max(whole.split(), key=len)

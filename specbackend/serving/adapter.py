@@ -33,7 +33,7 @@ class Adapter:
         supervisor = EngineSupervisor(config.to_params(), config.watchdog_timeout, engine_command)
         limits = supervisor.start()
         self._reader = CallReader(tokenizer, limits)
-        server = Server(tokenizer.decode, config.stream_interval, limits.num_draft_tokens)
+        server = Server(tokenizer.decode, config.stream_interval)
         self._responder = Responder(supervisor, server, config.max_queued_requests, metrics)
 
     def execute(self, requests: Iterable[Any]) -> None:

@@ -57,16 +57,10 @@ class Server:
 
     decode: Callable[..., str]  # takes token ids and skip_special_tokens
     stream_interval: int = 1
-    num_draft_tokens: int = 0  # nodes of a tree; 0: no speculation
 
     @cached_property
     def texts(self) -> TokenTexts:
         return TokenTexts(self.decode)
-
-    def num_drafted(self, params: SamplingParams) -> int:
-        """Nodes of a request's tree without the root."""
-        drafts = params.speculative and self.num_draft_tokens
-        return max((params.speculative_num_draft_tokens or self.num_draft_tokens) - 1, 0) if drafts else 0
 
 
 class Answer:
@@ -138,8 +132,11 @@ class Answer:
         return outputs
 
     def _perf_metrics(self) -> Outputs:
-        tokens, steps = self._update.completion_tokens, self._update.spec_verify_ct
-        drafted = steps * self._server.num_drafted(self.params)
+        tokens, steps, drafted = (
+            self._update.completion_tokens,
+            self._update.spec_verify_ct,
+            self._update.draft_tokens,
+        )
         # the prefill gives the first token and every step one of the target's own; the others were drafted
         accepted = max(tokens - 1 - steps, 0) if drafted else 0
         return {

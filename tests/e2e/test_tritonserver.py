@@ -175,6 +175,32 @@ def test_several_answers_are_dropped_together(server):
     assert wait_until(lambda: slots(server)["used"] == 0, 5), slots(server)
 
 
+@pytest.mark.parametrize("model", ["llm", "ensemble"])
+def test_logprobs(server, offline, questions, model):
+    inputs = {**prompt_for(model, questions[0]), "max_tokens": 20, "logprobs": 1, "prompt_logprobs": 0}
+    body = generate_http(server.http_url, model, {**inputs, "return_log_probs": True})[1]
+    sampling = {"temperature": 0, "max_new_tokens": 20, "logprobs": 1, "prompt_logprobs": 0}
+    meta = offline.generate(chat(questions[0]), sampling)["meta_info"]
+    expected = [logprob for logprob, *_ in meta["output_token_logprobs"]]
+    assert body["output_log_probs"] == pytest.approx(expected, abs=1e-4)
+    assert body["cum_log_probs"] == pytest.approx(sum(expected), abs=1e-3)
+    places = json.loads(body["logprobs"])
+    assert [next(iter(place)) for place in places] == [str(token) for _, token, _ in meta["output_token_logprobs"]]
+    assert "".join(next(iter(place.values()))["decoded_token"] for place in places) == body["text_output"]
+    assert len(json.loads(body["prompt_logprobs"])) == len(meta["input_token_logprobs"])
+
+
+def test_a_tree_of_its_own(server, offline):
+    inputs = {"text_input": "How many eggs", "max_tokens": 20, "return_perf_metrics": True}
+    whole = generate_http(server.http_url, "llm", inputs)[1]
+    small = generate_http(server.http_url, "llm", {**inputs, "num_draft_tokens": 3})[1]
+    assert small["text_output"] == whole["text_output"]
+    assert small["total_draft_tokens"] == 2 * small["num_spec_steps"]
+    assert whole["total_draft_tokens"] == 7 * whole["num_spec_steps"]
+    status, body = generate_http(server.http_url, "llm", {**inputs, "speculative_num_steps": 99})
+    assert status == 400 and "speculative_num_steps: must be at most the server's 5" in body["error"]
+
+
 def test_a_shown_stop_string_and_special_tokens(server, offline):
     text = offline.generate("How many eggs", {"max_new_tokens": 20, "temperature": 0})["text"]
     inputs = {"text_input": "How many eggs", "max_tokens": 20, "stop_words": [text[8:12]], "no_stop_trim": True}

@@ -20,15 +20,15 @@ def ids(text: str) -> list[int]:
     return byte_tokenizer().encode(text).ids
 
 
-def generation(params: SamplingParams | None = None, stream_interval=1, num_draft_tokens=0, **call) -> Generation:
+def generation(params: SamplingParams | None = None, stream_interval=1, **call) -> Generation:
     call = Call(ids("prompt"), params or SamplingParams(), **call)
-    return Generation("0", call, Server(DECODE, stream_interval, num_draft_tokens))
+    return Generation("0", call, Server(DECODE, stream_interval))
 
 
 def update(
-    text: str, finish: FinishReason | None = None, total: int = 0, steps: int = 1, index: int = 0, **logprobs
+    text: str, finish: FinishReason | None = None, total: int = 0, steps: int = 1, index: int = 0, **more
 ) -> Update:
-    return Update(f"0.{index}", ids(text), finish, 6, total or len(ids(text)), 2, steps, **logprobs)
+    return Update(f"0.{index}", ids(text), finish, 6, total or len(ids(text)), 2, steps, **more)
 
 
 def stopping(*stop: str) -> SamplingParams:
@@ -76,9 +76,9 @@ def test_stream_interval_counts_steps_after_the_first_response():
 
 
 def test_perf_metrics_come_with_the_last_response():
-    answer = generation(stream=True, num_draft_tokens=8, outputs=ALL_OUTPUTS)
+    answer = generation(stream=True, outputs=ALL_OUTPUTS)
     assert "acceptance_length" not in answer.advance(update("a", total=1, steps=0))
-    outputs = answer.advance(update("bcdefgh", FinishReason.LENGTH, total=8, steps=2))
+    outputs = answer.advance(update("bcdefgh", FinishReason.LENGTH, total=8, steps=2, draft_tokens=14))
     assert set(outputs) == ALL_OUTPUTS - {"prompt_logprobs"}  # it came with the first
     assert outputs["acceptance_length"] == 4.0
     # of 8 tokens one is the prefill's and two are the target's own after the two trees
@@ -86,14 +86,6 @@ def test_perf_metrics_come_with_the_last_response():
     assert outputs["acceptance_rate"] == pytest.approx(5 / 14)
     assert outputs["num_cached_tokens"] == outputs["kv_cache_reused_blocks"] == 2
     assert outputs["arrival_time_ns"] <= outputs["first_token_time_ns"] <= outputs["last_token_time_ns"]
-
-
-def test_drafted_tokens_are_those_of_the_requests_own_tree():
-    params = SamplingParams(speculative_num_draft_tokens=3)
-    outputs = generation(params, num_draft_tokens=8, outputs=ALL_OUTPUTS).advance(
-        update("abcd", FinishReason.LENGTH, total=4, steps=2)
-    )
-    assert outputs["total_draft_tokens"] == 4
 
 
 # ---- several answers
