@@ -25,6 +25,7 @@ from specbackend.offline import OfflineAnswer, Question, read_questions
 from specbackend.request import Request, Update
 from specbackend.runner import TargetRunner
 from specbackend.sampling.custom import load_processors
+from specbackend.sampling_params import check_neutral
 from specbackend.scheduler import Scheduler
 from specbackend.shadow import ShadowRuns
 from specbackend.speculative.decoder import Decoder
@@ -183,14 +184,18 @@ class Engine:
         logprob_start_len=-1,
         return_text_in_logprobs=False,
         stream=False,
+        **others,
     ):
         """Generate like SGLang's offline Engine.
 
         prompt: str or list of str; or input_ids: list of int or list of lists. sampling_params, return_logprob and
         the two below it: one for all prompts, or a list. Returns one dict, or if there are several prompts or answers
         a list of dicts {"text", "output_ids", "meta_info"}, the answers to one prompt side by side; with stream=True
-        an iterator over such dicts, each holding all of one answer so far ("index" in meta_info tells which).
+        an iterator over such dicts, each holding all of one answer so far ("index" in meta_info tells which). SGLang's
+        other arguments are refused, unless they change nothing.
         """
+        for name, value in others.items():
+            check_neutral(name, value)
         single = isinstance(prompt, str) or (input_ids is not None and (not input_ids or isinstance(input_ids[0], int)))
         prompts = [self.tokenizer.encode(text) for text in _listed(prompt, single)] if input_ids is None else None
         prompts = prompts if prompts is not None else _listed(input_ids, single)

@@ -249,8 +249,8 @@ def in_our_words(params: dict) -> Iterator[tuple[str, str, object]]:
 
 
 def check_neutral(name: str, value: object) -> None:
-    """Raises InvalidRequest if a parameter of NOT_SERVED would change something."""
-    neutral, why = NOT_SERVED[name]
+    """Raises InvalidRequest if a parameter that is not ours would change something."""
+    neutral, why = NOT_SERVED.get(name, ((), "it is unknown"))
     if value is not None and value not in neutral:
         raise InvalidRequest(name, f"is not supported: {why}")
 

@@ -150,6 +150,14 @@ def test_bad_words_are_not_said(engine):
     assert word not in engine.generate("Tom has 3 apples.", {**GREEDY, "bad_words": [word]})["text"]
 
 
+def test_other_arguments_of_sglangs_pass_where_they_change_nothing(engine):
+    answer = engine.generate("Tom has", GREEDY, return_hidden_states=False, lora_path=None, image_data=[])
+    assert answer["text"] == engine.generate("Tom has", GREEDY)["text"]
+    for argument in ({"return_hidden_states": True}, {"lora_path": "x"}, {"temperature": 0.5}, {"nonsense": 1}):
+        with pytest.raises(InvalidRequest, match=f"^{next(iter(argument))}: is not supported"):
+            engine.generate("Tom has", GREEDY, **argument)
+
+
 @pytest.mark.parametrize(
     ("params", "name"),
     [
