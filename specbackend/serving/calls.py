@@ -36,6 +36,7 @@ PARAMETER_TYPES = {
 MOST_VALUES = {"stop": 64, "bad_words": 64, "bias_words": 256, "bias_weights": 256}
 SAMPLING_FIELDS = (*(f.name for f in fields(SamplingParams)), *RETURN_LOGPROB, *GUIDE_OBJECTS)
 JSON_FIELDS = {spec.sets for spec in LLM_PARAMETERS if spec.dtype == "JSON"}
+MOST_PROMPT_LOGPROBS = 1 << 16  # written as JSON in that thread, too: a quarter of a second
 GUIDE_TYPES = {"json_schema": "json_schema", "regex": "regex", "ebnf_grammar": "ebnf"}  # TensorRT-LLM's
 AS_TEXT = ("stop", "bad_words", *GUIDES)  # of the vLLM backend's sampling_parameters; all else may be text of JSON
 VLLM_DEFAULTS = {"temperature": 1.0, "max_new_tokens": 16}  # where they differ from ours
@@ -175,9 +176,11 @@ class CallReader:
         input_ids = self._read_prompt(fields)
         params, names = self._read_params(fields)
         outputs = _read_outputs(fields, params, request.requested_output_names())
+        params = _with_logprobs(params, outputs)
+        check_prompt_logprobs(names.get("prompt_logprobs", "prompt_logprobs"), params, len(input_ids))
         return Call(
             input_ids,
-            _with_logprobs(params, outputs),
+            params,
             stream=fields.get("stream", False),
             echo="" if fields.get("exclude_input_in_output", True) else self._prompt_text(fields),
             outputs=outputs,
@@ -340,6 +343,14 @@ def _read_json(name: str, text: str, as_pairs: bool = False) -> Any:
         return json.loads(text, object_pairs_hook=list if as_pairs else None)
     except (ValueError, RecursionError):  # no JSON, absurdly long numbers; absurdly deep lists
         raise InvalidRequest(name, f"must be a number or JSON, got {text!r}") from None
+
+
+def check_prompt_logprobs(name: str, params: SamplingParams, prompt_length: int) -> None:
+    if params.prompt_logprobs is not None:
+        count = params.n * prompt_length * (params.prompt_logprobs + 1)
+        if count > MOST_PROMPT_LOGPROBS:
+            message = f"with this prompt these would be {count} numbers, at most {MOST_PROMPT_LOGPROBS} are served"
+            raise InvalidRequest(name, message)
 
 
 def check_packable(name: str, value: Any) -> None:

@@ -350,6 +350,13 @@ def test_answers_of_different_lengths_fit_only_into_responses_of_their_own(read)
         read(parameters={"n": 2}, outputs=["output_ids"])
 
 
+def test_too_many_prompt_logprobs_are_refused(read):
+    assert read(input_ids=[5] * 500, parameters={"prompt_logprobs": 20, "n": 6}).params.n == 6
+    for asked in ({"prompt_logprobs": 20}, {"return_logprob": True, "top_logprobs_num": 20, "logprob_start_len": 0}):
+        with pytest.raises(InvalidRequest, match=r"^(top|prompt)_logprobs(_num)?: .*73500 numbers, at most 65536"):
+            read(input_ids=[5] * 500, parameters={**asked, "n": 7})
+
+
 def test_what_the_engine_refuses_has_the_clients_name(read):
     call = read(
         num_draft_tokens=3,
