@@ -5,7 +5,6 @@ In-process for offline use and tests, in a process of its own behind Triton; the
 
 import random
 import sys
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,10 +21,11 @@ from specbackend.models.draft import DraftModel
 from specbackend.models.llama import LlamaModel
 from specbackend.models.model_config import ModelConfig
 from specbackend.models.registry import load_draft
-from specbackend.request import FinishReason, Request, Update
+from specbackend.offline import OfflineAnswer, Question, read_questions
+from specbackend.request import Request, Update
 from specbackend.runner import TargetRunner
 from specbackend.sampling.custom import load_processors
-from specbackend.sampling_params import SamplingParams
+from specbackend.sampling_params import check_neutral
 from specbackend.scheduler import Scheduler
 from specbackend.shadow import ShadowRuns
 from specbackend.speculative.decoder import Decoder
@@ -37,7 +37,6 @@ from specbackend.speculative.standalone import StandaloneDrafter
 from specbackend.speculative.tree_decoder import TreeDecoder
 from specbackend.speculative.tree_growth import TreeGrower, num_scratch_slots
 from specbackend.speculative.tree_shapes import tree_of
-from specbackend.text import TextStream
 from specbackend.tokenizer import Tokenizer
 
 
@@ -175,25 +174,45 @@ class Engine:
             shadow_tokens=shadows.totals.tokens,
         )
 
-    def generate(self, prompt=None, sampling_params=None, input_ids=None, stream=False):
+    def generate(
+        self,
+        prompt=None,
+        sampling_params=None,
+        input_ids=None,
+        return_logprob=False,
+        top_logprobs_num=0,
+        logprob_start_len=-1,
+        return_text_in_logprobs=False,
+        stream=False,
+        **others,
+    ):
         """Generate like SGLang's offline Engine.
 
-        prompt: str or list of str; or input_ids: list of int or list of lists. sampling_params: dict or list of dicts.
-        Returns one dict or a list of dicts {"text", "output_ids", "meta_info"}; with stream=True an iterator over such
-        dicts, each holding all of one answer so far ("index" tells which in meta_info).
+        prompt: str or list of str; or input_ids: list of int or list of lists. sampling_params, return_logprob and
+        the two below it: one for all prompts, or a list. Returns one dict, or if there are several prompts or answers
+        a list of dicts {"text", "output_ids", "meta_info"}, the answers to one prompt side by side; with stream=True
+        an iterator over such dicts, each holding all of one answer so far ("index" in meta_info tells which). SGLang's
+        other arguments are refused, unless they change nothing.
         """
+        for name, value in others.items():
+            check_neutral(name, value)
         single = isinstance(prompt, str) or (input_ids is not None and (not input_ids or isinstance(input_ids[0], int)))
         prompts = [self.tokenizer.encode(text) for text in _listed(prompt, single)] if input_ids is None else None
         prompts = prompts if prompts is not None else _listed(input_ids, single)
-        params = sampling_params or {}
-        params = params if isinstance(params, list) else [params] * len(prompts)
-        chunks = self._generate(prompts, [SamplingParams.from_dict(each) for each in params])
+        questions = read_questions(
+            self.tokenizer,
+            prompts,
+            sampling_params,
+            return_logprob=return_logprob,
+            top_logprobs_num=top_logprobs_num,
+            logprob_start_len=logprob_start_len,
+        )
+        growing = self._generate(questions, return_text_in_logprobs)
         if stream:
-            return chunks
-        results: list[dict] = [{}] * len(prompts)
-        for chunk in chunks:
-            results[chunk["meta_info"]["index"]] = chunk
-        return results[0] if single else results
+            return (answer.to_dict() for answer in growing)
+        whole = {answer.index: answer for answer in growing}
+        answers = [whole[index].to_dict() for index in sorted(whole)]
+        return answers[0] if single and len(answers) == 1 else answers
 
     def shutdown(self) -> None:
         """Drop all requests. The tensors go with the object."""
@@ -202,23 +221,27 @@ class Engine:
                 self.cancel(request.request_id)
         self.shadows.drop()
 
-    def _generate(self, prompts: list[list[int]], params: list[SamplingParams]) -> Iterator[dict]:
+    def _generate(self, questions: list[Question], with_texts: bool) -> Iterator[OfflineAnswer]:
+        """Each answer whenever it has grown."""
         if self.has_work:
             raise RuntimeError("generate: the engine is busy; finish or close the stream that is open")
-        answers = {
-            f"generate-{index}": _Answer(index, TextStream(self.tokenizer.decode, each.stop))
-            for index, each in enumerate(params)
-        }
+        answers: dict[str, OfflineAnswer] = {}
         try:
-            for request_id, ids, each in zip(answers, prompts, params, strict=True):
-                self.submit(Request(request_id, list(ids), each))
+            for question in questions:
+                for number in range(question.params.n):
+                    answer = OfflineAnswer(len(answers), question, self.tokenizer, with_texts)
+                    request_id = f"generate-{answer.index}"
+                    answers[request_id] = answer
+                    with question.in_callers_words():
+                        self.submit(Request(request_id, question.input_ids, question.params.of_answer(number)))
             while self.has_work:
                 for update in self.step():
                     answer = answers[update.request_id]
-                    answer.take(update)
+                    with answer.question.in_callers_words():
+                        answer.take(update)
                     if answer.stopped and not update.finished:
                         self.cancel(update.request_id)
-                    yield answer.to_dict()
+                    yield answer
         finally:  # a prompt was refused, or the caller has left the stream
             self.shutdown()
 
@@ -231,6 +254,8 @@ class Engine:
         for token in ids:
             if isinstance(token, bool) or not isinstance(token, int) or not 0 <= token < vocab:
                 raise InvalidRequest("input_ids", f"{token!r} is not an id of the vocabulary of {vocab}")
+        if request.params.n != 1:
+            raise InvalidRequest("n", "a request to the engine has one answer; `of_answer` gives each its own")
         request.params.check_vocabulary(vocab, self.model_config.eos_token_ids)
         if request.params.custom_params is not None and not self._processors:
             raise InvalidRequest("custom_params", "this server has no logits processors of its own (logits_processors)")
@@ -250,43 +275,6 @@ def serving_engine(**params) -> Engine:
     """An Engine beside a tritonserver on the same machine: unless told otherwise, it leaves one core to that."""
     engine_threads = max(1, torch.get_num_threads() - 1)
     return Engine(**{**params, "num_threads": params.get("num_threads") or engine_threads})
-
-
-class _Answer:
-    """One answer of `generate` as it grows."""
-
-    def __init__(self, index: int, text_stream: TextStream):
-        self.index, self._stream = index, text_stream
-        self.text, self.output_ids, self.stopped = "", [], False
-        self._update: Update | None = None
-        self._start = time.perf_counter()
-
-    def take(self, update: Update) -> None:
-        if update.failure:
-            raise InvalidRequest(update.failure.field, update.failure.message)
-        piece = self._stream.push(update.token_ids, last=update.finished)
-        self.text += piece.text
-        self.output_ids += piece.token_ids
-        self.stopped = self.stopped or piece.stopped
-        self._update = update
-
-    def to_dict(self) -> dict:
-        update = self._update
-        reason = FinishReason.STOP if self.stopped else update.finish_reason
-        return {
-            "text": self.text,
-            "output_ids": list(self.output_ids),
-            "meta_info": {
-                "index": self.index,
-                "prompt_tokens": update.prompt_tokens,
-                "completion_tokens": len(self.output_ids),
-                "cached_tokens": update.cached_tokens,
-                "finish_reason": reason.value if reason else None,
-                "spec_verify_ct": update.spec_verify_ct,
-                "accept_length": update.completion_tokens / max(update.spec_verify_ct, 1),
-                "e2e_latency": time.perf_counter() - self._start,
-            },
-        }
 
 
 def _listed(value, single: bool) -> list:

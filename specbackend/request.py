@@ -91,6 +91,7 @@ class Update:
     completion_tokens: int = 0
     cached_tokens: int = 0
     spec_verify_ct: int = 0
+    draft_tokens: int = 0  # verified so far
     logprobs: list[TokenLogprob] = field(default_factory=list)  # of token_ids, if asked for
     prompt_logprobs: list[TokenLogprob] = field(default_factory=list)  # of all but the first, on the first update
     failure: Failure | None = None  # on the last update, which says abort

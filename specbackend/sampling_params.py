@@ -1,8 +1,9 @@
 """What a client may say about how its tokens are picked and shown. No torch: the Triton adapter imports this file."""
 
+import json
 from collections import Counter
-from collections.abc import Iterable
-from dataclasses import dataclass, fields
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field, fields, replace
 from itertools import chain
 
 from specbackend.config import TREE
@@ -21,10 +22,58 @@ MOST_SEQUENCES = 64  # of one prompt
 ALIASES = {
     "max_tokens": "max_new_tokens",
     "min_tokens": "min_new_tokens",
+    "extra_args": "custom_params",
     "no_stop_trim": "include_stop_str_in_output",
     "sampling_seed": "seed",
 }
+# What vLLM (top_k, seed) or both (max_new_tokens) write for one of our values. None is the default everywhere else.
+OTHER_VALUES = {"top_k": (0, -1), "seed": (-1, None), "max_new_tokens": (None, UNLIMITED)}
+# SGLang's words for `logprobs` and `prompt_logprobs`, with what they are if nobody says them.
+RETURN_LOGPROB = {"return_logprob": False, "top_logprobs_num": 0, "logprob_start_len": -1}
 GUIDES = ("json_schema", "regex", "ebnf", "choice")
+# vLLM's objects that hold a guide, by their new name and the old, and the keys in them.
+GUIDE_OBJECTS = ("structured_outputs", "guided_decoding")
+VLLM_GUIDES = {"json": "json_schema", "regex": "regex", "grammar": "ebnf", "choice": "choice"}
+ANY_OBJECT = '{"type": "object"}'
+
+# The other parameters of vLLM's and SGLang's clients: the values that change nothing (None is one always), which pass,
+# and why all others are refused. README.md's table has them, too.
+NOT_SERVED: dict[str, tuple[tuple, str]] = {
+    # vLLM
+    "best_of": ((1,), "is gone from vLLM, too: ask for n answers and choose"),
+    "flat_logprobs": ((False,), "is a Python class of vLLM's"),
+    "prompt_logprob_token_ids": (([],), "logprobs are of the likeliest tokens"),
+    "prompt_logprob_start": ((0,), "logprobs are of the whole prompt"),
+    "logprob_token_ids": (([],), "logprobs are of the likeliest tokens"),
+    "detokenize": ((True,), "answers are text"),
+    "spaces_between_special_tokens": ((True,), "is the tokenizer's own affair"),
+    "output_kind": ((), "is what stream says"),
+    "stream_interval": ((), "is a parameter of the server"),
+    "skip_clone": ((False,), "is internal to vLLM"),
+    "logits_processors": (([],), "only the server's own run here, see custom_params"),
+    "truncate_prompt_tokens": ((-1,), "a prompt is used whole"),
+    "skip_reading_prefix_cache": ((False,), "the cache is the server's, see disable_radix_cache"),
+    "thinking_token_budget": ((-1,), "nothing here knows what is thought"),
+    "repetition_detection": (({},), "see frequency_penalty"),
+    "routed_experts_prompt_start": ((0,), "there are no experts"),
+    "trace_decode_token_ids": (([],), "tokens are the model's own"),
+    # SGLang
+    "stop_regex": (("", []), "stop strings are literal"),
+    "structural_tag": ((), "see json_schema, regex and ebnf"),
+    "token_ids_logprob": (([],), "logprobs are of the likeliest tokens"),
+    "custom_logit_processor": ((), "code from clients does not run here, see custom_params"),
+    "return_hidden_states": ((False,), "what is returned is tokens and their logprobs"),
+    "return_routed_experts": ((False,), "there are no experts"),
+    "return_entropy": ((False,), "what is returned is tokens and their logprobs"),
+    "require_reasoning": ((False,), "nothing here knows what is thought"),
+    "lora_path": ((), "there are no adapters"),
+    "session_params": (({},), "prefixes are cached without"),
+    "input_embeds": ((), "prompts are text or token ids"),
+    "image_data": (([],), "prompts are text or token ids"),
+    "video_data": (([],), "prompts are text or token ids"),
+    "audio_data": (([],), "prompts are text or token ids"),
+    "priority": ((0,), "who comes first is schedule_policy's to say"),
+}
 
 
 @dataclass(frozen=True)
@@ -66,7 +115,7 @@ class SamplingParams:
     ebnf: str | None = None  # derived from `root` of this grammar
     choice: tuple[str, ...] = ()  # one of these
     # for the server's own logits processors
-    custom_params: dict | None = None
+    custom_params: dict | None = field(default=None, hash=False)
     # what is told of the tokens
     logprobs: int | None = None  # of each token picked, and of so many alternatives; None: nothing
     prompt_logprobs: int | None = None  # the same of the prompt's tokens
@@ -89,8 +138,7 @@ class SamplingParams:
             if getattr(self, name) is not None:
                 _require_int(name, getattr(self, name), low=1, high=UNLIMITED)
         for flag in ("ignore_eos", "speculative", "include_stop_str_in_output", "skip_special_tokens"):
-            if not isinstance(getattr(self, flag), bool):
-                raise InvalidRequest(flag, f"must be a bool, got {getattr(self, flag)!r}")
+            _require_bool(flag, getattr(self, flag))
         self._check_filters()
         self._check_penalties()
         self._check_tokens()
@@ -159,37 +207,98 @@ class SamplingParams:
         name = next(n for n in ("allowed_token_ids", "bad_words_ids", "min_new_tokens") if getattr(self, n))
         raise InvalidRequest(name, "with bad_words_ids and min_new_tokens there may be no token left to pick")
 
+    def of_answer(self, index: int) -> "SamplingParams":
+        """What the engine is asked for the answer of this index: one answer, with a seed of its own."""
+        if self.n == 1:
+            return self
+        return replace(self, n=1, seed=None if self.seed is None else (self.seed + index) % (1 << 64))
+
     @classmethod
     def from_dict(cls, params: dict) -> "SamplingParams":
-        """Build from user input; names this class does not have are refused, lists become tuples."""
-        known = {f.name for f in fields(cls)}
-        values = {}
-        for name, value in params.items():
-            own = ALIASES.get(name, name)
-            if own not in known:
-                raise InvalidRequest(
-                    name, f"is not a supported sampling parameter (supported: {', '.join(sorted(known))})"
-                )
+        """Build from user input, lists become tuples. What is refused has the name that the user gave it."""
+        values, names = {}, {}
+        for name, own, value in in_our_words(params):
             if own in values and values[own] != value:
-                raise InvalidRequest(name, f"contradicts {own}, which is the same")
-            values[own] = value
-        for name in ("stop", "stop_token_ids", "allowed_token_ids", "choice"):
-            value = values.get(name, ())
-            if value is None:
-                values[name] = ()
-            elif isinstance(value, (list, tuple)):
-                values[name] = tuple(value)
-            else:
-                values[name] = (value,)
-        values["logit_bias"] = _bias_pairs(values.get("logit_bias"))
-        values["bad_words_ids"] = _sequences("bad_words_ids", values.get("bad_words_ids"))
-        return cls(**values)
+                raise InvalidRequest(name, f"contradicts {names[own]}, which is the same")
+            values[own], names[own] = value, name
+        try:
+            return cls(**_as_tuples(values))
+        except InvalidRequest as error:
+            raise InvalidRequest(names.get(error.field, error.field), error.message) from None
+
+
+def in_our_words(params: dict) -> Iterator[tuple[str, str, object]]:
+    """Each parameter that says something: the user's name, ours, and the value. Raises InvalidRequest for the rest."""
+    known = {f.name for f in fields(SamplingParams)}
+    for name, value in params.items():
+        own = ALIASES.get(name, name)
+        if own in NOT_SERVED:
+            check_neutral(name, value)
+        elif own in RETURN_LOGPROB:
+            continue
+        elif own in GUIDE_OBJECTS:
+            yield from _guide_in_our_words(name, value)
+        elif own not in known:
+            supported = ", ".join(sorted(known))
+            raise InvalidRequest(name, f"is not a supported sampling parameter (supported: {supported})")
+        elif own in OTHER_VALUES and (type(value), value) == (type(OTHER_VALUES[own][0]), OTHER_VALUES[own][0]):
+            yield name, own, OTHER_VALUES[own][1]
+        elif value is not None:
+            yield name, own, value
+    yield from _logprobs_in_our_words(params)
+
+
+def check_neutral(name: str, value: object) -> None:
+    """Raises InvalidRequest if a parameter that is not ours would change something."""
+    neutral, why = NOT_SERVED.get(name, ((), "it is unknown"))
+    if value is not None and value not in neutral:
+        raise InvalidRequest(name, f"is not supported: {why}")
+
+
+def _guide_in_our_words(name: str, value: object) -> Iterator[tuple[str, str, object]]:
+    if not isinstance(value, dict | None):
+        raise InvalidRequest(name, f"must be an object, got {value!r}")
+    for key, guide in (value or {}).items():
+        if key in VLLM_GUIDES and guide is not None:
+            yield name, VLLM_GUIDES[key], json.dumps(guide) if isinstance(guide, dict) else guide
+        elif key == "json_object" and guide is True:
+            yield name, "json_schema", ANY_OBJECT
+        elif guide not in (None, False):
+            raise InvalidRequest(name, f"{key} is not supported (supported: {', '.join(VLLM_GUIDES)}, json_object)")
+
+
+def _logprobs_in_our_words(params: dict) -> Iterator[tuple[str, str, object]]:
+    asked, top, start = (
+        default if params.get(name) is None else params[name] for name, default in RETURN_LOGPROB.items()
+    )
+    _require_bool("return_logprob", asked)
+    if start not in (-1, 0) or isinstance(start, bool):
+        raise InvalidRequest("logprob_start_len", f"must be -1 (the answer) or 0 (the prompt, too), got {start!r}")
+    for name, value in (("top_logprobs_num", top), ("logprob_start_len", start)):
+        if not asked and value != RETURN_LOGPROB[name]:
+            raise InvalidRequest(name, "says nothing without return_logprob")
+    if asked:
+        name = "top_logprobs_num" if "top_logprobs_num" in params else "return_logprob"
+        yield name, "logprobs", top
+        if start == 0:
+            yield name, "prompt_logprobs", top
+
+
+def _as_tuples(values: dict) -> dict:
+    values = dict(values)
+    for name in ("stop", "stop_token_ids", "allowed_token_ids", "choice"):
+        if name in values:
+            value = values[name]
+            values[name] = tuple(value) if isinstance(value, (list, tuple)) else (value,)
+    if "logit_bias" in values:
+        values["logit_bias"] = _bias_pairs(values["logit_bias"])
+    if "bad_words_ids" in values:
+        values["bad_words_ids"] = _sequences("bad_words_ids", values["bad_words_ids"])
+    return values
 
 
 def _bias_pairs(value: object) -> tuple[tuple[int, float], ...]:
     """{id: bias}, where JSON makes a string of the id, or pairs of the two."""
-    if value is None:
-        return ()
     pairs = list(value.items()) if isinstance(value, dict) else value
     if not isinstance(pairs, (list, tuple)) or not all(isinstance(p, (list, tuple)) and len(p) == 2 for p in pairs):
         raise InvalidRequest("logit_bias", f"must map token ids to numbers, got {value!r}")
@@ -206,11 +315,14 @@ def _whole_number(key: object) -> object:
 
 
 def _sequences(name: str, value: object) -> tuple[tuple[int, ...], ...]:
-    if value is None:
-        return ()
     if not isinstance(value, (list, tuple)) or not all(isinstance(word, (list, tuple)) for word in value):
         raise InvalidRequest(name, f"must be lists of token ids, got {value!r}")
     return tuple(tuple(word) for word in value)
+
+
+def _require_bool(name: str, value: object) -> None:
+    if not isinstance(value, bool):
+        raise InvalidRequest(name, f"must be a bool, got {value!r}")
 
 
 def _require_int(name: str, value: object, low: int, high: int, otherwise: str = "") -> None:

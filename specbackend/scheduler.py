@@ -200,6 +200,7 @@ class Scheduler:
             completion_tokens=len(request.output_ids),
             cached_tokens=request.num_cached,
             spec_verify_ct=request.spec_verify_ct,
+            draft_tokens=request.spec_verify_ct * (request.tree.num_nodes - 1) if request.tree else 0,
             logprobs=logprobs[: len(tokens)],
             prompt_logprobs=prompt_logprobs,
             failure=request.failure,

@@ -1,7 +1,11 @@
 """From token ids to text a client may see: only complete characters, never a part of a stop string. Pure Python."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
+
+from specbackend.request import FinishReason
+from specbackend.sampling_params import SamplingParams
 
 REPLACEMENT = "\ufffd"  # what decoders print for bytes that are no character, or not yet
 MAX_PENDING = 64  # tokens that may wait for a character to become complete; no character has more bytes than 4
@@ -50,18 +54,20 @@ class Detokenizer:
 class StopMatcher:
     """Finds the first stop string in text that arrives in pieces; where the pieces are cut makes no difference."""
 
-    def __init__(self, stops: Sequence[str]):
+    def __init__(self, stops: Sequence[str], keep: bool = False):
         self._stops = tuple(stops)
+        self._keep = keep  # a stop string that is found is text too
         self._held = ""
 
-    def push(self, text: str) -> tuple[str, bool]:
-        """Return the text in front of anything that is, or may become, a stop string, and whether one is complete."""
-        self._held += text
-        # the match that is complete first, as if characters came one by one; of those the longest
-        matches = [(start + len(stop), start) for stop in self._stops if (start := self._held.find(stop)) >= 0]
-        if matches:
-            _, start = min(matches)
-            return self._held[:start], True
+    def push(self, text: str, look: bool = True) -> tuple[str, bool]:
+        """Return the text in front of anything that is, or may become, a stop string, and whether one is complete.
+
+        With `look` false, no stop string ends in this text; one may begin in it.
+        """
+        known, self._held = len(self._held), self._held + text
+        if look and (match := self._first_match(known)):
+            start, end = match
+            return self._held[: end if self._keep else start], True
         safe = len(self._held) - self._partial_length()
         passed, self._held = self._held[:safe], self._held[safe:]
         return passed, False
@@ -70,6 +76,21 @@ class StopMatcher:
         """Return what was held back in case a stop string went on."""
         held, self._held = self._held, ""
         return held
+
+    def _first_match(self, known: int) -> tuple[int, int] | None:
+        """Where the match is that is complete first, as if characters came one by one; of several the longest.
+
+        It ends behind the first `known` characters.
+        """
+        ends = []
+        for stop in self._stops:
+            start = self._held.find(stop, max(known - len(stop) + 1, 0))
+            if start >= 0:
+                ends.append((start + len(stop), start))
+        if not ends:
+            return None
+        end, start = min(ends)
+        return start, end
 
     def _partial_length(self) -> int:
         """Length of the longest end of the held text that begins a stop string."""
@@ -91,32 +112,45 @@ class Piece:
 
 
 class TextStream:
-    """The text of one answer, from its tokens."""
+    """The text of one answer, from its tokens: what `params` say of special tokens and of the end. Source: vLLM.
 
-    def __init__(self, decode: Decode, stops: Sequence[str] = ()):
-        self._detokenizer = Detokenizer(decode)
-        self._matcher = StopMatcher(stops)
-        self._has_stops = bool(stops)
+    decode: also takes `skip_special_tokens`.
+    """
 
-    def push(self, token_ids: Sequence[int], last: bool = False) -> Piece:
-        """Take new tokens. With `last`, nothing is held back any more."""
-        if self._has_stops:
-            piece = self._push_each(token_ids)
-        else:
-            piece = Piece(self._detokenizer.push(token_ids), list(token_ids))
-        return self._flush(piece) if last and not piece.stopped else piece
+    def __init__(self, decode: Callable[..., str], params: SamplingParams):
+        self._detokenizer = Detokenizer(partial(decode, skip_special_tokens=params.skip_special_tokens))
+        self._matcher = StopMatcher(params.stop, keep=params.include_stop_str_in_output)
+        self._params = params
+        self._count = 0  # tokens so far
 
-    def _push_each(self, token_ids: Sequence[int]) -> Piece:
+    def push(self, token_ids: Sequence[int], last: FinishReason | None = None) -> Piece:
+        """Take new tokens. With `last`, why they are the last ones, nothing is held back any more."""
+        shown = list(token_ids)
+        if last is FinishReason.STOP and not self._params.include_stop_str_in_output:
+            shown = shown[:-1]  # the end token is no text, special or not
+        piece = self._push_each(shown) if self._params.stop else Piece(self._detokenizer.push(shown), shown)
+        if last is None or piece.stopped:
+            return piece
+        piece = self._flush(piece)
+        return piece if piece.stopped else replace(piece, token_ids=list(token_ids))
+
+    def _push_each(self, token_ids: list[int]) -> Piece:
         """One token at a time, so that the answer ends with the same token however many came at once."""
         passed = ""
         for count, token in enumerate(token_ids, start=1):
-            text, stopped = self._matcher.push(self._detokenizer.push([token]))
+            self._count += 1
+            text, stopped = self._matcher.push(self._detokenizer.push([token]), look=self._may_stop)
             passed += text
             if stopped:
-                return Piece(passed, list(token_ids[:count]), stopped=True)
-        return Piece(passed, list(token_ids))
+                return Piece(passed, token_ids[:count], stopped=True)
+        return Piece(passed, token_ids)
 
     def _flush(self, piece: Piece) -> Piece:
-        text, stopped = self._matcher.push(self._detokenizer.flush())
+        text, stopped = self._matcher.push(self._detokenizer.flush(), look=self._may_stop)
         rest = "" if stopped else self._matcher.flush()
         return Piece(piece.text + text + rest, piece.token_ids, stopped)
+
+    @property
+    def _may_stop(self) -> bool:
+        """The text of the first min_new_tokens tokens ends nothing."""
+        return self._count > self._params.min_new_tokens

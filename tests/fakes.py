@@ -15,8 +15,8 @@ import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from specbackend.config import EngineConfig
-from specbackend.errors import ConfigError, QueueFull
-from specbackend.request import Failure, FinishReason, Request, Update
+from specbackend.errors import ConfigError, InvalidRequest, QueueFull
+from specbackend.request import Failure, FinishReason, Request, TokenLogprob, Update
 
 SPECIALS = ("<|begin|>", "<|user|>", "<|assistant|>", "<|end|>")
 END_ID = 256 + SPECIALS.index("<|end|>")
@@ -24,6 +24,7 @@ VOCAB_SIZE = 256 + len(SPECIALS)
 CONTEXT_LENGTH = 512
 TOKENS_PER_STEP = 3
 UNLUCKY_SEED = 13  # a random_seed that the fake engine refuses
+LUCKY_SEED = 7  # a request's seed with which nothing fails
 CHAT_TEMPLATE = (
     "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
@@ -51,9 +52,16 @@ def save_byte_checkpoint(folder: Path) -> Path:
     return folder
 
 
-def fake_answer(input_ids: list[int], max_new_tokens: int) -> list[int]:
-    """The fake model repeats its prompt for ever."""
-    return [input_ids[i % len(input_ids)] for i in range(max_new_tokens)]
+def fake_answer(input_ids: list[int], max_new_tokens: int, seed: int | None = None) -> list[int]:
+    """The fake model repeats its prompt for ever, from the place that the seed says."""
+    return [input_ids[(i + (seed or 0)) % len(input_ids)] for i in range(max_new_tokens)]
+
+
+def fake_logprobs(input_ids: list[int], count: int | None) -> list[TokenLogprob]:
+    """Each token is less likely the larger it is, and the one before it would have been likelier."""
+    if count is None:
+        return []
+    return [TokenLogprob(t, -t / 8, 2, [(t - 1, -(t - 1) / 8), (t, -t / 8)][:count]) for t in input_ids]
 
 
 @dataclass(frozen=True)
@@ -91,6 +99,9 @@ class FakeEngine:
         return bool(self._requests)
 
     def submit(self, request: Request) -> None:
+        assert request.params.n == 1
+        if request.params.regex == "(":
+            raise InvalidRequest("regex", "is no regex")
         if len(self._requests) >= self.config.max_queued_requests:
             raise QueueFull("full")
         self._requests.append(request)
@@ -117,17 +128,21 @@ class FakeEngine:
             raise RuntimeError("the device is on fire")
         if prompt.startswith("hang"):
             time.sleep(3600)
-        if prompt.startswith("fail"):
+        if prompt.startswith("fail") and request.params.seed != LUCKY_SEED:
             request.finish_reason = FinishReason.ABORT
             failure = Failure("regex", "cannot go on")
             return Update(request.request_id, [], request.finish_reason, failure=failure)
         start, limit = len(request.output_ids), request.params.max_new_tokens
-        new = fake_answer(request.input_ids, limit)[start : start + TOKENS_PER_STEP]
+        new = fake_answer(request.input_ids, limit, request.params.seed)[start : start + TOKENS_PER_STEP]
         request.output_ids += new
         request.spec_verify_ct += 1
         request.finish_reason = FinishReason.LENGTH if len(request.output_ids) == limit else None
         counts = len(request.input_ids), len(request.output_ids), 0, request.spec_verify_ct
-        return Update(request.request_id, new, request.finish_reason, *counts)
+        logprobs = fake_logprobs(new, request.params.logprobs)
+        of_prompt = fake_logprobs(request.input_ids[1:], request.params.prompt_logprobs) if start == 0 else []
+        return Update(
+            request.request_id, new, request.finish_reason, *counts, logprobs=logprobs, prompt_logprobs=of_prompt
+        )
 
 
 class SlowEngine(FakeEngine):

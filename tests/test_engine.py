@@ -88,6 +88,95 @@ def test_answer_ends_where_the_context_does(engine):
     assert answer["meta_info"]["finish_reason"] == "length"
 
 
+def test_the_end_token_is_no_text_unless_asked_for(engine):
+    whole = engine.generate("Tom has 3 apples.", GREEDY)
+    params = {**GREEDY, "stop_token_ids": [whole["output_ids"][7]]}
+    without, with_it = (
+        engine.generate("Tom has 3 apples.", {**params, "no_stop_trim": each}) for each in (False, True)
+    )
+    assert without["output_ids"] == with_it["output_ids"]
+    decode = engine.tokenizer.decode
+    assert with_it["text"] == decode(with_it["output_ids"]) != without["text"] == decode(without["output_ids"][:-1])
+
+
+def test_stop_strings_wait_for_min_new_tokens_and_may_be_shown(engine):
+    whole = engine.generate("Tom has 3 apples.", GREEDY)
+    first = engine.tokenizer.decode(whole["output_ids"][:3])
+    stop = {**GREEDY, "stop": [first, whole["text"][-5:]]}
+    early = engine.generate("Tom has 3 apples.", {**stop, "include_stop_str_in_output": True})
+    assert early["text"] == first
+    late = engine.generate("Tom has 3 apples.", {**stop, "min_new_tokens": 5})
+    assert late["text"] == whole["text"][:-5] and late["meta_info"]["finish_reason"] == "stop"
+
+
+def test_several_answers_lie_side_by_side_and_have_seeds_of_their_own(engine):
+    params = {"max_new_tokens": 12, "temperature": 1.2, "ignore_eos": True}
+    prompts = ["Tom has 3 apples.", "x = 3"]
+    answers = engine.generate(prompts, {**params, "n": 3, "seed": 41})
+    assert [answer["meta_info"]["index"] for answer in answers] == list(range(6))
+    singly = [engine.generate(prompt, {**params, "seed": 41 + i}) for prompt in prompts for i in range(3)]
+    assert [answer["output_ids"] for answer in answers] == [answer["output_ids"] for answer in singly]
+    assert len({answer["text"] for answer in answers[:3]}) == 3
+    assert len(engine.generate("x = 3", {**params, "n": 2})) == 2
+    drawn = engine.generate("x = 3", {**params, "n": 3})
+    assert len({answer["text"] for answer in drawn}) == 3
+
+
+def test_several_answers_may_be_asked_for_per_prompt(engine):
+    params = [{**GREEDY, "max_new_tokens": 2, "n": n} for n in (1, 3)]
+    answers = engine.generate(["Tom has", "x = 3"], params)
+    assert [answer["meta_info"]["prompt_tokens"] for answer in answers] == [
+        len(engine.tokenizer.encode(text)) for text in ("Tom has", *["x = 3"] * 3)
+    ]
+
+
+def test_logprobs_are_of_the_tokens_that_are_shown(engine):
+    prompt, asked = "Tom has 3 apples.", {"return_logprob": True, "top_logprobs_num": 2, "logprob_start_len": 0}
+    whole = engine.generate(prompt, GREEDY, **asked)
+    ids, meta = engine.tokenizer.encode(prompt), whole["meta_info"]
+    assert [token for _, token, _ in meta["output_token_logprobs"]] == whole["output_ids"]
+    assert [token for _, token, _ in meta["input_token_logprobs"]] == ids
+    assert [top[0][:2] for top in meta["output_top_logprobs"]] == [e[:2] for e in meta["output_token_logprobs"]]
+    assert meta["input_top_logprobs"][0] is None and len(meta["input_top_logprobs"]) == len(ids)
+    stopped = engine.generate(prompt, {**GREEDY, "stop": whole["text"][10:14], "logprobs": 0})
+    entries = zip(stopped["meta_info"]["output_token_logprobs"], meta["output_token_logprobs"], strict=False)
+    assert all(mine == pytest.approx(theirs) for (mine, *_), (theirs, *_) in entries)
+    assert len(stopped["meta_info"]["output_token_logprobs"]) == len(stopped["output_ids"]) < 24
+
+
+def test_bad_words_are_not_said(engine):
+    whole = engine.generate("Tom has 3 apples.", GREEDY)["text"]
+    word = max(whole.split(), key=len)
+    assert word not in engine.generate("Tom has 3 apples.", {**GREEDY, "bad_words": [word]})["text"]
+
+
+def test_other_arguments_of_sglangs_pass_where_they_change_nothing(engine):
+    answer = engine.generate("Tom has", GREEDY, return_hidden_states=False, lora_path=None, image_data=[])
+    assert answer["text"] == engine.generate("Tom has", GREEDY)["text"]
+    for argument in ({"return_hidden_states": True}, {"lora_path": "x"}, {"temperature": 0.5}, {"nonsense": 1}):
+        with pytest.raises(InvalidRequest, match=f"^{next(iter(argument))}: is not supported"):
+            engine.generate("Tom has", GREEDY, **argument)
+
+
+@pytest.mark.parametrize(
+    ("params", "name"),
+    [
+        ({"bad_words": "x"}, "bad_words"),
+        ({"bad_words": ["x" * 10_000]}, "bad_words"),
+        ({"bad_words": ["x y z " * 12]}, "bad_words"),  # too many tokens, which is bad_words_ids' affair
+        ({"bad_words": ["x"], "bad_words_ids": [[1]]}, "bad_words"),
+        ({"bad_words": ["a"], "allowed_token_ids": "a"}, "allowed_token_ids"),
+        ({"max_tokens": 0}, "max_tokens"),
+        ({"sampling_seed": "x"}, "sampling_seed"),
+        ({"best_of": 2}, "best_of"),
+    ],
+    ids=str,
+)
+def test_refusals_have_the_callers_names(engine, params, name):
+    with pytest.raises(InvalidRequest, match=f"^{name}: "):
+        engine.generate("Tom has", params)
+
+
 @pytest.mark.parametrize(
     ("input_ids", "params", "field"),
     [
@@ -163,6 +252,12 @@ def test_full_queue_is_refused():
     with pytest.raises(QueueFull):
         engine.submit(Request("one too many", [1, 2], SamplingParams(max_new_tokens=1)))
     engine.shutdown()
+
+
+def test_a_request_of_several_answers_is_refused():
+    engine = Engine(model_path=str(DEMO_TARGET))
+    with pytest.raises(InvalidRequest, match=r"^n: "):
+        engine.submit(Request("two", [1, 2], SamplingParams(n=2)))
 
 
 @pytest.mark.parametrize(

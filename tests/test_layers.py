@@ -12,14 +12,14 @@ ROOT = Path(__file__).parents[1]
 LAYERS = [  # top to bottom
     ["model_repository"],
     ["specbackend.serving"],
-    ["specbackend.engine", "specbackend.Engine"],
+    ["specbackend.engine", "specbackend.Engine", "specbackend.offline"],
     ["specbackend.shadow"],
     ["specbackend.scheduler", "specbackend.speculative", "specbackend.runner"],
     ["specbackend.models", "specbackend.attention", "specbackend.sampling"],
     ["specbackend.cache"],
     [
         f"specbackend.{noun}"
-        for noun in ("config", "request", "sampling_params", "batch", "errors", "text", "tokenizer")
+        for noun in ("config", "request", "sampling_params", "batch", "errors", "text", "tokenizer", "words")
     ],
     ["specbackend.kernels"],
 ]
@@ -30,7 +30,7 @@ ONLY_IN = {  # a third-party package and the one place that may import it
 }
 INTEGERS_ONLY = ["specbackend.cache.radix_tree", "specbackend.cache.slots"]
 NO_TORCH_NOUNS = [
-    f"specbackend.{noun}" for noun in ("config", "request", "sampling_params", "errors", "text", "tokenizer")
+    f"specbackend.{noun}" for noun in ("config", "request", "sampling_params", "errors", "text", "tokenizer", "words")
 ]
 
 

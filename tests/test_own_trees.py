@@ -5,6 +5,7 @@ import pytest
 from specbackend import Engine
 from specbackend.config import TREE, EngineConfig, TreeShape
 from specbackend.errors import InvalidRequest
+from specbackend.request import Request
 from specbackend.sampling_params import SamplingParams
 from specbackend.speculative.tree_shapes import tree_of
 from tests.conftest import DEMO_EAGLE3, DEMO_TARGET
@@ -119,3 +120,12 @@ def test_refused_by_name(server, asked, field, told):
 )
 def test_what_is_not_asked_for_is_as_large_as_the_server_allows(asked, tree):
     assert tree_of(SamplingParams(**tree_params(*asked)), EngineConfig("m", **EAGLE3)) == tree
+
+
+@pytest.mark.parametrize(("asked", "drafted"), [((None, None, 4), 3), ((2, 1, None), 2), ((None, None, 1), 0)])
+def test_updates_tell_how_much_was_drafted(asked, drafted):
+    engine = make_engine(*SERVER)
+    engine.submit(Request("0", [1, 2, 3], SamplingParams(temperature=0, max_new_tokens=8, **tree_params(*asked))))
+    while engine.has_work:
+        updates = engine.step()
+    assert updates[0].draft_tokens == drafted * updates[0].spec_verify_ct

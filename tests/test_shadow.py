@@ -158,7 +158,7 @@ def test_plain_and_cancelled_requests_are_not_audited(make_engine):
 
 def test_stop_string_ends_an_answer_that_is_audited_as_far_as_it_went(make_engine):
     engine = make_engine()
-    params = {**SAMPLED, "seed": 3, "temperature": 0.0, "min_new_tokens": 12, "ignore_eos": False}
+    params = {**SAMPLED, "seed": 3, "temperature": 0.0, "min_new_tokens": 3, "ignore_eos": False}
     words = engine.generate(input_ids=PROMPTS[0], sampling_params=params)["text"].split()
     before = engine.stats()
     stopped = engine.generate(input_ids=PROMPTS[0], sampling_params={**params, "stop": " ".join(words[4:6])})

@@ -6,6 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from specbackend.request import FinishReason
+from specbackend.sampling_params import SamplingParams
 from specbackend.text import MAX_PENDING, REPLACEMENT, Detokenizer, StopMatcher, TextStream
 from tests.fakes import END_ID, byte_tokenizer
 
@@ -108,13 +110,17 @@ def test_stop_matcher_holds_back_only_what_may_become_a_stop_string():
     assert matcher.push("\n\nQ: next") == ("", True)
 
 
+def text_stream(**params) -> TextStream:
+    return TextStream(TOKENIZER.decode, SamplingParams(**params))
+
+
 @given(TEXTS.filter(bool), st.lists(st.integers(0, 100)), st.sampled_from([(), ("é",), ("b ", "€😀"), ("aa",)]))
 def test_text_stream_does_not_depend_on_the_pieces(text, cuts, stops):
-    whole = TextStream(TOKENIZER.decode, stops).push(encode(text), last=True)
-    stream, got, ids, stopped = TextStream(TOKENIZER.decode, stops), "", [], False
+    whole = text_stream(stop=stops).push(encode(text), last=FinishReason.LENGTH)
+    stream, got, ids, stopped = text_stream(stop=stops), "", [], False
     chunks = cut(encode(text), cuts)
     for number, chunk in enumerate(chunks, start=1):
-        piece = stream.push(chunk, last=number == len(chunks))
+        piece = stream.push(chunk, last=FinishReason.LENGTH if number == len(chunks) else None)
         got, ids, stopped = got + piece.text, ids + piece.token_ids, piece.stopped
         if stopped:
             break
@@ -122,13 +128,65 @@ def test_text_stream_does_not_depend_on_the_pieces(text, cuts, stops):
     assert not any(stop in got for stop in stops)
 
 
+@given(
+    st.text("abc", min_size=1, max_size=20),
+    st.lists(st.text("abc", min_size=1, max_size=4), min_size=1, max_size=3),
+    st.integers(0, 12),
+    st.booleans(),
+    st.lists(st.integers(0, 30)),
+)
+def test_stop_strings_equal_their_definition(text, stops, min_new_tokens, keep, cuts):
+    """One letter, one token: a stop string counts if its last letter comes after the first min_new_tokens."""
+    stream = text_stream(stop=tuple(stops), min_new_tokens=min_new_tokens, include_stop_str_in_output=keep)
+    got, ids, stopped = "", [], False
+    chunks = cut(encode(text), cuts)
+    for number, chunk in enumerate(chunks, start=1):
+        piece = stream.push(chunk, last=FinishReason.LENGTH if number == len(chunks) else None)
+        got, ids, stopped = got + piece.text, ids + piece.token_ids, piece.stopped
+        if stopped:
+            break
+    ends = [end for end in range(min_new_tokens + 1, len(text) + 1) if text[:end].endswith(tuple(stops))]
+    assert stopped == bool(ends)
+    end = ends[0] if ends else len(text)
+    start = min(end - len(stop) for stop in stops if text[:end].endswith(stop)) if ends else end
+    assert got == text[: end if keep else start]
+    assert ids == encode(text)[:end]
+
+
 def test_text_stream_ends_with_the_token_that_completes_the_stop_string():
-    piece = TextStream(TOKENIZER.decode, ["END"]).push(encode("abENDcd"))
+    piece = text_stream(stop=("END",)).push(encode("abENDcd"))
     assert (piece.text, piece.stopped) == ("ab", True)
     assert piece.token_ids == encode("abEND")
 
 
-@pytest.mark.parametrize("last", [False, True])
+@pytest.mark.parametrize("last", [None, FinishReason.LENGTH])
 def test_text_stream_shows_a_partial_stop_string_only_at_the_end(last):
-    piece = TextStream(TOKENIZER.decode, ["END"]).push(encode("abEN"), last=last)
+    piece = text_stream(stop=("END",)).push(encode("abEN"), last=last)
     assert piece.text == ("abEN" if last else "ab")
+
+
+@pytest.mark.parametrize("stop", [(), ("zzz",)])
+@pytest.mark.parametrize("end", [[END_ID], encode("c")], ids=["special", "letter"])
+@pytest.mark.parametrize(
+    ("params", "shown"),
+    [
+        ({}, {"special": "ab", "letter": "ab"}),
+        ({"skip_special_tokens": False}, {"special": "ab", "letter": "ab"}),
+        ({"include_stop_str_in_output": True}, {"special": "ab", "letter": "abc"}),
+        (
+            {"include_stop_str_in_output": True, "skip_special_tokens": False},
+            {"special": "ab<|end|>", "letter": "abc"},
+        ),
+    ],
+    ids=str,
+)
+def test_the_end_token_is_text_only_if_asked_for(stop, end, params, shown):
+    piece = text_stream(stop=stop, **params).push(encode("ab") + end, last=FinishReason.STOP)
+    assert piece.text == shown["special" if end == [END_ID] else "letter"]
+    assert piece.token_ids == encode("ab") + end
+
+
+def test_special_tokens_in_the_middle_are_text_only_if_asked_for():
+    ids = [*encode("a"), END_ID, *encode("b")]
+    assert text_stream().push(ids).text == "ab"
+    assert text_stream(skip_special_tokens=False).push(ids).text == "a<|end|>b"

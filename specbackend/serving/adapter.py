@@ -8,6 +8,7 @@ from typing import Any
 from specbackend.config import EngineConfig
 from specbackend.errors import ConfigError, InvalidRequest
 from specbackend.serving.calls import Call, CallReader, CancelCall
+from specbackend.serving.generation import Server
 from specbackend.serving.metrics import Metrics
 from specbackend.serving.responder import Arrival, Responder
 from specbackend.serving.supervisor import ENGINE_COMMAND, EngineSupervisor
@@ -32,14 +33,8 @@ class Adapter:
         supervisor = EngineSupervisor(config.to_params(), config.watchdog_timeout, engine_command)
         limits = supervisor.start()
         self._reader = CallReader(tokenizer, limits)
-        self._responder = Responder(
-            supervisor,
-            tokenizer.decode,
-            config.max_queued_requests,
-            config.stream_interval,
-            limits.num_draft_tokens,
-            metrics,
-        )
+        server = Server(tokenizer.decode, config.stream_interval)
+        self._responder = Responder(supervisor, server, config.max_queued_requests, metrics)
 
     def execute(self, requests: Iterable[Any]) -> None:
         """Read the requests and hand them to the response thread, errors too. Does not wait for any answer."""

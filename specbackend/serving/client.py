@@ -26,7 +26,7 @@ RESPONSE_TIMEOUT_S = 120.0
 class Answer:
     """What a client got."""
 
-    text: str = ""
+    texts: dict[int, str] = field(default_factory=lambda: {0: ""})  # by sequence_index
     responses: list[dict[str, Any]] = field(default_factory=list)
     error: str | None = None
     cancelled: bool = False  # by ourselves
@@ -35,7 +35,14 @@ class Answer:
     def add(self, outputs: dict[str, Any]) -> None:
         self.responses.append(outputs)
         self.times.append(time.monotonic())
-        self.text += outputs.get("text_output", "")
+        indices, texts = _listed(outputs.get("sequence_index", 0)), _listed(outputs.get("text_output", ""))
+        for index, text in zip(indices, texts, strict=True):
+            self.texts[index] = self.texts.get(index, "") + text
+
+    @property
+    def text(self) -> str:
+        """Of the only answer, or the first."""
+        return self.texts[0]
 
 
 Client = Callable[..., Answer]
@@ -171,8 +178,7 @@ def _tensors(inputs: Mapping[str, Any]) -> list[grpc_client.InferInput]:
 
 
 def _tensor(spec: Input, value: Any) -> grpc_client.InferInput:
-    row = value if isinstance(value, list) else [value]
-    array = np.array([[v.encode() if isinstance(v, str) else v for v in row]], NUMPY_TYPES[spec.dtype])
+    array = np.array([[v.encode() if isinstance(v, str) else v for v in _listed(value)]], NUMPY_TYPES[spec.dtype])
     tensor = grpc_client.InferInput(spec.name, list(array.shape), "BYTES" if spec.dtype == "STRING" else spec.dtype)
     tensor.set_data_from_numpy(array)
     return tensor
@@ -180,6 +186,10 @@ def _tensor(spec: Input, value: Any) -> grpc_client.InferInput:
 
 def _outputs(result: grpc_client.InferResult) -> dict[str, Any]:
     return {output.name: _value(result.as_numpy(output.name)) for output in result.get_response().outputs}
+
+
+def _listed(value: Any) -> list:
+    return value if isinstance(value, list) else [value]
 
 
 def _value(array: np.ndarray) -> Any:

@@ -1,12 +1,19 @@
 """One call on its way: from the engine's updates to the outputs of its responses. Knows neither sockets nor Triton."""
 
+import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from functools import cached_property, lru_cache
 
-from specbackend.request import FinishReason, Update
+from specbackend.request import FinishReason, TokenLogprob, Update
+from specbackend.sampling_params import SamplingParams
 from specbackend.serving.calls import Call
 from specbackend.text import Piece, TextStream
+
+Outputs = dict[str, object]  # by name
+OF_THE_CALL = ("num_input_tokens",)  # the same for each of its answers, so one value is sent for all
+LEAST_LOGPROB = -9999.0  # JSON has no infinity; vLLM's server says so, too
 
 
 @dataclass
@@ -15,76 +22,121 @@ class Unsent:
 
     text: str = ""
     token_ids: list[int] = field(default_factory=list)
+    logprobs: list[TokenLogprob] = field(default_factory=list)
     num_updates: int = 0
 
-    def add(self, piece: Piece) -> None:
+    def add(self, piece: Piece, logprobs: list[TokenLogprob]) -> None:
         self.text += piece.text
         self.token_ids += piece.token_ids
+        self.logprobs += logprobs[: len(piece.token_ids)]
         self.num_updates += 1
 
 
-class Generation:
-    """The answer to one call as it grows. `finish_reason` is set with the last response."""
+class TokenTexts:
+    """What single tokens look like. Remembered, for every token may be named over and over."""
 
-    def __init__(
-        self,
-        request_id: str,
-        call: Call,
-        decode: Callable[[Sequence[int]], str],
-        stream_interval: int = 1,
-        num_draft_tokens: int = 0,
-    ):
-        self.request_id = request_id  # our own: clients' ids may collide
-        self.call = call
+    def __init__(self, decode: Callable[..., str]):
+        self.text = lru_cache(1 << 17)(lambda token: decode([token], skip_special_tokens=False))
+
+    def to_json(self, logprobs: Iterable[TokenLogprob | None]) -> str:
+        """As the vLLM backend has it: for each place the token and the likeliest ones there."""
+        return json.dumps([each and self._entries(each) for each in logprobs])
+
+    def _entries(self, each: TokenLogprob) -> dict[int, dict]:
+        ranked = {token: (logprob, rank) for rank, (token, logprob) in enumerate(each.top, start=1)}
+        ranked = {each.token_id: (each.logprob, each.rank), **ranked}
+        return {
+            token: {"logprob": max(logprob, LEAST_LOGPROB), "rank": rank, "decoded_token": self.text(token)}
+            for token, (logprob, rank) in ranked.items()
+        }
+
+
+@dataclass(frozen=True)
+class Server:
+    """What is the same for all calls."""
+
+    decode: Callable[..., str]  # takes token ids and skip_special_tokens
+    stream_interval: int = 1
+
+    @cached_property
+    def texts(self) -> TokenTexts:
+        return TokenTexts(self.decode)
+
+
+class Answer:
+    """One answer to a call as it grows. `finish_reason` is set with its last outputs."""
+
+    def __init__(self, index: int, call: Call, server: Server):
+        self.index = index
+        self.params = call.params.of_answer(index)
         self.finish_reason: FinishReason | None = None
-        self._text = TextStream(decode, call.params.stop)
+        self._call = call
+        self._server = server
+        self._text = TextStream(server.decode, self.params)
         self._unsent = Unsent(text=call.echo)
-        self._stream_interval = stream_interval
-        self._drafted_per_step = max(num_draft_tokens - 1, 0) if call.params.speculative else 0
-        self._update = Update(request_id, [], prompt_tokens=len(call.input_ids))
+        self._update = Update("", [], prompt_tokens=len(call.input_ids))
+        self._prompt_logprobs: list[TokenLogprob] = []  # of all but the first
+        self._cum_logprob = 0.0
         self._started = False
         self._first_token_ns = self._last_token_ns = 0
 
-    def advance(self, update: Update) -> dict[str, object] | None:
+    def advance(self, update: Update) -> Outputs | None:
         """Take an update. Returns the outputs to send now, None if there is nothing to send yet."""
         self._note_time()
         self._update = update
-        piece = self._text.push(update.token_ids, last=update.finished)
-        self._unsent.add(piece)
+        self._prompt_logprobs += update.prompt_logprobs
+        piece = self._text.push(update.token_ids, last=update.finish_reason)
+        self._unsent.add(piece, update.logprobs)
         self.finish_reason = FinishReason.STOP if piece.stopped else update.finish_reason
         if self.finish_reason or self._is_due():
             return self._take_outputs()
         return None
 
-    def abort(self) -> dict[str, object]:
-        """End here; returns the outputs of the last response."""
-        self._unsent.add(self._text.push([], last=True))
+    def abort(self) -> Outputs:
+        """End here; returns the last outputs."""
         self.finish_reason = FinishReason.ABORT
+        self._unsent.add(self._text.push([], last=self.finish_reason), [])
         return self._take_outputs()
 
     def _is_due(self) -> bool:
-        interval = self._stream_interval if self._started else 1
-        return self.call.stream and bool(self._unsent.text) and self._unsent.num_updates >= interval
+        interval = self._server.stream_interval if self._started else 1
+        return self._call.stream and bool(self._unsent.text) and self._unsent.num_updates >= interval
 
     def _note_time(self) -> None:
         self._last_token_ns = time.monotonic_ns()
         self._first_token_ns = self._first_token_ns or self._last_token_ns
 
-    def _take_outputs(self) -> dict[str, object]:
-        unsent, self._unsent, self._started = self._unsent, Unsent(), True
+    def _take_outputs(self) -> Outputs:
+        unsent, self._unsent = self._unsent, Unsent()
         values = {
             "text_output": unsent.text,
             "output_ids": unsent.token_ids,
-            "num_input_tokens": len(self.call.input_ids),
+            "num_input_tokens": len(self._call.input_ids),
             "num_output_tokens": len(unsent.token_ids),
+            "sequence_index": self.index,
+            **self._logprob_outputs(unsent.logprobs),
         }
         if self.finish_reason:
             values |= {"finish_reason": self.finish_reason.value, **self._perf_metrics()}
-        return {name: value for name, value in values.items() if name in self.call.outputs}
+        self._started = True
+        return {name: value for name, value in values.items() if name in self._call.outputs}
 
-    def _perf_metrics(self) -> dict[str, object]:
-        tokens, steps = self._update.completion_tokens, self._update.spec_verify_ct
-        drafted = steps * self._drafted_per_step
+    def _logprob_outputs(self, logprobs: list[TokenLogprob]) -> Outputs:
+        new = [each.logprob for each in logprobs]
+        self._cum_logprob += sum(new)
+        outputs = {"output_log_probs": [new], "cum_log_probs": self._cum_logprob}
+        if "logprobs" in self._call.outputs:
+            outputs["logprobs"] = self._server.texts.to_json(logprobs)
+        if "prompt_logprobs" in self._call.outputs and not self._started:
+            outputs["prompt_logprobs"] = self._server.texts.to_json([None, *self._prompt_logprobs])
+        return outputs
+
+    def _perf_metrics(self) -> Outputs:
+        tokens, steps, drafted = (
+            self._update.completion_tokens,
+            self._update.spec_verify_ct,
+            self._update.draft_tokens,
+        )
         # the prefill gives the first token and every step one of the target's own; the others were drafted
         accepted = max(tokens - 1 - steps, 0) if drafted else 0
         return {
@@ -95,7 +147,60 @@ class Generation:
             "total_accepted_draft_tokens": accepted,
             "total_draft_tokens": drafted,
             "num_spec_steps": steps,
-            "arrival_time_ns": self.call.arrival_ns,
+            "arrival_time_ns": self._call.arrival_ns,
             "first_token_time_ns": self._first_token_ns,
             "last_token_time_ns": self._last_token_ns,
         }
+
+
+class Generation:
+    """All answers to one call. Each is a request to the engine, whose id begins with the call's.
+
+    With `stream` a response is about one answer, else one response has them all, side by side.
+    """
+
+    def __init__(self, call_id: str, call: Call, server: Server):
+        self.call_id = call_id  # our own: clients' ids may collide
+        self.call = call
+        self._answers = {f"{call_id}.{index}": Answer(index, call, server) for index in range(call.params.n)}
+        self._finished: dict[int, Outputs] = {}  # without `stream`: the outputs, by the answer's index
+
+    @staticmethod
+    def call_id_of(request_id: str) -> str:
+        return request_id.partition(".")[0]
+
+    @property
+    def open(self) -> dict[str, SamplingParams]:
+        """The requests to the engine that are not answered to the end, by id."""
+        return {
+            request_id: self._answers[request_id].params for request_id in self._answers if self.is_open(request_id)
+        }
+
+    @property
+    def is_over(self) -> bool:
+        return not any(map(self.is_open, self._answers))
+
+    def is_open(self, request_id: str) -> bool:
+        return self._answers[request_id].finish_reason is None
+
+    def advance(self, update: Update) -> Outputs | None:
+        """Take an update of an open request. Returns the outputs to send now; those of the last are the call's last."""
+        answer = self._answers[update.request_id]
+        outputs = answer.advance(update)
+        return outputs if outputs is None else self._gather(answer.index, outputs)
+
+    def abort(self) -> list[Outputs]:
+        """End here; returns the outputs of the last responses."""
+        left = [self._answers[request_id] for request_id in self.open]
+        responses = [self._gather(answer.index, answer.abort()) for answer in left]
+        return [outputs for outputs in responses if outputs is not None]
+
+    def _gather(self, index: int, outputs: Outputs) -> Outputs | None:
+        """Without `stream`, keep an answer's outputs until all are there."""
+        if self.call.stream or len(self._answers) == 1:
+            return outputs
+        self._finished[index] = outputs
+        if not self.is_over:
+            return None
+        rows = [self._finished[index] for index in range(len(self._answers))]
+        return {name: value if name in OF_THE_CALL else [row[name] for row in rows] for name, value in outputs.items()}

@@ -9,14 +9,13 @@ import os
 import queue
 import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
-from specbackend.errors import InvalidRequest
 from specbackend.request import Update
 from specbackend.serving.calls import Call, CancelCall
 from specbackend.serving.errors import Cancelled, Unavailable
-from specbackend.serving.generation import Generation
+from specbackend.serving.generation import Generation, Server
 from specbackend.serving.metrics import PUBLISH_INTERVAL_S, Metrics
 from specbackend.serving.protocol import Cancel, Message, Ready, Rejected, Step, Submit
 from specbackend.serving.supervisor import EngineDown, EngineSupervisor, wait_readable
@@ -58,17 +57,13 @@ class Responder:
     def __init__(
         self,
         supervisor: EngineSupervisor,
-        decode: Callable[[Sequence[int]], str],
+        server: Server,
         max_queued_requests: int = 1024,
-        stream_interval: int = 1,
-        num_draft_tokens: int = 0,
         metrics: Metrics | None = None,
     ):
         self._supervisor = supervisor
-        self._decode = decode
+        self._server = server
         self._max_queued_requests = max_queued_requests
-        self._stream_interval = stream_interval
-        self._num_draft_tokens = num_draft_tokens
         self._metrics = metrics
         self._stats: dict[str, float] = {}  # not published yet
         self._streams: dict[str, Stream] = {}  # by our own id
@@ -145,25 +140,30 @@ class Responder:
                 arrival.sender.fail(error)
 
     def _begin(self, sender: Sender, call: Call) -> None:
-        request_id = str(next(self._ids))
-        generation = Generation(request_id, call, self._decode, self._stream_interval, self._num_draft_tokens)
-        stream = Stream(generation, sender)
+        call_id = str(next(self._ids))
+        if not self._supervisor.ready and self._num_open() + call.params.n > self._max_queued_requests:
+            sender.fail(Unavailable(QUEUE_FULL))  # while the engine restarts, they wait here
+            return
+        self._streams[call_id] = stream = Stream(Generation(call_id, call, self._server), sender)
         if self._supervisor.ready:
             self._submit(stream)
-        elif len(self._streams) >= self._max_queued_requests:  # while the engine restarts, they wait here
-            sender.fail(Unavailable(QUEUE_FULL))
-            return
-        self._streams[request_id] = stream
+
+    def _num_open(self) -> int:
+        return sum(len(stream.generation.open) for stream in self._streams.values())
 
     def _submit(self, stream: Stream) -> None:
-        self._supervisor.send(Submit(stream.generation.request_id, stream.call.input_ids, stream.call.params))
-        stream.submitted = True
+        stream.submitted = True  # of several answers some may be on their way when this fails
+        for request_id, params in stream.generation.open.items():
+            self._supervisor.send(Submit(request_id, stream.call.input_ids, params))
 
     def _cancel(self, client_id: str) -> None:
         for stream in [stream for stream in self._streams.values() if stream.call.client_id == client_id]:
             with stream.sender.guard():
                 self._drop(stream)
-                stream.sender.send(stream.generation.abort(), final=True)
+                *others, last = stream.generation.abort()
+                for outputs in others:
+                    stream.sender.send(outputs, final=False)
+                stream.sender.send(last, final=True)
 
     # ---- from the engine
 
@@ -187,30 +187,37 @@ class Responder:
             self._advance(update)
 
     def _advance(self, update: Update) -> None:
-        stream = self._streams.get(update.request_id)
+        stream = self._stream_of(update.request_id)
         if stream is None or stream.sender.is_done:  # dropped while the update was on its way, or about to be
             return
         with stream.sender.guard():
             if update.failure:
-                self._drop(stream, tell_engine=False)
-                stream.sender.fail(InvalidRequest(update.failure.field, update.failure.message))
+                self._drop(stream)
+                stream.sender.fail(stream.call.refusal(update.failure.field, update.failure.message))
                 return
             outputs = stream.generation.advance(update)
-            final = stream.generation.finish_reason is not None
+            final = stream.generation.is_over
             if final:
-                self._drop(stream, tell_engine=not update.finished)
+                del self._streams[stream.generation.call_id]
+            if not update.finished and not stream.generation.is_open(update.request_id):
+                self._supervisor.send(Cancel(update.request_id))
             if outputs is not None:
                 stream.sender.send(outputs, final)
 
     def _reject(self, rejected: Rejected) -> None:
-        stream = self._streams.get(rejected.request_id)
+        stream = self._stream_of(rejected.request_id)
         if stream is None:
             return
         with stream.sender.guard():
-            self._drop(stream, tell_engine=False)
+            self._drop(stream)
             queue_full = rejected.field is None
-            error = Unavailable(QUEUE_FULL) if queue_full else InvalidRequest(rejected.field, rejected.message)
+            error = Unavailable(QUEUE_FULL) if queue_full else stream.call.refusal(rejected.field, rejected.message)
             stream.sender.fail(error)
+
+    def _stream_of(self, request_id: str) -> Stream | None:
+        """None if its call is over, or this answer to it."""
+        stream = self._streams.get(Generation.call_id_of(request_id))
+        return stream if stream is not None and stream.generation.is_open(request_id) else None
 
     def _fail_streams(self, reason: str, only_submitted: bool = False) -> None:
         """Answer UNAVAILABLE. Those not submitted can wait for the next engine, unless it fails to start."""
@@ -238,10 +245,11 @@ class Responder:
         return "Request was cancelled" if stream.sender.is_cancelled() else None
 
     def _drop(self, stream: Stream, tell_engine: bool = True) -> None:
-        """Forget a stream, and let the engine forget it."""
-        del self._streams[stream.generation.request_id]
+        """Forget a stream, and let the engine forget what is left of it; ids that it does not know are no matter."""
+        del self._streams[stream.generation.call_id]
         if tell_engine and stream.submitted:
-            self._supervisor.send(Cancel(stream.generation.request_id))
+            for request_id in stream.generation.open:
+                self._supervisor.send(Cancel(request_id))
 
     def _publish(self) -> None:
         stats, self._stats = self._stats, {}

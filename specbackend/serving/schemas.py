@@ -6,6 +6,8 @@ The config.pbtxt files repeat them: `python -m specbackend.serving.schemas MODEL
 import sys
 from dataclasses import dataclass
 
+from specbackend.sampling_params import ALIASES, NOT_SERVED
+
 ANY = None  # every value is neutral
 
 
@@ -18,10 +20,11 @@ class Input:
     """
 
     name: str
-    dtype: str  # as in config.pbtxt, without TYPE_; JSON for a parameter that stands for a list or an object
+    dtype: str  # as in config.pbtxt, without TYPE_; of a parameter also JSON, a list or an object, or ANY
     dims: tuple[int, ...] = (1,)
     sets: str | None = None
     neutral: tuple | None = ()
+    why: str = ""  # other values are refused
 
 
 @dataclass(frozen=True)
@@ -32,6 +35,7 @@ class Output:
     dtype: str
     dims: tuple[int, ...] = (1,)
     asked_by: str | None = None  # None: declared, never sent
+    ragged: bool = False  # as long as the answer, so that several answers do not fit side by side
 
 
 ALWAYS = "always"
@@ -63,11 +67,15 @@ LLM_INPUTS = (
     Input("embedding_bias_weights", "FP32", LIST, sets="bias_weights"),
     Input("seed", "UINT64", sets="seed"),
     Input("random_seed", "UINT64", sets="seed"),
+    Input("guided_decoding_guide_type", "STRING", sets="guide_type"),  # json, json_schema, regex or ebnf_grammar
+    Input("guided_decoding_guide", "STRING", sets="guide"),
     Input("num_draft_tokens", "INT32", sets="num_draft_tokens"),  # 0: no speculation for this request
+    Input("num_return_sequences", "INT32", sets="n"),
     # the answer
     Input("stream", "BOOL", sets="stream"),
     Input("streaming", "BOOL", sets="stream"),
     Input("exclude_input_in_output", "BOOL", sets="exclude_input_in_output"),  # absent: true
+    Input("return_log_probs", "BOOL", sets="return_log_probs"),
     Input("return_finish_reason", "BOOL", sets="return_finish_reason"),
     Input("return_output_ids", "BOOL", sets="return_output_ids"),
     Input("return_num_input_tokens", "BOOL", sets="return_num_input_tokens"),
@@ -80,12 +88,8 @@ LLM_INPUTS = (
     Input("len_penalty", "FP32", neutral=ANY),
     Input("pad_id", "INT32", neutral=ANY),  # answers are not padded
     Input("beam_width", "INT32", neutral=(1,)),
-    Input("num_return_sequences", "INT32", neutral=(1,)),
-    Input("return_log_probs", "BOOL", neutral=(False,)),
     Input("return_context_logits", "BOOL", neutral=(False,)),
     Input("return_generation_logits", "BOOL", neutral=(False,)),
-    Input("guided_decoding_guide_type", "STRING", neutral=("",)),
-    Input("guided_decoding_guide", "STRING", neutral=("",)),
     Input("use_draft_logits", "BOOL", neutral=(False,)),
     Input("decoder_text_input", "STRING", neutral=("",)),
     Input("prompt_embedding_table", "FP16", (-1, -1)),
@@ -102,22 +106,45 @@ LLM_INPUTS = (
 
 # Request parameters beside the tensors' names: SGLang's sampling parameters, and what Triton's front ends add. JSON is
 # a number, or text that holds a list or an object.
-LLM_PARAMETERS = (
+SAMPLING_PARAMETERS = (
     Input("max_new_tokens", "INT64", sets="max_new_tokens"),
     Input("stop", "STRING", sets="stop"),  # a string here, as SGLang's users expect; the tensor of this name cancels
     Input("stop_token_ids", "JSON", sets="stop_token_ids"),
     Input("ignore_eos", "BOOL", sets="ignore_eos"),
+    Input("n", "INT64", sets="n"),
     Input("speculative", "BOOL", sets="speculative"),
+    Input("speculative_num_steps", "INT64", sets="speculative_num_steps"),
+    Input("speculative_eagle_topk", "INT64", sets="speculative_eagle_topk"),
+    Input("speculative_num_draft_tokens", "INT64", sets="speculative_num_draft_tokens"),
     Input("min_new_tokens", "INT64", sets="min_new_tokens"),
     Input("min_p", "FP64", sets="min_p"),
     Input("logit_bias", "JSON", sets="logit_bias"),  # {"id": bias}
     Input("allowed_token_ids", "JSON", sets="allowed_token_ids"),
     Input("bad_words_ids", "JSON", sets="bad_words_ids"),  # lists of ids
+    Input("json_schema", "STRING", sets="json_schema"),
+    Input("regex", "STRING", sets="regex"),
+    Input("ebnf", "STRING", sets="ebnf"),
+    Input("choice", "JSON", sets="choice"),
+    Input("structured_outputs", "JSON", sets="structured_outputs"),
+    Input("guided_decoding", "JSON", sets="guided_decoding"),
+    Input("custom_params", "JSON", sets="custom_params"),
+    Input("logprobs", "INT64", sets="logprobs"),
+    Input("prompt_logprobs", "INT64", sets="prompt_logprobs"),
+    Input("return_logprob", "BOOL", sets="return_logprob"),
+    Input("top_logprobs_num", "INT64", sets="top_logprobs_num"),
+    Input("logprob_start_len", "INT64", sets="logprob_start_len"),
+    Input("include_stop_str_in_output", "BOOL", sets="include_stop_str_in_output"),
+    Input("skip_special_tokens", "BOOL", sets="skip_special_tokens"),
+)
+_TENSOR_NAMES = {spec.name for spec in LLM_INPUTS}
+_TYPES = {spec.sets: spec.dtype for spec in (*LLM_INPUTS, *SAMPLING_PARAMETERS)}
+
+LLM_PARAMETERS = (
+    *SAMPLING_PARAMETERS,
+    *(Input(name, _TYPES[own], sets=own) for name, own in ALIASES.items() if name not in _TENSOR_NAMES),
+    *(Input(name, "ANY", neutral=neutral, why=why) for name, (neutral, why) in NOT_SERVED.items()),
+    Input("sampling_parameters", "STRING", sets="sampling_parameters"),  # JSON of vLLM's, with its defaults
     Input("timeout", "INT64", sets="timeout"),  # microseconds
-    Input("n", "INT64", neutral=(1,)),
-    Input("skip_special_tokens", "BOOL", neutral=(True,)),
-    Input("spaces_between_special_tokens", "BOOL", neutral=ANY),
-    Input("priority", "INT64", neutral=(0,)),
     Input("id", "STRING", neutral=ANY),  # generate's request id; read from the request itself
     Input("triton_enable_empty_final_response", "BOOL", neutral=ANY),
     Input("binary_data_output", "BOOL", neutral=ANY),
@@ -126,30 +153,35 @@ LLM_PARAMETERS = (
     Input("sequence_end", "BOOL", neutral=ANY),
 )
 
+# Without `stream` and with n above 1, a LIST has an element for each answer.
 LLM_OUTPUTS = (
-    Output("text_output", "STRING", asked_by=ALWAYS),  # what is new when streaming, else all
-    Output("finish_reason", "STRING", asked_by="return_finish_reason"),  # stop, length, abort; on the last response
-    Output("output_ids", "INT32", LIST, asked_by="return_output_ids"),
+    Output("text_output", "STRING", LIST, asked_by=ALWAYS),  # what is new when streaming, else all
+    Output("finish_reason", "STRING", LIST, asked_by="return_finish_reason"),  # stop, length, abort; at an answer's end
+    Output("output_ids", "INT32", LIST, asked_by="return_output_ids", ragged=True),
     Output("num_input_tokens", "INT32", asked_by="return_num_input_tokens"),
-    Output("num_output_tokens", "INT32", asked_by="return_num_output_tokens"),  # in this response
-    # on the last response
-    Output("num_cached_tokens", "INT32", asked_by="return_perf_metrics"),
-    Output("kv_cache_reused_blocks", "INT32", asked_by="return_perf_metrics"),  # the same: a block is one token
-    Output("acceptance_length", "FP32", asked_by="return_perf_metrics"),  # tokens per verification, bonus included
-    Output("acceptance_rate", "FP32", asked_by="return_perf_metrics"),  # accepted of all drafted
-    Output("total_accepted_draft_tokens", "INT32", asked_by="return_perf_metrics"),
-    Output("total_draft_tokens", "INT32", asked_by="return_perf_metrics"),
-    Output("num_spec_steps", "INT32", asked_by="return_perf_metrics"),
-    Output("arrival_time_ns", "INT64", asked_by="return_perf_metrics"),  # of the machine's monotonic clock
-    Output("first_token_time_ns", "INT64", asked_by="return_perf_metrics"),
-    Output("last_token_time_ns", "INT64", asked_by="return_perf_metrics"),
+    Output("num_output_tokens", "INT32", LIST, asked_by="return_num_output_tokens"),  # in this response
+    Output("sequence_index", "INT32", LIST, asked_by="n"),  # of the answer that this response is about
+    Output("output_log_probs", "FP32", (-1, -1), asked_by="return_log_probs", ragged=True),  # of the new tokens
+    Output("cum_log_probs", "FP32", LIST, asked_by="return_log_probs"),  # of all tokens so far
+    Output("logprobs", "STRING", LIST, asked_by="logprobs"),  # JSON, as the vLLM backend has it
+    Output("prompt_logprobs", "STRING", LIST, asked_by="prompt_logprobs"),  # with an answer's first response
+    # at an answer's end
+    Output("num_cached_tokens", "INT32", LIST, asked_by="return_perf_metrics"),
+    Output("kv_cache_reused_blocks", "INT32", LIST, asked_by="return_perf_metrics"),  # the same: a block is one token
+    Output(
+        "acceptance_length", "FP32", LIST, asked_by="return_perf_metrics"
+    ),  # tokens per verification, bonus included
+    Output("acceptance_rate", "FP32", LIST, asked_by="return_perf_metrics"),  # accepted of all drafted
+    Output("total_accepted_draft_tokens", "INT32", LIST, asked_by="return_perf_metrics"),
+    Output("total_draft_tokens", "INT32", LIST, asked_by="return_perf_metrics"),
+    Output("num_spec_steps", "INT32", LIST, asked_by="return_perf_metrics"),
+    Output("arrival_time_ns", "INT64", LIST, asked_by="return_perf_metrics"),  # of the machine's monotonic clock
+    Output("first_token_time_ns", "INT64", LIST, asked_by="return_perf_metrics"),
+    Output("last_token_time_ns", "INT64", LIST, asked_by="return_perf_metrics"),
     # declared for stock clients
-    Output("cum_log_probs", "FP32", LIST),
-    Output("output_log_probs", "FP32", (-1, -1)),
     Output("context_logits", "FP32", (-1, -1)),
     Output("generation_logits", "FP32", (-1, -1, -1)),
     Output("batch_index", "INT32"),
-    Output("sequence_index", "INT32"),
     Output("kv_cache_alloc_new_blocks", "INT32"),
     Output("kv_cache_alloc_total_blocks", "INT32"),
     Output("first_scheduled_time_ns", "INT64"),

@@ -68,7 +68,8 @@ class Sender:
 
 
 def make_tensor(pb_utils: Any, name: str, value: object) -> Any:
-    row = value if isinstance(value, list) else [value.encode() if isinstance(value, str) else value]
+    values = value if isinstance(value, list) else [value]
+    row = [each.encode() if isinstance(each, str) else each for each in values]
     return pb_utils.Tensor(name, np.array([row], dtype=NUMPY_TYPES[OUTPUT_TYPES[name]]))
 
 

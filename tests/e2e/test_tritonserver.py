@@ -132,6 +132,87 @@ def test_sampling_parameters_reach_the_engine(server, offline, speculative):
     assert body["output_ids"] == expected
 
 
+@pytest.fixture(scope="module")
+def several(offline, questions) -> tuple[dict, list[str]]:
+    """A request for three sampled answers, and the offline engine's."""
+    inputs = {"max_tokens": 24, "temperature": 1.2, "seed": 7, "num_return_sequences": 3}
+    params = {"max_new_tokens": 24, "temperature": 1.2, "seed": 7, "n": 3}
+    texts = [answer["text"] for answer in offline.generate(chat(questions[0]), params)]
+    assert len(set(texts)) == 3
+    return inputs, texts
+
+
+def prompt_for(model: str, question: str) -> dict:
+    return {"text_input": question if model == "ensemble" else chat(question)}
+
+
+@pytest.mark.parametrize("model", ["llm", "ensemble"])
+def test_several_answers_in_one_response(server, questions, several, model):
+    inputs, texts = several
+    inputs = {**prompt_for(model, questions[0]), **inputs, "return_finish_reason": True}
+    status, body = generate_http(server.http_url, model, inputs)
+    assert (status, body["text_output"], body["sequence_index"]) == (200, texts, [0, 1, 2])
+    assert len(body["finish_reason"]) == 3
+    answer = stream_grpc(server.grpc_url, model, inputs)
+    assert [response["text_output"] for response in answer.responses] == [texts]
+    assert answer.error is None
+
+
+@pytest.mark.parametrize("kind", CLIENTS)
+@pytest.mark.parametrize("model", ["llm", "ensemble"])
+def test_several_answers_as_streams(server, questions, several, model, kind):
+    inputs, texts = several
+    inputs = {**prompt_for(model, questions[0]), **inputs, "stream": True}
+    answer = ask(server, kind, model, {**inputs, "return_finish_reason": True})
+    assert answer.error is None and len(answer.responses) > 3
+    assert [answer.texts[index] for index in range(3)] == texts
+    assert sum("finish_reason" in response for response in answer.responses) == 3
+
+
+def test_several_answers_are_dropped_together(server):
+    inputs = {"text_input": "How many", "max_tokens": 900, "end_id": -1, "stream": True, "num_return_sequences": 4}
+    assert ask(server, "grpc", "llm", inputs, cancel_after=2).cancelled
+    assert wait_until(lambda: slots(server)["used"] == 0, 5), slots(server)
+
+
+@pytest.mark.parametrize("model", ["llm", "ensemble"])
+def test_logprobs(server, offline, questions, model):
+    inputs = {**prompt_for(model, questions[0]), "max_tokens": 20, "logprobs": 1, "prompt_logprobs": 0}
+    body = generate_http(server.http_url, model, {**inputs, "return_log_probs": True})[1]
+    sampling = {"temperature": 0, "max_new_tokens": 20, "logprobs": 1, "prompt_logprobs": 0}
+    meta = offline.generate(chat(questions[0]), sampling)["meta_info"]
+    expected = [logprob for logprob, *_ in meta["output_token_logprobs"]]
+    assert body["output_log_probs"] == pytest.approx(expected, abs=1e-4)
+    assert body["cum_log_probs"] == pytest.approx(sum(expected), abs=1e-3)
+    places = json.loads(body["logprobs"])
+    assert [next(iter(place)) for place in places] == [str(token) for _, token, _ in meta["output_token_logprobs"]]
+    assert "".join(next(iter(place.values()))["decoded_token"] for place in places) == body["text_output"]
+    assert len(json.loads(body["prompt_logprobs"])) == len(meta["input_token_logprobs"])
+
+
+def test_a_tree_of_its_own(server, offline):
+    inputs = {"text_input": "How many eggs", "max_tokens": 20, "return_perf_metrics": True}
+    whole = generate_http(server.http_url, "llm", inputs)[1]
+    small = generate_http(server.http_url, "llm", {**inputs, "num_draft_tokens": 3})[1]
+    assert small["text_output"] == whole["text_output"]
+    assert small["total_draft_tokens"] == 2 * small["num_spec_steps"]
+    assert whole["total_draft_tokens"] == 7 * whole["num_spec_steps"]
+    status, body = generate_http(server.http_url, "llm", {**inputs, "speculative_num_steps": 99})
+    assert status == 400 and "speculative_num_steps: must be at most the server's 5" in body["error"]
+
+
+def test_a_shown_stop_string_and_special_tokens(server, offline):
+    text = offline.generate("How many eggs", {"max_new_tokens": 20, "temperature": 0})["text"]
+    inputs = {"text_input": "How many eggs", "max_tokens": 20, "stop_words": [text[8:12]], "no_stop_trim": True}
+    assert generate_http(server.http_url, "llm", inputs)[1]["text_output"] == text[: text.index(text[8:12]) + 4]
+    inputs = {"text_input": chat("What is 2 + 2?"), "max_tokens": 400, "skip_special_tokens": False}
+    without, with_it = [
+        generate_http(server.http_url, "llm", {**inputs, "include_stop_str_in_output": each})[1]["text_output"]
+        for each in (False, True)
+    ]
+    assert with_it.startswith(without) and "<|" in with_it[len(without) :]
+
+
 @pytest.mark.parametrize("model", ["llm", "ensemble"])
 @pytest.mark.parametrize(
     ("inputs", "status", "message"),
@@ -144,6 +225,9 @@ def test_sampling_parameters_reach_the_engine(server, offline, speculative):
         ({"text_input": "x", "temperature": -1.0}, 400, "temperature: must be finite"),
         ({"text_input": "x", "top_p": 1.5}, 400, "top_p: must be above 0 and at most 1"),
         ({"text_input": "x", "logit_bias": '{"1024": 1}'}, 400, "logit_bias: 1024 is not an id of the vocabulary"),
+        ({"text_input": "x", "n": 0}, 400, "n: must be between 1"),
+        ({"text_input": "x", "best_of": 2}, UNSUPPORTED, "best_of: is not supported"),
+        ({"text_input": "x", "n": 2, "return_output_ids": True}, UNSUPPORTED, "return_output_ids: output_ids of"),
         ({"text_input": "x", "beam_width": 4}, UNSUPPORTED, "beam_width: is not supported"),
         ({"text_input": "x", "no_such_thing": 4}, 400, "no_such_thing: is not a known parameter"),
         ({"text_input": "x", "timeout": 1}, 400, "Request timeout expired"),

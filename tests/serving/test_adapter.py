@@ -14,10 +14,12 @@ from specbackend.serving import protocol
 from specbackend.serving import supervisor as supervisor_module
 from specbackend.serving.adapter import Adapter, read_parameters
 from specbackend.serving.errors import EngineError
+from specbackend.serving.generation import Server
 from specbackend.serving.protocol import Cancel, Submit
 from specbackend.serving.responder import merge
 from specbackend.serving.supervisor import EngineProcess
 from tests.fakes import (
+    LUCKY_SEED,
     UNLUCKY_SEED,
     FakeError,
     FakePbUtils,
@@ -31,9 +33,9 @@ from tests.serving.engines import STUCK_SEED
 PROMPT = "héllo 😀 "
 
 
-def answer(prompt: str, max_tokens: int) -> str:
+def answer(prompt: str, max_tokens: int, seed: int = 0) -> str:
     tokenizer = byte_tokenizer()
-    return tokenizer.decode(fake_answer(tokenizer.encode(prompt).ids, max_tokens))
+    return tokenizer.decode(fake_answer(tokenizer.encode(prompt).ids, max_tokens, seed))
 
 
 def execute(adapter, *requests: FakeRequest, **inputs) -> FakeRequest:
@@ -298,7 +300,7 @@ def too_big(*_) -> None:
 
 def test_an_arrival_that_cannot_be_handled_fails_alone(adapter, break_sending):
     break_sending(adapter, lambda message: isinstance(message, Submit) and message.params.seed == 1)
-    requests = [FakeRequest(text_input="abc", max_tokens=3, seed=seed) for seed in (1, 2, 1, 2)]
+    requests = [FakeRequest(text_input="abc", max_tokens=3, seed=seed) for seed in (1, 3, 1, 3)]
     execute(adapter, *requests)
     check_internal_error(*requests[::2])
     assert [request.sender.text() for request in requests[1::2]] == ["abc", "abc"]
@@ -309,7 +311,7 @@ def test_a_stream_that_cannot_be_submitted_again_fails_alone(adapter, break_send
     break_sending(adapter, lambda message: isinstance(message, Submit) and message.params.seed == 1)
     os.kill(pid(adapter), signal.SIGKILL)
     time.sleep(0.1)
-    requests = [FakeRequest(text_input="abc", max_tokens=3, seed=seed) for seed in (2, 1, 2)]
+    requests = [FakeRequest(text_input="abc", max_tokens=3, seed=seed) for seed in (3, 1, 3)]
     execute(adapter, *requests)
     check_internal_error(requests[1])
     assert [request.sender.text() for request in requests[::2]] == ["abc", "abc"]
@@ -344,7 +346,7 @@ def test_a_stream_that_cannot_be_dropped_fails_alone(start_adapter, break_sendin
     requests = [FakeRequest(text_input="abc", max_tokens=400) for _ in range(3)]
     execute(adapter, *requests)
     time.sleep(0.2)
-    break_sending(adapter, lambda message: message == Cancel("0"))
+    break_sending(adapter, lambda message: message == Cancel("0.0"))
     for request in requests[:2]:
         request.sender.cancelled = True
     check_internal_error(requests[0])
@@ -396,7 +398,7 @@ def test_gauges_that_fail_do_not_hold_up_answers(start_adapter, monkeypatch):
 
 def test_a_bug_is_logged_without_what_it_says(adapter, monkeypatch, caplog):
     """It may quote the client's text. The client reads it, the log has the place."""
-    monkeypatch.setattr(adapter._responder, "_decode", lambda ids: int("my secret"))
+    monkeypatch.setattr(adapter._responder, "_server", Server(lambda ids, **_: int("my secret")))
     assert "my secret" in str(execute(adapter, max_tokens=3).sender.error())
     monkeypatch.setattr(adapter._reader, "_read_prompt", lambda fields: int("my secret"))
     assert "my secret" in str(execute(adapter, max_tokens=3).sender.error())
@@ -487,6 +489,159 @@ def test_metrics_belong_to_the_response_thread(start_adapter):
     used = [m for labels, m in gauges["nv_trt_llm_kv_cache_block_metrics"].items() if '"used"' in labels]
     assert [metric.value for metric in used] == [0]
     assert set().union(*(m.threads for metrics in gauges.values() for m in metrics.values())) == request.sender.threads
+
+
+# ---- several answers to one request
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_several_answers(adapter, stream):
+    inputs = {"text_input": "abcd", "max_tokens": 40, "num_return_sequences": 3, "seed": 2}
+    request = execute(adapter, **inputs, stream=stream, return_finish_reason=True)
+    responses = request.sender.wait()
+    texts = dict.fromkeys(range(3), "")
+    for outputs in (response.outputs for response in responses):
+        for index, text in zip(outputs["sequence_index"][0], outputs["text_output"][0], strict=True):
+            texts[index] += text.decode()
+    assert texts == {index: answer("abcd", 40, seed=2 + index) for index in range(3)}
+    assert (len(responses) > 3) == stream
+    reasons = [reason for r in responses for reason in r.outputs.get("finish_reason", [[]])[0]]
+    assert reasons == [b"length"] * 3
+    check_use(request)
+
+
+def wait_for_idle(adapter) -> None:
+    """The one place of an engine with max_queued_requests of 1 is free again."""
+    deadline = time.monotonic() + 5
+    while execute(adapter, text_input="xy", max_tokens=2).sender.wait()[-1].error:
+        assert time.monotonic() < deadline
+    assert not adapter._responder._streams
+
+
+def several(**inputs) -> FakeRequest:
+    return FakeRequest(**{"text_input": "abcd", "max_tokens": 400, "num_return_sequences": 2, **inputs})
+
+
+@pytest.mark.parametrize("cancel_arrives", [True, False])
+def test_answers_end_one_by_one(start_adapter, monkeypatch, cancel_arrives):
+    """By a stop string, which the engine does not know of: what it says until it hears of the end is dropped."""
+    adapter = start_adapter(SLOW_ENGINE, max_queued_requests=8)
+    cancelled = []
+    supervisor = adapter._responder._supervisor
+    send = supervisor.send
+
+    def send_and_note(message):
+        if isinstance(message, Cancel):
+            cancelled.append(message.request_id)
+        if cancel_arrives or not isinstance(message, Cancel):
+            send(message)
+
+    monkeypatch.setattr(supervisor, "send", send_and_note)
+    inputs = {"text_input": "abcdefghijkl", "num_return_sequences": 8, "seed": 0, "stop_words": ["kla"]}
+    request = execute(adapter, several(**inputs, return_finish_reason=True))
+    [response] = request.sender.wait()
+    assert response.outputs["text_output"].tolist() == [["abcdefghij"[i:].encode() for i in range(8)]]
+    assert response.outputs["finish_reason"].tolist() == [[b"stop"] * 8]
+    assert cancelled[0] != "0.0" and set(cancelled) == {f"0.{i}" for i in range(8)}
+    if cancel_arrives:  # all places are free again
+        assert execute(adapter, several(max_tokens=2, num_return_sequences=8)).sender.wait()[-1].error is None
+    check_use(request)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_place_for_only_one_of_several_is_none(start_adapter, stream):
+    adapter = start_adapter(SLOW_ENGINE, max_queued_requests=1)
+    request = execute(adapter, several(stream=stream))
+    assert str(request.sender.error()) == "Exceeds maximum queue size"
+    wait_for_idle(adapter)
+    check_use(request)
+
+
+def test_waiting_answers_are_counted_one_by_one_while_the_engine_restarts(start_adapter):
+    adapter = start_adapter(STUCK_ENGINE, max_queued_requests=3, watchdog_timeout=0.3)
+    adapter._responder._supervisor._params["random_seed"] = STUCK_SEED
+    os.kill(pid(adapter), signal.SIGKILL)
+    time.sleep(0.1)
+    requests = [several(), several(), several(num_return_sequences=1)]
+    execute(adapter, *requests)
+    assert str(requests[1].sender.error()) == "Exceeds maximum queue size"
+    assert all("did not load within" in str(request.sender.error()) for request in requests[::2])
+    check_use(*requests)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("end", ["cancelled", "timeout", "killed"])
+def test_several_answers_end_together(start_adapter, stream, end):
+    adapter = start_adapter(SLOW_ENGINE, max_queued_requests=2)
+    request = execute(adapter, several(stream=stream, timeout=300_000 if end == "timeout" else 0))
+    time.sleep(0.2)
+    if end == "cancelled":
+        request.sender.cancelled = True
+    if end == "killed":
+        os.kill(pid(adapter), signal.SIGKILL)
+    codes = {"cancelled": FakeError.CANCELLED, "timeout": FakeError.CANCELLED, "killed": FakeError.UNAVAILABLE}
+    assert request.sender.error().code == codes[end]
+    assert execute(adapter, several(max_tokens=2)).sender.wait()[-1].error is None  # both places are free again
+    check_use(request)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_stop_tensor_ends_all_answers(start_adapter, stream):
+    adapter = start_adapter(SLOW_ENGINE, max_queued_requests=2)
+    running = several(request_id="7", stream=stream, return_finish_reason=True)
+    execute(adapter, running)
+    time.sleep(0.2)
+    stop = execute(adapter, FakeRequest("7", stop=True))
+    reasons = [r.outputs.get("finish_reason", [[]])[0] for r in running.sender.wait()]
+    assert [reason for row in reasons for reason in row] == [b"abort", b"abort"]
+    assert execute(adapter, several(max_tokens=2)).sender.wait()[-1].error is None
+    check_use(running, stop)
+
+
+def test_one_failure_is_the_answer_for_all(start_adapter):
+    adapter = start_adapter(SLOW_ENGINE, max_queued_requests=2)
+    request = execute(adapter, several(text_input="fail", seed=LUCKY_SEED))
+    assert str(request.sender.error()) == "regex: cannot go on"
+    assert execute(adapter, several(max_tokens=2)).sender.wait()[-1].error is None  # both places are free again
+    check_use(request)
+
+
+def test_several_answers_of_which_one_cannot_be_submitted(start_adapter, break_sending):
+    adapter = start_adapter(SLOW_ENGINE, max_queued_requests=1)
+    break_sending(adapter, lambda message: isinstance(message, Submit) and message.request_id.endswith(".1"))
+    request = execute(adapter, several())
+    check_internal_error(request)
+    wait_for_idle(adapter)
+    check_use(request)
+
+
+def test_what_the_engine_refuses_is_named_as_the_client_named_it(adapter):
+    guide = {"guided_decoding_guide_type": "regex", "guided_decoding_guide": "("}
+    refused = execute(adapter, **guide)
+    assert str(refused.sender.error()) == "guided_decoding_guide: is no regex"
+    failing = execute(adapter, text_input="fail", **{**guide, "guided_decoding_guide": "a"})
+    assert str(failing.sender.error()) == "guided_decoding_guide: cannot go on"
+    check_use(refused, failing)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_logprobs(adapter, stream):
+    parameters = {"logprobs": 1, "prompt_logprobs": 0}
+    request = execute(adapter, text_input="abc", max_tokens=7, stream=stream, parameters=parameters)
+    responses = request.sender.wait()
+    ids = byte_tokenizer().encode("abcabca").ids
+    places = [place for r in responses for place in json.loads(r.outputs["logprobs"][0, 0])]
+    assert [next(iter(place)) for place in places] == [str(token) for token in ids]
+    assert places[0][str(ids[0])] == {"logprob": -ids[0] / 8, "rank": 2, "decoded_token": "a"}
+    assert ["prompt_logprobs" in r.outputs for r in responses] == [True] + [False] * (len(responses) - 1)
+    assert len(json.loads(responses[0].outputs["prompt_logprobs"][0, 0])) == 3
+
+
+def test_log_probs_have_tensorrt_llms_shape(adapter):
+    request = execute(adapter, text_input="abc", max_tokens=7, return_log_probs=True)
+    outputs = request.sender.wait()[0].outputs
+    assert outputs["output_log_probs"].shape == (1, 1, 7) and outputs["cum_log_probs"].shape == (1, 1)
+    assert outputs["output_log_probs"].sum() == outputs["cum_log_probs"][0, 0]
 
 
 def test_steps_that_arrive_together_become_one_response():

@@ -1,16 +1,18 @@
 """What clients send, and what becomes of it: a value is used exactly, or refused by the name the client gave it."""
 
+import json
 import time
+from dataclasses import fields
 
 import numpy as np
 import pytest
 
 from specbackend.errors import InvalidRequest
-from specbackend.sampling_params import SamplingParams
-from specbackend.serving.calls import CallReader, CancelCall
+from specbackend.sampling_params import NOT_SERVED, UNLIMITED, SamplingParams
+from specbackend.serving.calls import ANY_JSON, CallReader, CancelCall
 from specbackend.serving.errors import Unsupported
 from specbackend.serving.protocol import Ready
-from specbackend.serving.schemas import ANY, LLM_INPUTS
+from specbackend.serving.schemas import ANY, LLM_INPUTS, LLM_PARAMETERS
 from specbackend.tokenizer import Tokenizer
 from tests.fakes import CONTEXT_LENGTH, END_ID, VOCAB_SIZE, FakeRequest
 
@@ -74,7 +76,47 @@ def read(tokenizer):
         ({"end_id": END_ID}, {"ignore_eos": False}),
         ({"end_id": -1}, {"ignore_eos": True}),
         ({"num_draft_tokens": 0}, {"speculative": False}),
-        ({"num_draft_tokens": 8}, {"speculative": True}),
+        ({"num_draft_tokens": 8}, {"speculative": True, "speculative_num_draft_tokens": None}),
+        ({"num_draft_tokens": 3}, {"speculative": True, "speculative_num_draft_tokens": 3}),
+        (
+            {
+                "parameters": {
+                    "speculative_num_steps": 2,
+                    "speculative_eagle_topk": 1,
+                    "speculative_num_draft_tokens": 3,
+                }
+            },
+            {"speculative_num_steps": 2, "speculative_eagle_topk": 1, "speculative_num_draft_tokens": 3},
+        ),
+        ({"num_return_sequences": 3}, {"n": 3}),
+        ({"parameters": {"n": 3}, "num_return_sequences": 3}, {"n": 3}),
+        ({"return_log_probs": True}, {"logprobs": 0, "prompt_logprobs": None}),
+        ({"return_log_probs": True, "parameters": {"logprobs": 2}}, {"logprobs": 2}),
+        ({"return_log_probs": False}, {"logprobs": None}),
+        ({"outputs": ["cum_log_probs"]}, {"logprobs": 0}),
+        ({"outputs": ["prompt_logprobs"]}, {"prompt_logprobs": 0}),
+        ({"parameters": {"prompt_logprobs": 3}}, {"logprobs": None, "prompt_logprobs": 3}),
+        ({"parameters": {"return_logprob": True}}, {"logprobs": 0, "prompt_logprobs": None}),
+        (
+            {"parameters": {"return_logprob": True, "top_logprobs_num": 2, "logprob_start_len": 0}},
+            {"logprobs": 2, "prompt_logprobs": 2},
+        ),
+        ({"guided_decoding_guide_type": "", "guided_decoding_guide": ""}, {"json_schema": None, "regex": None}),
+        ({"guided_decoding_guide_type": "json"}, {"json_schema": ANY_JSON}),
+        ({"guided_decoding_guide_type": "json_schema", "guided_decoding_guide": "{}"}, {"json_schema": "{}"}),
+        ({"guided_decoding_guide_type": "regex", "guided_decoding_guide": "a+"}, {"regex": "a+"}),
+        ({"guided_decoding_guide_type": "ebnf_grammar", "guided_decoding_guide": "root ::= a"}, {"ebnf": "root ::= a"}),
+        ({"parameters": {"json_schema": "{}"}}, {"json_schema": "{}"}),
+        ({"parameters": {"regex": "a+"}}, {"regex": "a+"}),
+        ({"parameters": {"ebnf": "root ::= a"}}, {"ebnf": "root ::= a"}),
+        ({"parameters": {"choice": '["yes", "no"]'}}, {"choice": ("yes", "no")}),
+        ({"parameters": {"custom_params": '{"a": {"b": 1}}'}}, {"custom_params": {"a": {"b": 1}}}),
+        ({"parameters": {"extra_args": '{"a": 1}'}}, {"custom_params": {"a": 1}}),
+        ({"parameters": {"no_stop_trim": True}}, {"include_stop_str_in_output": True}),
+        ({"parameters": {"include_stop_str_in_output": True}}, {"include_stop_str_in_output": True}),
+        ({"parameters": {"skip_special_tokens": False}}, {"skip_special_tokens": False}),
+        ({"parameters": {"sampling_seed": 3}, "seed": 3}, {"seed": 3}),
+        ({"parameters": {"seed": -1}}, {"seed": None}),  # vLLM's for none
         ({"stop": False}, {}),
         ({"beam_width": 1, "num_return_sequences": 1, "return_log_probs": False, "pad_id": 2}, {}),
         ({"top_p": 1.0, "repetition_penalty": 1.0, "bad_words": [""], "len_penalty": 0.5}, {}),
@@ -168,6 +210,42 @@ def test_values_are_used_exactly(read, inputs, expected):
         ({"parameters": {"max_new_tokens": "5"}}, "max_new_tokens: must be an integer"),
         ({"parameters": {"stop": 5}}, "stop: must be a string"),
         ({"parameters": {"seed": True}}, "seed: must be an integer"),
+        ({"num_draft_tokens": 9}, "num_draft_tokens: must lie between 0 (no speculation) and the server's own 8"),
+        ({"num_draft_tokens": -1}, "num_draft_tokens: must lie between"),
+        (
+            {"num_draft_tokens": 3, "parameters": {"speculative_num_draft_tokens": 4}},
+            "num_draft_tokens: contradicts speculative_num_draft_tokens",
+        ),
+        ({"num_draft_tokens": 0, "parameters": {"speculative": True}}, "num_draft_tokens: contradicts speculative"),
+        ({"end_id": -1, "parameters": {"ignore_eos": False}}, "end_id: contradicts ignore_eos"),
+        ({"num_return_sequences": 0}, "num_return_sequences: must be between 1"),
+        ({"num_return_sequences": 2, "parameters": {"n": 3}}, "n: contradicts num_return_sequences"),
+        ({"parameters": {"logprobs": 21}}, "logprobs: must be between 0 and 20"),
+        ({"parameters": {"logprobs": -1}}, "logprobs: must be between 0 and 20"),
+        ({"parameters": {"logprobs": True}}, "logprobs: must be an integer"),
+        ({"parameters": {"return_logprob": True, "top_logprobs_num": 21}}, "top_logprobs_num: must be between 0"),
+        ({"parameters": {"return_logprob": True, "logprob_start_len": 5}}, "logprob_start_len: must be -1"),
+        ({"parameters": {"top_logprobs_num": 2}}, "top_logprobs_num: says nothing without return_logprob"),
+        ({"parameters": {"choice": "[1"}}, "choice: must be a number or JSON"),
+        ({"parameters": {"custom_params": "[1]"}}, "custom_params: must be an object"),
+        ({"parameters": {"extra_args": "[1]"}}, "extra_args: must be an object"),
+        ({"parameters": {"extra_args": f'{{"a": {10**30}}}'}}, "extra_args: cannot be sent"),
+        ({"parameters": {"custom_params": '{"a": "\\ud800"}'}}, "custom_params: cannot be sent"),
+        ({"parameters": {"choice": '["\\ud800"]'}}, "choice: cannot be sent"),
+        ({"parameters": {"stop": "\ud800"}}, "stop: cannot be sent"),
+        ({"parameters": {"sampling_seed": -2}}, "sampling_seed: must be between"),
+        ({"parameters": {"sampling_seed": 3}, "seed": 4}, "sampling_seed: contradicts seed"),
+        ({"guided_decoding_guide": "{}"}, "guided_decoding_guide_type: must be json"),
+        ({"guided_decoding_guide_type": "xml"}, "guided_decoding_guide_type: must be json"),
+        ({"guided_decoding_guide_type": "regex"}, "guided_decoding_guide: is required by"),
+        (
+            {"guided_decoding_guide_type": "json", "guided_decoding_guide": "{}"},
+            "guided_decoding_guide: must be json, with no guide",
+        ),
+        (
+            {"guided_decoding_guide_type": "regex", "guided_decoding_guide": "a", "parameters": {"regex": "b"}},
+            "guided_decoding_guide: contradicts regex",
+        ),
     ],
 )
 def test_bad_values_are_refused_by_name(read, inputs, message):
@@ -181,18 +259,28 @@ def test_bad_values_are_refused_by_name(read, inputs, message):
     "inputs",
     [
         {"end_id": 5},
-        {"num_draft_tokens": 4},
         {"beam_width": 2},
         {"return_context_logits": True},
-        {"return_log_probs": True},
         {"lora_task_id": 1},
-        {"guided_decoding_guide": "{}"},
+        {"return_output_ids": True, "num_return_sequences": 2},
+        {"return_log_probs": True, "parameters": {"n": 2}},
     ],
 )
 def test_what_is_not_served_is_refused_by_name(read, inputs):
     with pytest.raises(Unsupported) as error:
         read(**inputs)
     assert error.value.field == next(iter(inputs))
+
+
+@pytest.mark.parametrize("name", NOT_SERVED)
+def test_what_only_others_serve_is_refused_unless_it_changes_nothing(read, name):
+    neutral, why = NOT_SERVED[name]
+    for value in neutral:
+        assert read(parameters={name: value}).params == read().params
+    for value in ("something", 7, True):
+        if value not in neutral:
+            with pytest.raises(Unsupported, match=f"^{name}: is not supported.*: {why}"):
+                read(parameters={name: value})
 
 
 def test_every_declared_input_is_served_or_refused(read):
@@ -243,7 +331,97 @@ def test_outputs_are_sent_when_asked(read):
     assert read(return_finish_reason=True).outputs == {"text_output", "finish_reason"}
     assert "acceptance_length" in read(return_perf_metrics=True).outputs
     assert read(outputs=["output_ids"]).outputs == {"output_ids"}
-    assert read(outputs=["text_output", "cum_log_probs"]).outputs == {"text_output"}
+    assert read(outputs=["text_output", "context_logits"]).outputs == {"text_output"}
+    assert read(outputs=["text_output", "cum_log_probs"]).outputs == {"text_output", "cum_log_probs"}
+    assert read(return_log_probs=True).outputs == {"text_output", "output_log_probs", "cum_log_probs"}
+    assert read(parameters={"logprobs": 0}).outputs == {"text_output", "logprobs"}
+    assert read(parameters={"return_logprob": True}).outputs == {"text_output", "logprobs"}
+    assert read(parameters={"prompt_logprobs": 0}).outputs == {"text_output", "prompt_logprobs"}
+    assert read(num_return_sequences=1).outputs == {"text_output"}
+    assert read(num_return_sequences=2).outputs == {"text_output", "sequence_index"}
+
+
+def test_answers_of_different_lengths_fit_only_into_responses_of_their_own(read):
+    asked = {"return_output_ids": True, "return_log_probs": True, "num_return_sequences": 2}
+    assert {"output_ids", "output_log_probs"} <= read(stream=True, **asked).outputs
+    with pytest.raises(Unsupported, match=r"^return_log_probs: output_log_probs of several answers .* stream"):
+        read(parameters={"n": 2}, return_log_probs=True)
+    with pytest.raises(Unsupported, match=r"^output_ids: "):
+        read(parameters={"n": 2}, outputs=["output_ids"])
+
+
+def test_too_many_prompt_logprobs_are_refused(read):
+    assert read(input_ids=[5] * 500, parameters={"prompt_logprobs": 20, "n": 6}).params.n == 6
+    for asked in ({"prompt_logprobs": 20}, {"return_logprob": True, "top_logprobs_num": 20, "logprob_start_len": 0}):
+        with pytest.raises(InvalidRequest, match=r"^(top|prompt)_logprobs(_num)?: .*73500 numbers, at most 65536"):
+            read(input_ids=[5] * 500, parameters={**asked, "n": 7})
+
+
+def test_what_the_engine_refuses_has_the_clients_name(read):
+    call = read(
+        num_draft_tokens=3,
+        request_output_len=5,
+        guided_decoding_guide_type="regex",
+        guided_decoding_guide="a",
+        bad_words=["x"],
+        parameters={"extra_args": '{"a": 1}', "speculative_num_steps": 3},
+    )
+    names = {
+        "speculative_num_draft_tokens": "num_draft_tokens",
+        "max_new_tokens": "request_output_len",
+        "regex": "guided_decoding_guide",
+        "bad_words_ids": "bad_words",
+        "custom_params": "extra_args",
+        "speculative_num_steps": "speculative_num_steps",
+        "input_ids": "input_ids",
+    }
+    for own, name in names.items():
+        assert str(call.refusal(own, "is too much")) == f"{name}: is too much"
+
+
+@pytest.mark.parametrize(
+    ("given", "inputs", "expected"),
+    [
+        ({}, {}, {"temperature": 1.0, "max_new_tokens": 16}),
+        ({"max_tokens": "30", "min_tokens": "30"}, {}, {"max_new_tokens": 30, "min_new_tokens": 30}),
+        ({"temperature": "0", "top_k": "0", "ignore_eos": "true"}, {}, {"temperature": 0, "ignore_eos": True}),
+        ({"stop": ["1", "b"], "bad_words": ["c"]}, {}, {"stop": ("1", "b"), "bad_words_ids": ((66,), (220, 66))}),
+        ({"stop": "1"}, {}, {"stop": ("1",)}),
+        ({"logit_bias": {"5": 1.5}, "n": 2}, {}, {"logit_bias": ((5, 1.5),), "n": 2}),
+        ({"structured_outputs": '{"regex": "a"}'}, {}, {"regex": "a"}),
+        ({"temperature": 0.5}, {"max_tokens": 5}, {"temperature": 0.5, "max_new_tokens": 5}),
+        ({"max_tokens": 5}, {"max_tokens": 5, "temperature": 0.0}, {"temperature": 0.0, "max_new_tokens": 5}),
+        ({"max_tokens": None, "seed": None}, {}, {"max_new_tokens": UNLIMITED, "seed": None}),
+    ],
+    ids=str,
+)
+def test_vllms_sampling_parameters(read, given, inputs, expected):
+    params = read(parameters={"sampling_parameters": json.dumps(given)}, **inputs).params
+    assert {name: getattr(params, name) for name in expected} == expected
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ("[1]", "sampling_parameters: must be an object"),
+        ("{", "sampling_parameters: must be a number or JSON"),
+        ('{"min_tokens": "many"}', "min_tokens: must be an integer, got 'many'"),
+        ('{"min_tokens": -1}', "min_tokens: must be between"),
+        ('{"max_tokens": 6}', "max_tokens: contradicts request_output_len"),
+        ('{"lora_name": "x"}', "lora_name: is not a supported sampling parameter"),
+        ('{"best_of": 2}', "best_of: is not supported"),
+        ('{"bad_words": ["x y z x y z x y z x y z x y z x y z"]}', "bad_words: each sequence must have"),
+    ],
+)
+def test_vllms_sampling_parameters_are_refused_by_name(read, given, message):
+    with pytest.raises(InvalidRequest) as error:
+        read(request_output_len=5, parameters={"sampling_parameters": given})
+    assert str(error.value).startswith(message)
+
+
+def test_every_sampling_parameter_can_be_said(read):
+    """By a parameter or tensor of ours: no field of SamplingParams is out of a client's reach."""
+    assert {f.name for f in fields(SamplingParams)} <= {spec.sets for spec in (*LLM_INPUTS, *LLM_PARAMETERS)}
 
 
 def test_stop_with_an_id_is_a_cancellation(read):

@@ -1,13 +1,16 @@
 """From updates to outputs, without threads and sockets."""
 
+import json
+import math
+
 import pytest
 
-from specbackend.request import FinishReason, Update
+from specbackend.request import FinishReason, TokenLogprob, Update
 from specbackend.sampling_params import SamplingParams
 from specbackend.serving.calls import Call
-from specbackend.serving.generation import Generation
+from specbackend.serving.generation import Generation, Server
 from specbackend.serving.schemas import LLM_OUTPUTS
-from tests.fakes import byte_tokenizer
+from tests.fakes import byte_tokenizer, fake_logprobs
 
 ALL_OUTPUTS = frozenset(spec.name for spec in LLM_OUTPUTS if spec.asked_by)
 DECODE = byte_tokenizer().decode
@@ -17,47 +20,53 @@ def ids(text: str) -> list[int]:
     return byte_tokenizer().encode(text).ids
 
 
-def generation(stop=(), stream_interval=1, num_draft_tokens=0, **call) -> Generation:
-    call = Call(ids("prompt"), SamplingParams(stop=tuple(stop)), **call)
-    return Generation("0", call, DECODE, stream_interval, num_draft_tokens)
+def generation(params: SamplingParams | None = None, stream_interval=1, **call) -> Generation:
+    call = Call(ids("prompt"), params or SamplingParams(), **call)
+    return Generation("0", call, Server(DECODE, stream_interval))
 
 
-def update(text: str, finish: FinishReason | None = None, total: int = 0, steps: int = 1) -> Update:
-    return Update("0", ids(text), finish, 6, total or len(ids(text)), 2, steps)
+def update(
+    text: str, finish: FinishReason | None = None, total: int = 0, steps: int = 1, index: int = 0, **more
+) -> Update:
+    return Update(f"0.{index}", ids(text), finish, 6, total or len(ids(text)), 2, steps, **more)
+
+
+def stopping(*stop: str) -> SamplingParams:
+    return SamplingParams(stop=stop)
 
 
 def test_stream_sends_what_is_new():
     answer = generation(stream=True)
     assert answer.advance(update("ab")) == {"text_output": "ab"}
     assert answer.advance(update("cd", FinishReason.LENGTH)) == {"text_output": "cd"}
-    assert answer.finish_reason is FinishReason.LENGTH
+    assert answer.is_over
 
 
 def test_without_stream_there_is_one_response():
     answer = generation(echo="prompt")
     assert answer.advance(update("ab")) is None
-    assert answer.advance(update("cd", FinishReason.STOP)) == {"text_output": "promptabcd"}
+    assert answer.advance(update("cd", FinishReason.LENGTH)) == {"text_output": "promptabcd"}
 
 
 def test_incomplete_text_waits_and_its_tokens_are_counted_with_it():
     answer = generation(stream=True, outputs=frozenset(("text_output", "num_output_tokens")))
     euro = ids("€")
-    assert answer.advance(Update("0", euro[:2])) is None
-    assert answer.advance(Update("0", euro[2:])) == {"text_output": "€", "num_output_tokens": 3}
+    assert answer.advance(Update("0.0", euro[:2])) is None
+    assert answer.advance(Update("0.0", euro[2:])) == {"text_output": "€", "num_output_tokens": 3}
 
 
 def test_a_stop_string_ends_the_answer():
-    answer = generation(stop=["END"], stream=True, outputs=frozenset(("text_output", "finish_reason", "output_ids")))
+    answer = generation(stopping("END"), stream=True, outputs=frozenset(("text_output", "finish_reason", "output_ids")))
     assert answer.advance(update("aEN")) == {"text_output": "a", "output_ids": ids("aEN")}
     outputs = answer.advance(update("Dbc"))
     assert outputs == {"text_output": "", "finish_reason": "stop", "output_ids": ids("D")}
-    assert answer.finish_reason is FinishReason.STOP
+    assert answer.is_over
 
 
 def test_abort_gives_what_there_is():
-    answer = generation(stop=["END"], outputs=frozenset(("text_output", "finish_reason")))
+    answer = generation(stopping("END"), outputs=frozenset(("text_output", "finish_reason")))
     answer.advance(update("aEN"))
-    assert answer.abort() == {"text_output": "aEN", "finish_reason": "abort"}
+    assert answer.abort() == [{"text_output": "aEN", "finish_reason": "abort"}]
 
 
 def test_stream_interval_counts_steps_after_the_first_response():
@@ -67,13 +76,112 @@ def test_stream_interval_counts_steps_after_the_first_response():
 
 
 def test_perf_metrics_come_with_the_last_response():
-    answer = generation(stream=True, num_draft_tokens=8, outputs=ALL_OUTPUTS)
+    answer = generation(stream=True, outputs=ALL_OUTPUTS)
     assert "acceptance_length" not in answer.advance(update("a", total=1, steps=0))
-    outputs = answer.advance(update("bcdefgh", FinishReason.LENGTH, total=8, steps=2))
-    assert set(outputs) == ALL_OUTPUTS
+    outputs = answer.advance(update("bcdefgh", FinishReason.LENGTH, total=8, steps=2, draft_tokens=14))
+    assert set(outputs) == ALL_OUTPUTS - {"prompt_logprobs"}  # it came with the first
     assert outputs["acceptance_length"] == 4.0
     # of 8 tokens one is the prefill's and two are the target's own after the two trees
     assert (outputs["total_accepted_draft_tokens"], outputs["total_draft_tokens"]) == (5, 14)
     assert outputs["acceptance_rate"] == pytest.approx(5 / 14)
     assert outputs["num_cached_tokens"] == outputs["kv_cache_reused_blocks"] == 2
     assert outputs["arrival_time_ns"] <= outputs["first_token_time_ns"] <= outputs["last_token_time_ns"]
+
+
+# ---- several answers
+
+TWO = SamplingParams(n=2, seed=(1 << 64) - 1, stop=("END",))
+
+
+def test_each_answer_is_a_request_with_its_own_seed():
+    requests = generation(TWO).open
+    assert list(requests) == ["0.0", "0.1"]
+    assert [params.seed for params in requests.values()] == [(1 << 64) - 1, 0]
+    assert {params.n for params in requests.values()} == {1}
+    assert [params.seed for params in generation(SamplingParams(n=2)).open.values()] == [None, None]
+
+
+def test_without_stream_the_answers_come_side_by_side_in_their_order():
+    outputs = frozenset(("text_output", "finish_reason", "num_input_tokens", "num_output_tokens", "sequence_index"))
+    answers = generation(TWO, outputs=outputs, echo=">")
+    assert answers.advance(update("ab", index=1)) is None
+    assert answers.advance(update("cEND", index=1)) is None
+    assert list(answers.open) == ["0.0"] and not answers.is_over
+    assert answers.advance(update("xyz", FinishReason.LENGTH, index=0)) == {
+        "text_output": [">xyz", ">abc"],
+        "finish_reason": ["length", "stop"],
+        "num_input_tokens": 6,
+        "num_output_tokens": [3, 6],
+        "sequence_index": [0, 1],
+    }
+    assert answers.is_over
+
+
+def test_with_stream_each_response_is_about_one_answer():
+    answers = generation(TWO, stream=True, outputs=frozenset(("text_output", "sequence_index")))
+    assert answers.advance(update("ab", index=1)) == {"text_output": "ab", "sequence_index": 1}
+    assert answers.advance(update("x", FinishReason.LENGTH, index=0)) == {"text_output": "x", "sequence_index": 0}
+    assert not answers.is_over
+    assert answers.advance(update("END", index=1)) == {"text_output": "", "sequence_index": 1}
+    assert answers.is_over
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_abort_ends_what_is_left_of_several(stream):
+    answers = generation(TWO, stream=stream, outputs=frozenset(("text_output", "finish_reason")))
+    answers.advance(update("ab", FinishReason.LENGTH, index=1))
+    answers.advance(update("xE", index=0))
+    if stream:
+        assert answers.abort() == [{"text_output": "E", "finish_reason": "abort"}]
+    else:
+        assert answers.abort() == [{"text_output": ["xE", "ab"], "finish_reason": ["abort", "length"]}]
+    assert answers.is_over
+
+
+# ---- logprobs
+
+LOGPROBS = SamplingParams(logprobs=2, prompt_logprobs=0, stop=("END",))
+LOGPROB_OUTPUTS = frozenset(("output_log_probs", "cum_log_probs", "logprobs", "prompt_logprobs"))
+
+
+def logprobs_of(text: str) -> list[TokenLogprob]:
+    return fake_logprobs(ids(text), 2)
+
+
+def test_logprobs_are_of_the_new_tokens_and_the_sum_is_of_all():
+    answer = generation(LOGPROBS, stream=True, outputs=LOGPROB_OUTPUTS)
+    prompt = fake_logprobs(ids("prompt")[1:], 0)
+    first = answer.advance(update("ab", logprobs=logprobs_of("ab"), prompt_logprobs=prompt))
+    a, b, c = (-token / 8 for token in ids("abc"))
+    assert first["output_log_probs"] == [[a, b]] and first["cum_log_probs"] == a + b
+    assert json.loads(first["logprobs"])[0] == {
+        str(ids("a")[0]): {"logprob": a, "rank": 2, "decoded_token": "a"},
+        str(ids("a")[0] - 1): {"logprob": a + 1 / 8, "rank": 1, "decoded_token": "`"},
+    }
+    none, *rest = json.loads(first["prompt_logprobs"])
+    assert none is None
+    assert [next(iter(each)) for each in rest] == [str(token) for token in ids("rompt")]
+    second = answer.advance(update("c", FinishReason.LENGTH, logprobs=logprobs_of("c")))
+    assert second["output_log_probs"] == [[c]] and second["cum_log_probs"] == a + b + c
+    assert "prompt_logprobs" not in second
+
+
+def test_a_stop_string_cuts_the_logprobs_with_the_tokens():
+    answer = generation(LOGPROBS, outputs=LOGPROB_OUTPUTS)
+    outputs = answer.advance(update("aENDbc", logprobs=logprobs_of("aENDbc")))
+    assert outputs["output_log_probs"] == [[-token / 8 for token in ids("aEND")]]
+    assert outputs["cum_log_probs"] == sum(-token / 8 for token in ids("aEND"))
+    assert len(json.loads(outputs["logprobs"])) == 4
+
+
+def test_logprobs_of_text_that_waits_wait_with_it():
+    answer = generation(LOGPROBS, stream=True, outputs=LOGPROB_OUTPUTS)
+    assert answer.advance(update("EN", logprobs=logprobs_of("EN"))) is None
+    assert len(answer.advance(update("x", logprobs=logprobs_of("x")))["output_log_probs"][0]) == 3
+
+
+def test_impossible_tokens_are_numbers_too():
+    answer = generation(LOGPROBS, outputs=LOGPROB_OUTPUTS)
+    never = [TokenLogprob(ids("a")[0], -0.5, 1, [(ids("a")[0], -0.5), (3, -math.inf)])]
+    outputs = answer.advance(update("a", FinishReason.LENGTH, logprobs=never))
+    assert json.loads(outputs["logprobs"], parse_constant=pytest.fail)[0]["3"]["logprob"] == -9999.0

@@ -20,6 +20,19 @@ def bad_word_ids(tokenizer: Tokenizer, name: str, words: Iterable[str]) -> list[
     return [list(ids) for ids in found]
 
 
+def with_token_ids(tokenizer: Tokenizer, params: dict) -> dict:
+    """Sampling parameters as `SamplingParams` knows them: `bad_words` becomes `bad_words_ids`."""
+    words = params.get("bad_words")
+    params = {name: value for name, value in params.items() if name != "bad_words"}
+    if not words:
+        return params
+    if not isinstance(words, (list, tuple)) or not all(isinstance(word, str) for word in words):
+        raise InvalidRequest("bad_words", f"must be strings, got {words!r}")
+    if params.get("bad_words_ids"):
+        raise InvalidRequest("bad_words", "contradicts bad_words_ids: send one of the two")
+    return {**params, "bad_words_ids": bad_word_ids(tokenizer, "bad_words", words)}
+
+
 def word_biases(tokenizer: Tokenizer, words: list[str], weights: list[float]) -> dict[int, float]:
     """Each weight counts for every token of its word. Source: TensorRT-LLM's embedding_bias_words."""
     if len(words) != len(weights):
