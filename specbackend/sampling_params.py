@@ -1,9 +1,11 @@
 """What a client may say about how its tokens are picked and shown. No torch: the Triton adapter imports this file."""
 
+import json
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, fields
 from itertools import chain
+from typing import NamedTuple
 
 from specbackend.errors import InvalidRequest
 
@@ -22,8 +24,30 @@ ALIASES = {
     "min_tokens": "min_new_tokens",
     "no_stop_trim": "include_stop_str_in_output",
     "sampling_seed": "seed",
+    "guided_json": "json_schema",
+    "guided_regex": "regex",
+    "guided_grammar": "ebnf",
+    "guided_choice": "choice",
 }
 GUIDES = ("json_schema", "regex", "ebnf", "choice")
+LONGEST_GUIDE = {"json_schema": 1 << 16, "regex": 1 << 13, "ebnf": 1 << 13, "choice": 1 << 16}  # bytes
+MOST_CHOICES = 1024
+NO_TOKEN_LEFT = "there may be no token left to pick"
+NOT_WITH_GUIDES = {
+    "allowed_token_ids": NO_TOKEN_LEFT,
+    "bad_words_ids": NO_TOKEN_LEFT,
+    "min_new_tokens": NO_TOKEN_LEFT,
+    "ignore_eos": "the text ends where it is complete",
+}
+VLLM_GUIDES = {"json": "json_schema", "regex": "regex", "grammar": "ebnf", "choice": "choice"}
+ANY_OBJECT = '{"type": "object"}'
+
+
+class Guide(NamedTuple):
+    """What the text as a whole must be."""
+
+    kind: str  # one of GUIDES
+    text: str  # of a choice: a JSON list
 
 
 @dataclass(frozen=True)
@@ -91,6 +115,36 @@ class SamplingParams:
         self._check_penalties()
         self._check_tokens()
         self._check_logprobs()
+        self._check_guide()
+
+    @property
+    def guide(self) -> Guide | None:
+        for kind in GUIDES:
+            value = getattr(self, kind)
+            if value or isinstance(value, str):
+                return Guide(kind, value if isinstance(value, str) else json.dumps(value))
+        return None
+
+    def _check_guide(self) -> None:
+        for kind in ("json_schema", "regex", "ebnf"):
+            if getattr(self, kind) is not None:
+                _require_text(kind, getattr(self, kind))
+        for text in self.choice:
+            _require_text("choice", text)
+        if len(self.choice) > MOST_CHOICES:
+            raise InvalidRequest("choice", f"has {len(self.choice)} strings, at most {MOST_CHOICES} are served")
+        if self.guide is None:
+            return
+        kind, text = self.guide
+        others = [name for name in GUIDES if name != kind and getattr(self, name) not in (None, ())]
+        if others:
+            raise InvalidRequest(others[0], f"cannot be combined with {kind}: only one of {', '.join(GUIDES)}")
+        if len(text.encode()) > LONGEST_GUIDE[kind]:
+            message = f"has {len(text.encode())} bytes, at most {LONGEST_GUIDE[kind]} are served"
+            raise InvalidRequest(kind, message)
+        for name, why in NOT_WITH_GUIDES.items():
+            if getattr(self, name):
+                raise InvalidRequest(name, f"cannot be combined with {kind}: {why}")
 
     def _check_logprobs(self) -> None:
         for name in ("logprobs", "prompt_logprobs"):
@@ -158,7 +212,7 @@ class SamplingParams:
         """Build from user input; names this class does not have are refused, lists become tuples."""
         known = {f.name for f in fields(cls)}
         values = {}
-        for name, value in params.items():
+        for name, value in _without_vllm_dicts(params):
             own = ALIASES.get(name, name)
             if own not in known:
                 raise InvalidRequest(
@@ -175,9 +229,36 @@ class SamplingParams:
                 values[name] = tuple(value)
             else:
                 values[name] = (value,)
+        if isinstance(values.get("json_schema"), dict):
+            values["json_schema"] = _json_text("json_schema", values["json_schema"])
         values["logit_bias"] = _bias_pairs(values.get("logit_bias"))
         values["bad_words_ids"] = _sequences("bad_words_ids", values.get("bad_words_ids"))
         return cls(**values)
+
+
+def _without_vllm_dicts(params: dict) -> Iterator[tuple[str, object]]:
+    """vLLM has one of {"json": ...}, {"regex": ...}, {"choice": ...}, {"grammar": ...}, {"json_object": true}."""
+    for name, value in params.items():
+        if name not in ("structured_outputs", "guided_decoding"):
+            yield name, value
+            continue
+        if value is not None and not isinstance(value, dict):
+            raise InvalidRequest(name, f"must be a dict, got {value!r}")
+        for option, setting in (value or {}).items():
+            if option in VLLM_GUIDES:
+                yield VLLM_GUIDES[option], setting
+            elif option == "json_object" and setting is True:
+                yield "json_schema", ANY_OBJECT
+            elif setting not in (None, False):
+                supported = ", ".join((*VLLM_GUIDES, "json_object"))
+                raise InvalidRequest(name, f"{option} is not supported (supported: {supported})")
+
+
+def _json_text(name: str, value: dict) -> str:
+    try:
+        return json.dumps(value, ensure_ascii=False)
+    except (RecursionError, TypeError, ValueError) as error:
+        raise InvalidRequest(name, f"is no JSON: {error}") from error
 
 
 def _bias_pairs(value: object) -> tuple[tuple[int, float], ...]:
@@ -205,6 +286,13 @@ def _sequences(name: str, value: object) -> tuple[tuple[int, ...], ...]:
     if not isinstance(value, (list, tuple)) or not all(isinstance(word, (list, tuple)) for word in value):
         raise InvalidRequest(name, f"must be lists of token ids, got {value!r}")
     return tuple(tuple(word) for word in value)
+
+
+def _require_text(name: str, value: object) -> None:
+    if not isinstance(value, str):
+        raise InvalidRequest(name, f"must be a string, got {value!r}")
+    if any("\ud800" <= char <= "\udfff" for char in value):
+        raise InvalidRequest(name, "holds half of a surrogate pair, which is no text")
 
 
 def _require_int(name: str, value: object, low: int, high: int, otherwise: str = "") -> None:
