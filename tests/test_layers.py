@@ -18,7 +18,7 @@ LAYERS = [  # top to bottom
     ["specbackend.cache"],
     [
         f"specbackend.{noun}"
-        for noun in ("config", "request", "sampling_params", "batch", "errors", "text", "tokenizer")
+        for noun in ("config", "request", "sampling_params", "batch", "errors", "text", "tokenizer", "grammar")
     ],
     ["specbackend.kernels"],
 ]
@@ -29,7 +29,7 @@ ONLY_IN = {  # a third-party package and the one place that may import it
 }
 INTEGERS_ONLY = ["specbackend.cache.radix_tree", "specbackend.cache.slots"]
 NO_TORCH_NOUNS = [
-    f"specbackend.{noun}" for noun in ("config", "request", "sampling_params", "errors", "text", "tokenizer")
+    f"specbackend.{noun}" for noun in ("config", "request", "sampling_params", "errors", "text", "tokenizer", "grammar")
 ]
 
 
