@@ -18,13 +18,14 @@ from specbackend.cache.kv_pool import KVPool, RequestTable
 from specbackend.cache.slots import SlotManager
 from specbackend.config import EngineConfig
 from specbackend.errors import ConfigError, InvalidRequest
+from specbackend.grammar import GrammarCompiler
 from specbackend.models.draft import DraftModel
 from specbackend.models.llama import LlamaModel
 from specbackend.models.model_config import ModelConfig
 from specbackend.models.registry import load_draft
 from specbackend.request import FinishReason, Request, Update
 from specbackend.runner import TargetRunner
-from specbackend.sampling_params import SamplingParams
+from specbackend.sampling_params import Guide, SamplingParams
 from specbackend.scheduler import Scheduler
 from specbackend.speculative.decoder import Decoder
 from specbackend.speculative.drafter import CacheRule, Drafter
@@ -73,6 +74,7 @@ class Engine:
         self._seeds = random.Random(config.random_seed)
         self._totals = {"prompt_tokens": 0, "cached_tokens": 0, "completion_tokens": 0, "verify_steps": 0}
         self._tokenizer: Tokenizer | None = None
+        self._compiler: GrammarCompiler | None = None
         with torch.inference_mode():
             self._load(target_path)
 
@@ -124,6 +126,8 @@ class Engine:
         request.seed = self._seeds.getrandbits(63) if params.seed is None else params.seed
         end_ids = {*self.model_config.eos_token_ids, *params.stop_token_ids}
         request.end_ids = tuple(token for token in end_ids if token < self.model_config.vocab_size)
+        if params.guide:
+            request.grammar = self._grammars(params.guide).start(*params.guide)
         self.scheduler.add(request)
 
     @torch.inference_mode()
@@ -214,6 +218,16 @@ class Engine:
             if isinstance(token, bool) or not isinstance(token, int) or not 0 <= token < vocab:
                 raise InvalidRequest("input_ids", f"{token!r} is not an id of the vocabulary of {vocab}")
         request.params.check_vocabulary(vocab, self.model_config.eos_token_ids)
+
+    def _grammars(self, guide: Guide) -> GrammarCompiler:
+        """Made for the first request that has a guide: with a large vocabulary it takes seconds."""
+        if self._compiler is None:
+            config = self.model_config
+            try:
+                self._compiler = GrammarCompiler(self.tokenizer, config.vocab_size, config.eos_token_ids)
+            except ValueError as error:  # ConfigError too
+                raise InvalidRequest(guide.kind, f"cannot be served with this checkpoint: {error}") from error
+        return self._compiler
 
     def _count(self, batch: ExtendBatch | DecodeBatch, updates: list[Update]) -> None:
         """Step by step, because a request that is cancelled has no last update."""

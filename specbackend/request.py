@@ -3,8 +3,12 @@
 from array import array
 from dataclasses import dataclass, field
 from enum import Enum
+from typing import TYPE_CHECKING
 
 from specbackend.sampling_params import SamplingParams
+
+if TYPE_CHECKING:  # it brings llguidance, which Triton's process has no use for
+    from specbackend.grammar import GrammarState
 
 
 class FinishReason(str, Enum):
@@ -47,6 +51,7 @@ class Request:
     # resolved when the engine takes the request
     seed: int = 0
     end_ids: tuple[int, ...] = ()  # eos and stop_token_ids, those of the vocabulary
+    grammar: "GrammarState | None" = None  # behind output_ids, if the parameters have a guide and until the end
     _text: array = field(default_factory=lambda: array("q"), init=False, repr=False)
 
     @property

@@ -45,3 +45,13 @@ class Nodes:
         last_BNL = torch.cat([before_BNL, before_BNL[:, :, :1]], dim=2)
         last_BNL.scatter_(2, column_BNN, self.token_BN[:, None, :].expand(B, N, N))
         return last_BNL[:, :, :L]
+
+    def paths(self, rows: list[int]) -> list[list[tuple[int, ...]]]:
+        """Of these requests, on the host in one copy: for each node the drafts on its path, itself included."""
+        packed_RN = torch.cat([self.token_BN[rows][:, None], self.mask_BNN[rows]], dim=1).tolist()
+        return [[_selected(tokens, on_path) for on_path in mask_NN] for tokens, *mask_NN in packed_RN]
+
+
+def _selected(token_N: list[int], on_path_N: list[int]) -> tuple[int, ...]:
+    """In order, as parents come before their children; without the root, which is no draft."""
+    return tuple(token for token, on_path in zip(token_N[1:], on_path_N[1:], strict=True) if on_path)

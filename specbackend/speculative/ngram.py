@@ -92,7 +92,7 @@ class NgramDrafter:
         index = self._index(request)
         tree = TokenTree(index.tokens[-1])
         for end in index.matches(self.max_match):
-            tree.add_path(index.tokens[end : end + self.max_depth], num_nodes)
+            tree.add_path(_legal(request, index.tokens[end : end + self.max_depth]), num_nodes)
         tree.add_path([0] * num_nodes, num_nodes)  # the forward has num_nodes rows anyway
         return tree
 
@@ -103,3 +103,8 @@ class NgramDrafter:
             index.extend(request.input_ids)
         index.extend(request.output_ids[len(index.tokens) - len(request.input_ids) :])
         return index
+
+
+def _legal(request: Request, path: list[int]) -> list[int]:
+    """Up to the first token that the request's grammar forbids, which would be drafted for nothing."""
+    return path if request.grammar is None else path[: request.grammar.count_legal(tuple(path))]
