@@ -17,6 +17,7 @@ from specbackend.cache.kv_pool import KVPool, RequestTable
 from specbackend.cache.slots import SlotManager
 from specbackend.config import EngineConfig
 from specbackend.errors import ConfigError, InvalidRequest
+from specbackend.grammar import GrammarCompiler
 from specbackend.models.draft import DraftModel
 from specbackend.models.llama import LlamaModel
 from specbackend.models.model_config import ModelConfig
@@ -25,7 +26,7 @@ from specbackend.offline import OfflineAnswer, Question, read_questions
 from specbackend.request import Request, Update
 from specbackend.runner import TargetRunner
 from specbackend.sampling.custom import load_processors
-from specbackend.sampling_params import check_neutral
+from specbackend.sampling_params import Guide, check_neutral
 from specbackend.scheduler import Scheduler
 from specbackend.shadow import ShadowRuns
 from specbackend.speculative.decoder import Decoder
@@ -79,6 +80,7 @@ class Engine:
         self._totals = {"prompt_tokens": 0, "cached_tokens": 0, "completion_tokens": 0, "verify_steps": 0}
         self._tokenizer: Tokenizer | None = None
         self._processors = load_processors(config.logits_processors) if config.logits_processors else ()
+        self._compiler: GrammarCompiler | None = None
         with torch.inference_mode():
             self._load(target_path)
 
@@ -133,6 +135,8 @@ class Engine:
         request.seed = self._seeds.getrandbits(63) if params.seed is None else params.seed
         end_ids = {*self.model_config.eos_token_ids, *params.stop_token_ids}
         request.end_ids = tuple(token for token in end_ids if token < self.model_config.vocab_size)
+        if params.guide:
+            request.grammar = self._grammars(params.guide).start(*params.guide)
         self.scheduler.add(request)
 
     @torch.inference_mode()
@@ -259,6 +263,16 @@ class Engine:
         request.params.check_vocabulary(vocab, self.model_config.eos_token_ids)
         if request.params.custom_params is not None and not self._processors:
             raise InvalidRequest("custom_params", "this server has no logits processors of its own (logits_processors)")
+
+    def _grammars(self, guide: Guide) -> GrammarCompiler:
+        """Made for the first request that has a guide: with a large vocabulary it takes seconds."""
+        if self._compiler is None:
+            config = self.model_config
+            try:
+                self._compiler = GrammarCompiler(self.tokenizer, config.vocab_size, config.eos_token_ids)
+            except ValueError as error:  # ConfigError too
+                raise InvalidRequest(guide.kind, f"cannot be served with this checkpoint: {error}") from error
+        return self._compiler
 
     def _count(self, batch: ExtendBatch | DecodeBatch, updates: list[Update]) -> None:
         """Step by step, because a request that is cancelled has no last update."""

@@ -85,7 +85,7 @@ class OfflineAnswer:
     def take(self, update: Update) -> None:
         if update.failure:
             raise InvalidRequest(update.failure.field, update.failure.message)
-        piece = self._stream.push(update.token_ids, last=update.finish_reason)
+        piece = self._stream.push(update.token_ids, last=update.finished, has_end_token=update.has_end_token)
         self.text += piece.text
         self.output_ids += piece.token_ids
         self._logprobs += update.logprobs[: len(piece.token_ids)]

@@ -4,9 +4,13 @@ from array import array
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import Enum
+from typing import TYPE_CHECKING
 
 from specbackend.config import TreeShape
 from specbackend.sampling_params import SamplingParams
+
+if TYPE_CHECKING:  # it brings llguidance, which Triton's process has no use for
+    from specbackend.grammar import GrammarState
 
 
 class FinishReason(str, Enum):
@@ -62,6 +66,7 @@ class Request:
     tree: TreeShape | None = None  # None: plain decoding
     processors: tuple[Callable, ...] = ()  # the server's own, see sampling.custom
     end_ids: tuple[int, ...] = ()  # eos and stop_token_ids, those of the vocabulary
+    grammar: "GrammarState | None" = None  # behind output_ids, if the parameters have a guide and until the end
     _text: array = field(default_factory=lambda: array("q"), init=False, repr=False)
 
     @property
@@ -92,6 +97,7 @@ class Update:
     cached_tokens: int = 0
     spec_verify_ct: int = 0
     draft_tokens: int = 0  # verified so far
+    has_end_token: bool = False  # the last token is an eos or stop id, which is no text
     logprobs: list[TokenLogprob] = field(default_factory=list)  # of token_ids, if asked for
     prompt_logprobs: list[TokenLogprob] = field(default_factory=list)  # of all but the first, on the first update
     failure: Failure | None = None  # on the last update, which says abort

@@ -5,6 +5,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, fields, replace
 from itertools import chain
+from typing import NamedTuple
 
 from specbackend.config import TREE
 from specbackend.errors import InvalidRequest
@@ -25,6 +26,10 @@ ALIASES = {
     "extra_args": "custom_params",
     "no_stop_trim": "include_stop_str_in_output",
     "sampling_seed": "seed",
+    "guided_json": "json_schema",
+    "guided_regex": "regex",
+    "guided_grammar": "ebnf",
+    "guided_choice": "choice",
 }
 # What vLLM (top_k, seed) or both (max_new_tokens) write for one of our values. None is the default everywhere else.
 OTHER_VALUES = {"top_k": (0, -1), "seed": (-1, None), "max_new_tokens": (None, UNLIMITED)}
@@ -74,6 +79,22 @@ NOT_SERVED: dict[str, tuple[tuple, str]] = {
     "audio_data": (([],), "prompts are text or token ids"),
     "priority": ((0,), "who comes first is schedule_policy's to say"),
 }
+LONGEST_GUIDE = {"json_schema": 1 << 16, "regex": 1 << 13, "ebnf": 1 << 13, "choice": 1 << 16}  # bytes
+MOST_CHOICES = 1024
+NO_TOKEN_LEFT = "there may be no token left to pick"
+NOT_WITH_GUIDES = {
+    "allowed_token_ids": NO_TOKEN_LEFT,
+    "bad_words_ids": NO_TOKEN_LEFT,
+    "min_new_tokens": NO_TOKEN_LEFT,
+    "ignore_eos": "the text ends where it is complete",
+}
+
+
+class Guide(NamedTuple):
+    """What the text as a whole must be."""
+
+    kind: str  # one of GUIDES
+    text: str  # of a choice: a JSON list
 
 
 @dataclass(frozen=True)
@@ -145,6 +166,36 @@ class SamplingParams:
         self._check_logprobs()
         if not isinstance(self.custom_params, dict | None):
             raise InvalidRequest("custom_params", f"must be an object, got {self.custom_params!r}")
+        self._check_guide()
+
+    @property
+    def guide(self) -> Guide | None:
+        for kind in GUIDES:
+            value = getattr(self, kind)
+            if value or isinstance(value, str):
+                return Guide(kind, value if isinstance(value, str) else json.dumps(value))
+        return None
+
+    def _check_guide(self) -> None:
+        for kind in ("json_schema", "regex", "ebnf"):
+            if getattr(self, kind) is not None:
+                _require_text(kind, getattr(self, kind))
+        for text in self.choice:
+            _require_text("choice", text)
+        if len(self.choice) > MOST_CHOICES:
+            raise InvalidRequest("choice", f"has {len(self.choice)} strings, at most {MOST_CHOICES} are served")
+        if self.guide is None:
+            return
+        kind, text = self.guide
+        others = [name for name in GUIDES if name != kind and getattr(self, name) not in (None, ())]
+        if others:
+            raise InvalidRequest(others[0], f"cannot be combined with {kind}: only one of {', '.join(GUIDES)}")
+        if len(text.encode()) > LONGEST_GUIDE[kind]:
+            message = f"has {len(text.encode())} bytes, at most {LONGEST_GUIDE[kind]} are served"
+            raise InvalidRequest(kind, message)
+        for name, why in NOT_WITH_GUIDES.items():
+            if getattr(self, name):
+                raise InvalidRequest(name, f"cannot be combined with {kind}: {why}")
 
     def _check_logprobs(self) -> None:
         for name in ("logprobs", "prompt_logprobs"):
@@ -260,7 +311,7 @@ def _guide_in_our_words(name: str, value: object) -> Iterator[tuple[str, str, ob
         raise InvalidRequest(name, f"must be an object, got {value!r}")
     for key, guide in (value or {}).items():
         if key in VLLM_GUIDES and guide is not None:
-            yield name, VLLM_GUIDES[key], json.dumps(guide) if isinstance(guide, dict) else guide
+            yield name, VLLM_GUIDES[key], guide
         elif key == "json_object" and guide is True:
             yield name, "json_schema", ANY_OBJECT
         elif guide not in (None, False):
@@ -290,11 +341,20 @@ def _as_tuples(values: dict) -> dict:
         if name in values:
             value = values[name]
             values[name] = tuple(value) if isinstance(value, (list, tuple)) else (value,)
+    if isinstance(values.get("json_schema"), dict):
+        values["json_schema"] = _json_text("json_schema", values["json_schema"])
     if "logit_bias" in values:
         values["logit_bias"] = _bias_pairs(values["logit_bias"])
     if "bad_words_ids" in values:
         values["bad_words_ids"] = _sequences("bad_words_ids", values["bad_words_ids"])
     return values
+
+
+def _json_text(name: str, value: dict) -> str:
+    try:
+        return json.dumps(value, ensure_ascii=False)
+    except (RecursionError, TypeError, ValueError) as error:
+        raise InvalidRequest(name, f"is no JSON: {error}") from error
 
 
 def _bias_pairs(value: object) -> tuple[tuple[int, float], ...]:
@@ -323,6 +383,13 @@ def _sequences(name: str, value: object) -> tuple[tuple[int, ...], ...]:
 def _require_bool(name: str, value: object) -> None:
     if not isinstance(value, bool):
         raise InvalidRequest(name, f"must be a bool, got {value!r}")
+
+
+def _require_text(name: str, value: object) -> None:
+    if not isinstance(value, str):
+        raise InvalidRequest(name, f"must be a string, got {value!r}")
+    if any("\ud800" <= char <= "\udfff" for char in value):
+        raise InvalidRequest(name, "holds half of a surrogate pair, which is no text")
 
 
 def _require_int(name: str, value: object, low: int, high: int, otherwise: str = "") -> None:

@@ -8,7 +8,7 @@ from specbackend.cache.radix_tree import PrefixMatch
 from specbackend.cache.slots import SlotManager
 from specbackend.config import EngineConfig
 from specbackend.errors import QueueFull
-from specbackend.request import FinishReason, Request, RequestStatus, TokenLogprob, Update
+from specbackend.request import Failure, FinishReason, Request, RequestStatus, TokenLogprob, Update
 from specbackend.speculative.drafter import CacheRule
 
 
@@ -186,7 +186,9 @@ class Scheduler:
         self._share(request, request.all_ids + [first_token], request.num_computed)
 
     def _append(self, request: Request, tokens: list[int], logprobs: list[TokenLogprob]) -> Update:
-        tokens, reason = ([], FinishReason.ABORT) if request.failure else self._cut(request, tokens)
+        tokens, reason = self._cut(request, tokens)
+        if request.failure:
+            tokens, reason = [], FinishReason.ABORT
         prompt_logprobs = [] if request.output_ids else request.prompt_logprobs
         request.output_ids += tokens
         if reason:
@@ -201,26 +203,40 @@ class Scheduler:
             cached_tokens=request.num_cached,
             spec_verify_ct=request.spec_verify_ct,
             draft_tokens=request.spec_verify_ct * (request.tree.num_nodes - 1) if request.tree else 0,
+            has_end_token=reason is FinishReason.STOP and self._is_end_token(request, tokens[-1]),
             logprobs=logprobs[: len(tokens)],
             prompt_logprobs=prompt_logprobs,
             failure=request.failure,
         )
 
     def _cut(self, request: Request, tokens: list[int]) -> tuple[list[int], FinishReason | None]:
-        """Stop at the first stop token (kept) or at the length limit, whichever comes first."""
+        """Stop at the first token that ends the text (kept) or at the length limit, whichever comes first."""
         room = min(request.params.max_new_tokens - len(request.output_ids), self.context_length - request.num_tokens)
         for count, token in enumerate(tokens[:room], start=1):
-            if token in request.params.stop_token_ids:
-                return tokens[:count], FinishReason.STOP
-            if token in self.eos_token_ids and not request.params.ignore_eos:
+            if self._ends(request, token):
                 return tokens[:count], FinishReason.STOP
         if len(tokens) >= room:
             return tokens[:room], FinishReason.LENGTH
         return tokens, None
 
+    def _ends(self, request: Request, token: int) -> bool:
+        """Whether nothing follows this token, the text's next: the one place where grammars go on."""
+        if request.grammar is not None:
+            request.grammar.advance(token)
+            if request.grammar.error:
+                request.failure = Failure(request.params.guide.kind, request.grammar.error)
+            if request.grammar.error or request.grammar.is_complete:
+                return True
+        return self._is_end_token(request, token)
+
+    def _is_end_token(self, request: Request, token: int) -> bool:
+        ends = token in self.eos_token_ids and not request.params.ignore_eos
+        return ends or token in request.params.stop_token_ids
+
     def _finish(self, request: Request, reason: FinishReason) -> None:
         request.finish_reason = reason
         request.status = RequestStatus.FINISHED
+        request.grammar = None
         if request in self._pinned:
             self._release(request)
 

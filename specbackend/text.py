@@ -4,7 +4,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 
-from specbackend.request import FinishReason
 from specbackend.sampling_params import SamplingParams
 
 REPLACEMENT = "\ufffd"  # what decoders print for bytes that are no character, or not yet
@@ -123,13 +122,13 @@ class TextStream:
         self._params = params
         self._count = 0  # tokens so far
 
-    def push(self, token_ids: Sequence[int], last: FinishReason | None = None) -> Piece:
-        """Take new tokens. With `last`, why they are the last ones, nothing is held back any more."""
+    def push(self, token_ids: Sequence[int], last: bool = False, has_end_token: bool = False) -> Piece:
+        """Take new tokens. With `last`, nothing is held back any more; the last of all may be an end token."""
         shown = list(token_ids)
-        if last is FinishReason.STOP and not self._params.include_stop_str_in_output:
-            shown = shown[:-1]  # the end token is no text, special or not
+        if has_end_token and not self._params.include_stop_str_in_output:
+            shown = shown[:-1]  # it is no text, special or not
         piece = self._push_each(shown) if self._params.stop else Piece(self._detokenizer.push(shown), shown)
-        if last is None or piece.stopped:
+        if not last or piece.stopped:
             return piece
         piece = self._flush(piece)
         return piece if piece.stopped else replace(piece, token_ids=list(token_ids))

@@ -37,6 +37,15 @@ class Tokenizer:
     def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         return self._fast.decode(token_ids, skip_special_tokens=skip_special_tokens)
 
+    @property
+    def vocab_size(self) -> int:
+        """One more than the largest id."""
+        return 1 + max(self._fast.get_vocab().values())
+
+    def to_json(self) -> str:
+        """What tokenizer.json holds, whatever file it was read from."""
+        return self._fast.to_str()
+
     @cached_property
     def max_token_bytes(self) -> int:
         """No token stands for more bytes of text, so a text of n bytes has at least n / max_token_bytes tokens."""

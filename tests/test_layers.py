@@ -19,7 +19,7 @@ LAYERS = [  # top to bottom
     ["specbackend.cache"],
     [
         f"specbackend.{noun}"
-        for noun in ("config", "request", "sampling_params", "batch", "errors", "text", "tokenizer", "words")
+        for noun in ("config", "request", "sampling_params", "batch", "errors", "text", "tokenizer", "words", "grammar")
     ],
     ["specbackend.kernels"],
 ]
@@ -30,7 +30,8 @@ ONLY_IN = {  # a third-party package and the one place that may import it
 }
 INTEGERS_ONLY = ["specbackend.cache.radix_tree", "specbackend.cache.slots"]
 NO_TORCH_NOUNS = [
-    f"specbackend.{noun}" for noun in ("config", "request", "sampling_params", "errors", "text", "tokenizer", "words")
+    f"specbackend.{noun}"
+    for noun in ("config", "request", "sampling_params", "errors", "text", "tokenizer", "words", "grammar")
 ]
 
 

@@ -303,6 +303,10 @@ EXAMPLES = {
     "choice": ["a"],
     "structured_outputs": {"regex": "a"},
     "guided_decoding": {"regex": "a"},
+    "guided_json": {"type": "null"},
+    "guided_regex": "a",
+    "guided_grammar": 'root ::= "a"',
+    "guided_choice": ["a"],
     "custom_params": {"a": 1},
     "extra_args": {"a": 1},
     "speculative": False,
@@ -371,3 +375,65 @@ def test_what_is_only_for_the_offline_engine_is_its_argument():
     from specbackend.engine import Engine
 
     assert set(ONLY_OFFLINE) | set(RETURN_LOGPROB) <= set(inspect.signature(Engine.generate).parameters)
+
+
+GUIDES_AS_WRITTEN = [  # what users write, the field and its text
+    ({"json_schema": '{"type": "null"}'}, "json_schema", '{"type": "null"}'),
+    ({"json_schema": {"const": "é"}}, "json_schema", '{"const": "é"}'),
+    ({"regex": ""}, "regex", ""),
+    ({"ebnf": 'root ::= "a"'}, "ebnf", 'root ::= "a"'),
+    ({"choice": ["a", "é"]}, "choice", '["a", "\\u00e9"]'),
+    ({"choice": "a"}, "choice", '["a"]'),
+    ({"structured_outputs": {"json": {"type": "null"}}}, "json_schema", '{"type": "null"}'),
+    ({"structured_outputs": {"json_object": True}}, "json_schema", '{"type": "object"}'),
+    ({"structured_outputs": {"regex": "a+", "json_object": None, "disable_fallback": False}}, "regex", "a+"),
+    ({"guided_decoding": {"grammar": 'root ::= "a"'}}, "ebnf", 'root ::= "a"'),
+    ({"guided_decoding": {"choice": ["a"]}}, "choice", '["a"]'),
+    ({"guided_json": {"type": "null"}}, "json_schema", '{"type": "null"}'),
+    ({"guided_regex": "a+"}, "regex", "a+"),
+    ({"guided_choice": ["a"]}, "choice", '["a"]'),
+    ({"guided_grammar": 'root ::= "a"'}, "ebnf", 'root ::= "a"'),
+]
+
+
+@pytest.mark.parametrize("params, kind, text", GUIDES_AS_WRITTEN, ids=[str(each[0])[:50] for each in GUIDES_AS_WRITTEN])
+def test_guides_have_many_names(params, kind, text):
+    assert SamplingParams.from_dict(params).guide == (kind, text)
+
+
+@pytest.mark.parametrize(
+    "params",
+    [{}, {"json_schema": None, "choice": None}, {"structured_outputs": None}, {"guided_decoding": {}}],
+    ids=str,
+)
+def test_no_guide(params):
+    assert SamplingParams.from_dict(params).guide is None
+
+
+REFUSED_GUIDES = [
+    ({"regex": 5}, "regex: must be a string, got 5"),
+    ({"json_schema": [1]}, "json_schema: must be a string"),
+    ({"json_schema": {"x": {1}}}, "json_schema: is no JSON"),
+    ({"choice": ["a", 1]}, "choice: must be a string, got 1"),
+    ({"ebnf": "\ud800"}, "ebnf: holds half of a surrogate pair"),
+    ({"regex": "a", "choice": ["a"]}, "choice: cannot be combined with regex: only one of"),
+    ({"regex": "a", "guided_json": "{}"}, "regex: cannot be combined with json_schema"),
+    ({"regex": "a", "guided_regex": "b"}, "guided_regex: contradicts regex"),
+    ({"structured_outputs": {"structural_tag": "{}"}}, "structured_outputs: structural_tag is not supported"),
+    ({"structured_outputs": "json"}, "structured_outputs: must be an object"),
+    ({"regex": "é" * 5000}, "regex: has 10000 bytes, at most 8192 are served"),
+    ({"ebnf": "a" * 10000}, "ebnf: has 10000 bytes, at most 8192"),
+    ({"json_schema": " " * 70000}, "json_schema: has 70000 bytes, at most 65536"),
+    ({"choice": ["a"] * 1025}, "choice: has 1025 strings, at most 1024"),
+    ({"choice": ["a" * 70000]}, "choice: has 70004 bytes, at most 65536"),
+    ({"regex": "a", "allowed_token_ids": [1]}, "allowed_token_ids: cannot be combined with regex: .* no token left"),
+    ({"choice": ["a"], "bad_words_ids": [[1]]}, "bad_words_ids: cannot be combined with choice: .* no token left"),
+    ({"regex": "a", "min_new_tokens": 1}, "min_new_tokens: cannot be combined with regex: .* no token left"),
+    ({"ebnf": "a", "ignore_eos": True}, "ignore_eos: cannot be combined with ebnf: the text ends where"),
+]
+
+
+@pytest.mark.parametrize("params, message", REFUSED_GUIDES, ids=[str(each[0])[:50] for each in REFUSED_GUIDES])
+def test_guides_that_are_refused(params, message):
+    with pytest.raises(InvalidRequest, match=f"^{message}"):
+        SamplingParams.from_dict(params)

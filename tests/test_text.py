@@ -6,7 +6,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from specbackend.request import FinishReason
 from specbackend.sampling_params import SamplingParams
 from specbackend.text import MAX_PENDING, REPLACEMENT, Detokenizer, StopMatcher, TextStream
 from tests.fakes import END_ID, byte_tokenizer
@@ -116,11 +115,11 @@ def text_stream(**params) -> TextStream:
 
 @given(TEXTS.filter(bool), st.lists(st.integers(0, 100)), st.sampled_from([(), ("é",), ("b ", "€😀"), ("aa",)]))
 def test_text_stream_does_not_depend_on_the_pieces(text, cuts, stops):
-    whole = text_stream(stop=stops).push(encode(text), last=FinishReason.LENGTH)
+    whole = text_stream(stop=stops).push(encode(text), last=True)
     stream, got, ids, stopped = text_stream(stop=stops), "", [], False
     chunks = cut(encode(text), cuts)
     for number, chunk in enumerate(chunks, start=1):
-        piece = stream.push(chunk, last=FinishReason.LENGTH if number == len(chunks) else None)
+        piece = stream.push(chunk, last=number == len(chunks))
         got, ids, stopped = got + piece.text, ids + piece.token_ids, piece.stopped
         if stopped:
             break
@@ -141,7 +140,7 @@ def test_stop_strings_equal_their_definition(text, stops, min_new_tokens, keep, 
     got, ids, stopped = "", [], False
     chunks = cut(encode(text), cuts)
     for number, chunk in enumerate(chunks, start=1):
-        piece = stream.push(chunk, last=FinishReason.LENGTH if number == len(chunks) else None)
+        piece = stream.push(chunk, last=number == len(chunks))
         got, ids, stopped = got + piece.text, ids + piece.token_ids, piece.stopped
         if stopped:
             break
@@ -159,7 +158,7 @@ def test_text_stream_ends_with_the_token_that_completes_the_stop_string():
     assert piece.token_ids == encode("abEND")
 
 
-@pytest.mark.parametrize("last", [None, FinishReason.LENGTH])
+@pytest.mark.parametrize("last", [False, True])
 def test_text_stream_shows_a_partial_stop_string_only_at_the_end(last):
     piece = text_stream(stop=("END",)).push(encode("abEN"), last=last)
     assert piece.text == ("abEN" if last else "ab")
@@ -181,7 +180,7 @@ def test_text_stream_shows_a_partial_stop_string_only_at_the_end(last):
     ids=str,
 )
 def test_the_end_token_is_text_only_if_asked_for(stop, end, params, shown):
-    piece = text_stream(stop=stop, **params).push(encode("ab") + end, last=FinishReason.STOP)
+    piece = text_stream(stop=stop, **params).push(encode("ab") + end, last=True, has_end_token=True)
     assert piece.text == shown["special" if end == [END_ID] else "letter"]
     assert piece.token_ids == encode("ab") + end
 

@@ -40,24 +40,26 @@ def _load(name: str) -> LogitsProcessor:
 
 @dataclass(frozen=True)
 class CustomProcessors:
+    rows: list[int]  # the requests that have any
     requests: list[Request]
 
     @classmethod
     def of(cls, requests: list[Request], device) -> "CustomProcessors | None":
-        return cls(requests) if any(request.processors for request in requests) else None
+        rows = [row for row, request in enumerate(requests) if request.processors]
+        return cls(rows, [requests[row] for row in rows]) if rows else None
 
     def apply(self, logits_BNV: torch.Tensor, nodes: Nodes) -> None:
-        for request, logits_NV, paths in zip(self.requests, logits_BNV, nodes.paths(), strict=True):
+        for row, request, paths in zip(self.rows, self.requests, nodes.paths(self.rows), strict=True):
             for processor in request.processors:
-                for logits_V, path in zip(logits_NV, paths, strict=True):
+                for logits_V, path in zip(logits_BNV[row], paths, strict=True):
                     if request.failure is None:
                         _apply_one(processor, request, logits_V, path)
 
 
-def _apply_one(processor: LogitsProcessor, request: Request, logits_V: torch.Tensor, path: list[int]) -> None:
+def _apply_one(processor: LogitsProcessor, request: Request, logits_V: torch.Tensor, path: tuple[int, ...]) -> None:
     """What the processor does wrong ends its request and no other."""
     try:
-        text = list(request.input_ids), request.output_ids + path
+        text = list(request.input_ids), [*request.output_ids, *path]
         new_V = processor(*text, logits_V.clone(), request.params.custom_params)
         if new_V.shape != logits_V.shape or not new_V.max() > -torch.inf:  # false for nan too
             raise ValueError(f"returned {tuple(new_V.shape)} logits, the best {new_V.max().item()}")

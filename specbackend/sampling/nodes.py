@@ -24,14 +24,6 @@ class Nodes:
         mask_B11 = torch.ones(len(token_B), 1, 1, dtype=torch.bool, device=token_B.device)
         return cls(token_B[:, None], position_B[:, None], mask_B11)
 
-    def paths(self) -> list[list[list[int]]]:
-        """The drafts that lead to each place, on the host."""
-        tokens, masks = self.token_BM[:, 1:].tolist(), self.mask_BNM[:, :, 1:].tolist()
-        return [
-            [list(compress(tokens_M, mask_M)) for mask_M in mask_NM]
-            for tokens_M, mask_NM in zip(tokens, masks, strict=True)
-        ]
-
     def drafted_count(self, vocab_size: int) -> torch.Tensor:
         """float32 [B, N, V]: how often each token occurs among the drafts on each path."""
         drafted_BNM = self.mask_BNM.float()
@@ -53,3 +45,8 @@ class Nodes:
         last_BNL = torch.cat([before_BNL, before_BNL[:, :, :1]], dim=2)
         last_BNL.scatter_(2, column_BNM, self.token_BM[:, None, :].expand_as(column_BNM))
         return last_BNL[:, :, :L]
+
+    def paths(self, rows: list[int]) -> list[list[tuple[int, ...]]]:
+        """Of these requests, on the host in one copy: the drafts that lead to each place."""
+        packed_RNM = torch.cat([self.token_BM[rows][:, None], self.mask_BNM[rows]], dim=1)[:, :, 1:].tolist()
+        return [[tuple(compress(tokens, on_path)) for on_path in mask_NM] for tokens, *mask_NM in packed_RNM]

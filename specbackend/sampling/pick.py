@@ -3,7 +3,7 @@
 The logits of a node become the target's distribution by the parameters of its request, in one order for all:
 
     logit_bias -> the server's own processors -> repetition_penalty -> frequency_penalty, presence_penalty
-    -> min_new_tokens -> allowed_token_ids, bad words -> temperature -> top_k and top_p jointly -> min_p
+    -> min_new_tokens -> allowed_token_ids, bad words -> grammar -> temperature -> top_k and top_p jointly -> min_p
 
 Greedy requests (temperature 0) take the best token after all that comes before temperature.
 

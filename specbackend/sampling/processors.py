@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from specbackend.grammar import GrammarState
 from specbackend.request import Request
 from specbackend.sampling.custom import CustomProcessors
 from specbackend.sampling.nodes import Nodes
@@ -189,6 +190,41 @@ class BadWords:
 
 
 @dataclass(frozen=True)
+class GrammarMask:
+    """Only tokens that the request's grammar allows.
+
+    Behind a node that the grammar itself forbids everything stays allowed: the target never picks the node's token, so
+    nothing that follows it matters.
+    """
+
+    rows: list[int]  # the requests that have a grammar
+    grammars: list[GrammarState]
+
+    @classmethod
+    def of(cls, requests: list[Request], device) -> "GrammarMask | None":
+        rows = [row for row, request in enumerate(requests) if request.grammar is not None]
+        return cls(rows, [requests[row].grammar for row in rows]) if rows else None
+
+    def apply(self, logits_BNV: torch.Tensor, nodes: Nodes) -> None:
+        V = logits_BNV.shape[2]
+        bits_RNW = torch.from_numpy(self._masks(nodes, V)).to(logits_BNV.device)
+        legal_RNV = torch.stack([bits_RNW >> bit & 1 for bit in range(8)], dim=3).flatten(2)[:, :, :V] > 0
+        for row, legal_NV in zip(self.rows, legal_RNV, strict=True):
+            logits_BNV[row].masked_fill_(~legal_NV, BANNED)
+
+    def _masks(self, nodes: Nodes, V: int) -> np.ndarray:
+        """uint8 [R, N, W], eight tokens in each."""
+        R, N = len(self.grammars), nodes.position_BN.shape[1]
+        masks_RNW = np.full((R, N, -(-V // 8)), 0xFF, dtype=np.uint8)
+        for masks_NW, grammar, paths in zip(masks_RNW, self.grammars, nodes.paths(self.rows), strict=True):
+            for mask_W, path in zip(masks_NW, paths, strict=True):
+                legal_W = grammar.mask_after(path)
+                if legal_W is not None:
+                    mask_W[:] = legal_W
+        return masks_RNW
+
+
+@dataclass(frozen=True)
 class TopKTopP:
     """Both from the same distribution, neither after the other. Rows of scaled logits, by value: ties stay together."""
 
@@ -248,6 +284,7 @@ Processor = (
     | MinNewTokens
     | AllowedTokens
     | BadWords
+    | GrammarMask
     | TopKTopP
     | MinP
 )
@@ -261,6 +298,7 @@ BEFORE_TEMPERATURE = (
     MinNewTokens,
     AllowedTokens,
     BadWords,
+    GrammarMask,
 )
 AFTER_TEMPERATURE = (TopKTopP, MinP)
 

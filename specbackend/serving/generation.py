@@ -85,7 +85,7 @@ class Answer:
         self._note_time()
         self._update = update
         self._prompt_logprobs += update.prompt_logprobs
-        piece = self._text.push(update.token_ids, last=update.finish_reason)
+        piece = self._text.push(update.token_ids, last=update.finished, has_end_token=update.has_end_token)
         self._unsent.add(piece, update.logprobs)
         self.finish_reason = FinishReason.STOP if piece.stopped else update.finish_reason
         if self.finish_reason or self._is_due():
@@ -95,7 +95,7 @@ class Answer:
     def abort(self) -> Outputs:
         """End here; returns the last outputs."""
         self.finish_reason = FinishReason.ABORT
-        self._unsent.add(self._text.push([], last=self.finish_reason), [])
+        self._unsent.add(self._text.push([], last=True), [])
         return self._take_outputs()
 
     def _is_due(self) -> bool:

@@ -96,7 +96,8 @@ class NgramDrafter:
         index, shape = self._index(request), request.tree
         tree = TokenTree(index.tokens[-1])
         for end in index.matches(self.max_match):
-            tree.add_path(index.tokens[end : end + shape.num_steps], shape.num_nodes)
+            path = index.tokens[end : end + shape.num_steps]
+            tree.add_path(_legal(request, path), shape.num_nodes)
         return tree
 
     def _index(self, request: Request) -> NgramIndex:
@@ -110,3 +111,8 @@ class NgramDrafter:
 
 def _padded(values: list[int], length: int) -> list[int]:
     return values + [0] * (length - len(values))
+
+
+def _legal(request: Request, path: list[int]) -> list[int]:
+    """Up to the first token that the request's grammar forbids, which would be drafted for nothing."""
+    return path if request.grammar is None else path[: request.grammar.count_legal(tuple(path))]

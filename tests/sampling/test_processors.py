@@ -19,9 +19,9 @@ from specbackend.request import Request
 from specbackend.sampling import Nodes, SamplingBatch
 from specbackend.sampling.pick import pick_tokens, target_logits
 from specbackend.sampling_params import SamplingParams
-from specbackend.speculative.draft_tree import DraftTree, build_tree
+from specbackend.speculative.draft_tree import DraftTree
 from tests.sampling.reference import reference_distribution, reference_logits
-from tests.speculative.random_trees import path_to, random_candidates
+from tests.speculative.random_trees import full_tree, path_to, random_candidates
 
 V = 12
 EOS = (3,)
@@ -70,7 +70,7 @@ def random_tree(requests: list[Request], shape=(3, 3, 14), seed=0) -> DraftTree:
     K, num_steps, num_nodes = shape
     root_B = torch.tensor([request.all_ids[-1] for request in requests])
     generator = torch.Generator().manual_seed(seed)
-    return build_tree(root_B, random_candidates(len(requests), K, num_steps, V, generator), num_nodes)
+    return full_tree(root_B, random_candidates(len(requests), K, num_steps, V, generator), num_nodes)
 
 
 def nodes_of(tree: DraftTree, requests: list[Request]) -> Nodes:

@@ -2,7 +2,7 @@
 
 import torch
 
-from specbackend.speculative.draft_tree import Candidates, DraftTree
+from specbackend.speculative.draft_tree import Candidates, DraftTree, build_tree
 
 
 def random_candidates(B, K, num_steps, vocab_size, generator, ties=False) -> Candidates:
@@ -28,6 +28,13 @@ def _children(score_BK, K, vocab_size, generator, ties):
     if not ties:
         logprob_BPK = torch.rand(B, nodes, K, generator=generator).log()
     return (score_BK[:, :, None] + logprob_BPK).flatten(1), token_BPV[:, :, :K].flatten(1)
+
+
+def full_tree(root_B: torch.Tensor, candidates: Candidates, num_nodes: int) -> DraftTree:
+    """No request has a smaller tree than the others."""
+    tree = build_tree(root_B, candidates, torch.full_like(root_B, num_nodes), num_nodes)
+    assert tree.drafted_BN.all()
+    return tree
 
 
 def tree_of(token_N: list[int], parent_N: list[int]) -> DraftTree:

@@ -5,8 +5,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from specbackend.speculative.draft_tree import Candidates, DraftTree, ancestor_mask, build_tree
-from tests.speculative.random_trees import path_to, random_candidates
+from specbackend.speculative.draft_tree import Candidates, ancestor_mask
+from tests.speculative.random_trees import full_tree, path_to, random_candidates
 
 SHAPES = [(1, 1, 2), (1, 5, 6), (4, 1, 2), (4, 1, 5), (4, 3, 2), (4, 3, 8), (4, 3, 25), (3, 8, 32), (8, 4, 64)]
 SHAPE_IDS = ["K{}-steps{}-N{}".format(*shape) for shape in SHAPES]
@@ -32,13 +32,6 @@ def test_ancestor_mask_equals_walking(parent_N):
 def test_ancestor_mask_of_the_deepest_tree(N):
     chain = [0, *range(N - 1)]
     assert torch.equal(ancestor_mask(torch.tensor([chain, chain])), torch.ones(2, N, N, dtype=torch.bool).tril())
-
-
-def full_tree(root_B: torch.Tensor, candidates: Candidates, num_nodes: int) -> DraftTree:
-    """No request has a smaller tree than the others."""
-    tree = build_tree(root_B, candidates, torch.full_like(root_B, num_nodes), num_nodes)
-    assert tree.drafted_BN.all()
-    return tree
 
 
 def slow_tree(root: int, score: list[float], token: list[int], parent: list[int], num_nodes: int):

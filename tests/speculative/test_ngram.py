@@ -9,6 +9,7 @@ from specbackend.config import TreeShape
 from specbackend.request import Request
 from specbackend.speculative.ngram import MAX_OCCURRENCES, NgramDrafter, NgramIndex, TokenTree
 from specbackend.speculative.tree_shapes import TreeShapes
+from tests.grammar.texts import ids_of, make_compiler, text_of
 
 TEXT = st.lists(st.integers(0, 3), min_size=1, max_size=60)
 
@@ -126,3 +127,15 @@ def test_finished_requests_are_forgotten():
     assert len(drafter._indexes) == 1
     del request
     assert len(drafter._indexes) == 0
+
+
+def test_a_path_ends_before_the_first_token_that_the_grammar_forbids(tmp_path):
+    text = ids_of("xab1 xab2 x")
+    request = request_of(text, 6)
+    tokens, parents = propose_for([request], make_drafter())
+    assert text_of(tokens[0][:5]) == "xab2 "
+    request.grammar = make_compiler(tmp_path).start("regex", "xab[^2]*")
+    request.grammar.advance(text[-1])
+    tokens, parents = propose_for([request], make_drafter())
+    assert text_of(tokens[0][:4]) == "xab1" and 2 not in parents[0][4:], "the other path ends where 2 would follow"
+    assert request.grammar.legal_after(tuple(ids_of("b"))) is None, "the state is where it was"
