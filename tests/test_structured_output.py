@@ -12,8 +12,9 @@ from specbackend.errors import InvalidRequest
 from specbackend.grammar.state import CompiledGuide
 from specbackend.request import FinishReason, Request
 from specbackend.sampling_params import SamplingParams
-from tests.conftest import DEMO_TARGET
-from tests.test_equivalence import make_engine
+from specbackend.speculative import head_drafter, standalone
+from tests.conftest import DEMO_EAGLE3, DEMO_TARGET, DEMOS
+from tests.test_equivalence import make_engine, mean_accept_length
 
 NEW_TOKENS = 120
 TREE = (5, 4, 8)
@@ -202,6 +203,39 @@ def test_ngram_gives_the_same(demo_prompts, plain_mixed):
     engine = Engine(model_path=str(DEMO_TARGET), speculative_algorithm="NGRAM")
     params = mixed_params()
     assert ids_of(engine.generate(input_ids=demo_prompts[: len(params)], sampling_params=params)) == ids_of(plain_mixed)
+
+
+@pytest.mark.parametrize("temperature", [0, 1])
+@pytest.mark.parametrize("algorithm", ["EAGLE3", "EAGLE", "STANDALONE"])
+def test_nothing_illegal_is_drafted(algorithm, temperature, demo_prompts, monkeypatch):
+    """Also by a head with a vocabulary of its own. And what is legal is drafted well."""
+    drafter = standalone if algorithm == "STANDALONE" else head_drafter
+    draft = {"EAGLE3": DEMO_EAGLE3, "EAGLE": DEMOS / "llama-gsm8k-eagle", "STANDALONE": DEMO_TARGET}[algorithm]
+    token_map = {"speculative_token_map": str(draft / "freq_256.pt")} if algorithm == "EAGLE" else {}
+    engine = Engine(
+        model_path=str(DEMO_TARGET),
+        speculative_algorithm=algorithm,
+        speculative_draft_model_path=str(draft),
+        **token_map,
+    )
+    build_tree, sizes = drafter.build_tree, []
+
+    def checking_build_tree(root_B, *args):
+        tree = build_tree(root_B, *args)
+        columns = (tree.token_BN, tree.drafted_BN, tree.mask_BNN)
+        for request, tokens, drafted, mask in zip(engine.scheduler.running, *map(list, columns), strict=True):
+            sizes.append(int(drafted.sum()))
+            for node in drafted.nonzero()[1:, 0].tolist():
+                *path, token = tokens[mask[node]][1:].tolist()
+                legal = request.grammar.legal_after(tuple(path))
+                assert legal[token] if legal is not None else set(path) & set(request.end_ids), "or the text has ended"
+        return tree
+
+    monkeypatch.setattr(drafter, "build_tree", checking_build_tree)
+    params = [{**each, "temperature": temperature} for each in schema_params(20)]
+    answers = engine.generate(input_ids=demo_prompts[:20], sampling_params=params)
+    assert len(sizes) > 50
+    assert mean_accept_length(answers) > (2 if algorithm == "EAGLE3" else 1.3)
 
 
 def test_a_complete_text_ends_without_an_eos(generate):

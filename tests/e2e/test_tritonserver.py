@@ -8,6 +8,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 
+import jsonschema
 import pytest
 from tritonclient.grpc import InferenceServerClient
 
@@ -213,6 +214,32 @@ def test_a_shown_stop_string_and_special_tokens(server, offline):
     assert with_it.startswith(without) and "<|" in with_it[len(without) :]
 
 
+SCHEMA = {
+    "type": "object",
+    "properties": {"name": {"type": "string", "maxLength": 12}, "count": {"type": "integer", "minimum": 0}},
+    "required": ["name", "count"],
+    "additionalProperties": False,
+}
+GUIDES = [
+    {"guided_decoding_guide_type": "json_schema", "guided_decoding_guide": json.dumps(SCHEMA)},
+    {"json_schema": json.dumps(SCHEMA)},
+    {"structured_outputs": json.dumps({"json": SCHEMA})},
+]
+
+
+@pytest.mark.parametrize("model", ["llm", "ensemble"])
+@pytest.mark.parametrize("guide", GUIDES, ids=lambda guide: next(iter(guide)))
+def test_structured_output(server, questions, model, guide):
+    inputs = {**prompt_for(model, questions[0]), **guide, "max_tokens": 120, "temperature": 1.0, "seed": 4}
+    texts = []
+    for speculative in (True, False):
+        status, body = generate_http(server.http_url, model, {**inputs, "speculative": speculative})
+        assert status == 200, body
+        texts.append(body["text_output"])
+    assert texts[0] == texts[1]
+    jsonschema.validate(json.loads(texts[0]), SCHEMA)
+
+
 @pytest.mark.parametrize("model", ["llm", "ensemble"])
 @pytest.mark.parametrize(
     ("inputs", "status", "message"),
@@ -226,6 +253,15 @@ def test_a_shown_stop_string_and_special_tokens(server, offline):
         ({"text_input": "x", "top_p": 1.5}, 400, "top_p: must be above 0 and at most 1"),
         ({"text_input": "x", "logit_bias": '{"1024": 1}'}, 400, "logit_bias: 1024 is not an id of the vocabulary"),
         ({"text_input": "x", "n": 0}, 400, "n: must be between 1"),
+        ({"text_input": "x", "regex": "("}, 400, "regex: cannot be compiled"),
+        ({"text_input": "x", "regex": "((a{1,900}){1,900}){1,900}"}, 400, "regex: "),
+        ({"text_input": "x", "json_schema": '{"not":' * 3000 + "{}" + "}" * 3000}, 400, "json_schema: is nested"),
+        (
+            {"text_input": "x", "guided_decoding_guide_type": "regex", "guided_decoding_guide": "("},
+            400,
+            "guided_decoding_guide: cannot be compiled",
+        ),
+        ({"text_input": "x", "custom_params": "{}"}, 400, "custom_params: this server has no"),
         ({"text_input": "x", "best_of": 2}, UNSUPPORTED, "best_of: is not supported"),
         ({"text_input": "x", "n": 2, "return_output_ids": True}, UNSUPPORTED, "return_output_ids: output_ids of"),
         ({"text_input": "x", "beam_width": 4}, UNSUPPORTED, "beam_width: is not supported"),
