@@ -245,8 +245,7 @@ class Scheduler:
         # Tokens past num_tokens - 1 may have KV too (a stop token cut the path short), but no known successor.
         known, cacheable = len(self._pinned[request].slots), min(request.num_computed, request.num_tokens - 1)
         if self.cache_rule.has_draft_kv:
-            fed = cacheable - self.cache_rule.unfed_tokens if request.tree is not None else 0
-            cacheable = fed
+            cacheable = cacheable - self.cache_rule.unfed_tokens if request.tree is not None else 0
         if cacheable > known:  # a failure at the first token leaves less text than is cached
             self._share(request, request.all_ids, cacheable)
         pinned = self._pinned.pop(request)

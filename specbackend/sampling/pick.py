@@ -9,9 +9,9 @@ Greedy requests (temperature 0) take the best token after all that comes before 
 
 A sampled token is argmax(scaled logits + Gumbel noise), which is distributed as their softmax. The noise is a function
 of (seed, position, token) alone, and the logits are one of the node's text. So verification needs no acceptance rule of
-its own: a drafted token is kept if it is what the target picks at that position anyway. It accepts with probability sum
-p(children), the most any rule can for deterministic drafts, and a seeded request gives the same text alone or in a
-batch, with speculation on or off, before and after preemption.
+its own: a drafted token is kept if it is what the target picks at that position anyway. A seeded request gives the same
+text alone or in a batch, with speculation on or off, before and after preemption. And drafts can be made with the same
+noise (`forecast`), which is why they are right about sampled tokens nearly as often as about the best ones.
 """
 
 from dataclasses import dataclass

@@ -98,7 +98,9 @@ class TreeGrower:
                 beam = self._next_beam(level, score_BM, token_BM, hidden_BKD, batch.window_mask_BQW, shapes)
         return Candidates(torch.cat(scores, dim=1), torch.cat(tokens, dim=1), torch.cat(parents, dim=1))
 
-    def _children(self, hidden_BQD: torch.Tensor, nodes: Nodes, sampling: SamplingBatch):
+    def _children(
+        self, hidden_BQD: torch.Tensor, nodes: Nodes, sampling: SamplingBatch
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """The likeliest tokens after each row: log-probabilities float32, target ids, both [B, Q, K]."""
         token_W = self.model.vocabulary.target_id_W
         logits_BQW = self.model.logits(hidden_BQD)
