@@ -9,6 +9,7 @@ from specbackend.request import Request
 from specbackend.sampling_params import SamplingParams
 from specbackend.speculative.tree_shapes import tree_of
 from tests.conftest import DEMO_EAGLE3, DEMO_TARGET
+from tests.speculative.test_head_drafter import drafted_trees
 
 SERVER = (5, 4, 8)
 NEW_TOKENS = 40
@@ -55,6 +56,14 @@ def test_own_trees_mixed_in_one_batch(temperature, demo_prompts):
     together = [{**each, **tree} for each, tree in zip(sampling, own, strict=True)]
     assert steps_and_tokens(make_engine(*SERVER), prompts, together) == expected
     assert len({steps for steps, _ in expected}) > 4, "the trees do not differ enough to tell"
+
+
+def test_an_own_tree_grows_as_on_a_server_of_that_tree(demo_prompts, monkeypatch):
+    """Of all its candidates, so that one too many anywhere would show."""
+    large, small = make_engine(5, 4, 20), make_engine(5, 2, 19)
+    for prompt in demo_prompts[:6]:
+        own = drafted_trees(large, prompt, 3, monkeypatch, **tree_params(5, 2, 19))
+        assert own == drafted_trees(small, prompt, 3, monkeypatch)
 
 
 def test_a_batch_of_small_trees_verifies_no_more_nodes_than_they_have(demo_prompts, monkeypatch):

@@ -4,9 +4,10 @@ A processor is called for every place where the target may pick a token, drafts 
 
     def processor(prompt_ids: list[int], output_ids: list[int], logits: torch.Tensor, custom_params: dict | None)
 
-It gets the text before that place, what the request said in custom_params, and the target's logits (float32 [V], its
-own copy, logit_bias added), and returns logits [V]. It must be a function of these alone and take any text: the engine
-calls it for drafts that are rejected too, in any order, and again after a retraction. `-inf` forbids a token.
+It gets the text before that place, what the request said in custom_params, and the target's logits (float32 [V],
+logit_bias added), which it may change in place, and returns logits [V]. It must be a function of these alone and take
+any text: the engine calls it for drafts that are rejected too, in any order, and again after a retraction. `-inf`
+forbids a token.
 """
 
 import importlib
@@ -60,7 +61,7 @@ def _apply_one(processor: LogitsProcessor, request: Request, logits_V: torch.Ten
     """What the processor does wrong ends its request and no other."""
     try:
         text = list(request.input_ids), [*request.output_ids, *path]
-        new_V = processor(*text, logits_V.clone(), request.params.custom_params)
+        new_V = processor(*text, logits_V, request.params.custom_params)
         if new_V.shape != logits_V.shape or not new_V.max() > -torch.inf:  # false for nan too
             raise ValueError(f"returned {tuple(new_V.shape)} logits, the best {new_V.max().item()}")
         logits_V.copy_(new_V)
