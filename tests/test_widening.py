@@ -51,7 +51,8 @@ def test_logits_are_the_originals(family, config, tmp_path):
     widen_checkpoints(tmp_path / "small", [], tmp_path / "wide", replace(WIDER, **heads), dtype=None)
     small, wide = logits_of(tmp_path / "small"), logits_of(tmp_path / "wide" / "small")
     assert_equal_but_for_rounding(wide[:, :64], small)
-    assert (wide[:, 64:] < small.amax(1, keepdim=True)).all(), "new tokens never win"
+    mean = small.mean(1, keepdim=True)  # so new tokens never win
+    assert_equal_but_for_rounding(wide[:, 64:], mean.expand(-1, 16))
 
 
 def test_demo_targets_logits(tmp_path):
