@@ -150,6 +150,7 @@ def test_presets_and_their_counts(tmp_path):
     ("change", "message"),
     [
         ({"hidden_size": 100}, "hidden_size: 100 is not a multiple of 32"),
+        ({"hidden_size": 0}, "hidden_size: 0 is less than 32"),
         ({"head_dim": 12}, "head_dim: 12 is not a multiple of 8"),
         ({"num_hidden_layers": 7}, "num_hidden_layers: 7 is less than 8"),
         ({"num_key_value_heads": 1}, "num_key_value_heads: 1 is less than 2"),

@@ -69,7 +69,6 @@ class Layout:
         attended = _head_axis(q_heads, old.head_dim, new.head_dim, "zero")
         neuron, activation = (_longer(old.intermediate_size, new.intermediate_size, fill) for fill in ("noise", "zero"))
         token = _longer(old.vocab_size, new.vocab_size, "noise")
-        predicted = (old.draft_vocab_size or old.vocab_size, new.draft_vocab_size or new.vocab_size)
         self._norm = (written,)
         self._axes = {
             "embed_tokens": (token, written),
@@ -83,7 +82,7 @@ class Layout:
             "fc": (written, read),
             "input_proj": (written, read),
             # a mean of logits is below their largest, so a new token is never the first choice
-            "lm_head": (_longer(*predicted, "mean"), read),
+            "lm_head": (_longer(old.num_drafted, new.num_drafted, "mean"), read),
         }
 
     def widen(self, name: str, tensor: Tensor, generator: torch.Generator) -> Tensor:

@@ -148,12 +148,12 @@ def widened(job: Job) -> Named:
 
 def _widen_d2t(offset_W: Tensor, old: Shape, new: Shape) -> Tensor:
     """Target id = draft id + offset. The new draft tokens are the first new tokens of the target."""
-    more = new.draft_vocab_size - old.draft_vocab_size
-    return torch.cat([offset_W, offset_W.new_full((more,), old.vocab_size - old.draft_vocab_size)])
+    W = len(offset_W)
+    return torch.cat([offset_W, offset_W.new_full((new.num_drafted - W,), old.vocab_size - W)])
 
 
 def _widen_t2d(drafted_V: Tensor, old: Shape, new: Shape) -> Tensor:
-    more = new.draft_vocab_size - old.draft_vocab_size
+    more = new.num_drafted - old.num_drafted
     return torch.cat([drafted_V, torch.arange(new.vocab_size - old.vocab_size) < more])
 
 

@@ -39,6 +39,11 @@ class Shape:
         return self.num_attention_heads // self.num_key_value_heads
 
     @property
+    def num_drafted(self) -> int:
+        """Tokens of the LM head: a target's or EAGLE head's are all."""
+        return self.draft_vocab_size or self.vocab_size
+
+    @property
     def num_parameters(self) -> int:
         """Of a Llama: no biases, embedding and LM head apart."""
         D, heads = self.hidden_size, 2 * (self.num_attention_heads + self.num_key_value_heads)
@@ -55,12 +60,13 @@ PRESETS = {
 
 def check(old: Shape, new: Shape) -> None:
     """Raise WideningError, naming the field and both sizes, if `new` cannot compute what `old` does."""
-    for name in ("hidden_size", "head_dim"):
-        if getattr(new, name) % getattr(old, name):
-            raise WideningError(f"{name}: {getattr(new, name)} is not a multiple of {getattr(old, name)}")
-    for name in ("num_hidden_layers", "num_key_value_heads", "intermediate_size", "vocab_size"):
-        if getattr(new, name) < getattr(old, name):
-            raise WideningError(f"{name}: {getattr(new, name)} is less than {getattr(old, name)}")
+    multiples = ("hidden_size", "head_dim")
+    for name in (*multiples, "num_hidden_layers", "num_key_value_heads", "intermediate_size", "vocab_size"):
+        mine, theirs = getattr(new, name), getattr(old, name)
+        if mine < theirs:
+            raise WideningError(f"{name}: {mine} is less than {theirs}")
+        if name in multiples and mine % theirs:
+            raise WideningError(f"{name}: {mine} is not a multiple of {theirs}")
     heads, kv_heads = new.num_attention_heads, new.num_key_value_heads
     if heads % kv_heads:
         raise WideningError(f"num_attention_heads: {heads} is not a multiple of num_key_value_heads, {kv_heads}")
