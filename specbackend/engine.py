@@ -368,12 +368,12 @@ def _drafter(config: EngineConfig, draft: DraftModel | None, table: RequestTable
             table.slots.device,
         )
     steps, topk, rows = config.speculative_num_steps, config.speculative_eagle_topk, config.max_running_requests
-    lm_head_WD = draft.vocabulary.lm_head_WD
-    if topk > len(lm_head_WD):
-        raise ConfigError(f"speculative_eagle_topk: {topk} is more than the draft's vocabulary of {len(lm_head_WD)}")
+    lm_head, num_tokens = draft.vocabulary.lm_head, len(draft.vocabulary.target_id_W)
+    if topk > num_tokens:
+        raise ConfigError(f"speculative_eagle_topk: {topk} is more than the draft's vocabulary of {num_tokens}")
     first_scratch = num_slots + 1  # slot numbers are shared with the target, scratch slots are the draft's own
     num_draft_slots = first_scratch + rows * num_scratch_slots(steps, topk)
-    pool = _kv_pool(draft, num_draft_slots, lm_head_WD.dtype, lm_head_WD.device)
+    pool = _kv_pool(draft, num_draft_slots, lm_head.dtype, lm_head.device)
     grower = TreeGrower(draft, pool, attention, rows, first_scratch, steps, topk)
     if config.speculative_algorithm == "STANDALONE":
         return StandaloneDrafter(grower, table)

@@ -5,6 +5,7 @@ from functools import cache
 import pytest
 
 from specbackend import Engine
+from specbackend.models import linear
 from specbackend.speculative import tree_growth
 from tests.conftest import DEMO_EAGLE3, DEMO_TARGET, DEMOS, NEW_TOKENS
 from tests.test_equivalence import mean_accept_length
@@ -45,6 +46,17 @@ def answers(demo_prompts):
 @pytest.mark.parametrize("name", SETUPS)
 def test_greedy_equals_hf_generate(name, answers, expected):
     assert [answer["output_ids"] for answer in answers(name)] == expected
+
+
+@pytest.mark.parametrize("name", ["plain", "EAGLE3", "EAGLE+map", "NEXTN"])
+def test_packed_weights_change_nothing(name, demo_prompts, expected, monkeypatch):
+    monkeypatch.setattr(linear, "MIN_PACKED_SIZE", 0)  # the demo's are too small to be packed
+    engine = Engine(**{"model_path": str(DEMO_TARGET)} | SETUPS[name])
+    assert isinstance(engine.plain.runner.model.lm_head, linear.PackedLinear)
+    answers = engine.generate(
+        input_ids=demo_prompts[:10], sampling_params={"temperature": 0, "max_new_tokens": NEW_TOKENS}
+    )
+    assert [answer["output_ids"] for answer in answers] == expected[:10]
 
 
 def test_better_algorithms_accept_more(answers):

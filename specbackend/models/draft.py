@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Protocol
 
 import torch
-import torch.nn.functional as F
 
 from specbackend.attention.base import AttentionPlan
 from specbackend.batch import ForwardBatch
 from specbackend.cache.kv_pool import KVPool
 from specbackend.errors import ConfigError
+from specbackend.models.linear import Linear, linear
 from specbackend.models.llama import LlamaModel
 from specbackend.models.loader import Weights, read_pickle
 from specbackend.models.model_config import ModelConfig
@@ -24,7 +24,7 @@ log = logging.getLogger(__name__)
 class DraftVocabulary:
     """The draft's LM head over W tokens, and which of the target's ids they are."""
 
-    lm_head_WD: torch.Tensor
+    lm_head: Linear
     target_id_W: torch.Tensor  # int64, distinct
 
     @classmethod
@@ -34,11 +34,11 @@ class DraftVocabulary:
         if token_ids is None:
             return cls(target.lm_head, torch.arange(target.config.vocab_size, device=device))
         ids = torch.tensor(token_ids, device=device)
-        return cls(target.lm_head[ids].contiguous(), ids)
+        return cls(linear(target.lm_head.rows(ids)), ids)
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Of the draft's tokens [..., W] after hidden [..., D]."""
-        return F.linear(hidden, self.lm_head_WD)
+        return self.lm_head(hidden)
 
 
 class DraftModel(Protocol):

@@ -22,6 +22,7 @@ from specbackend.models.draft import (
     take_embedding,
 )
 from specbackend.models.layers import Attention, GatedMLP, RMSNorm, rope_table
+from specbackend.models.linear import linear
 from specbackend.models.llama import LlamaModel
 from specbackend.models.loader import Weights
 from specbackend.models.model_config import ModelConfig
@@ -45,8 +46,8 @@ class EagleModel:
         config = shaped_by_file(config, weights, "layers.0")
         self.config, self.vocabulary = config, vocabulary
         self.embed_tokens = take_embedding(weights, config, target)
-        self.fc = weights.take("fc.weight", D, 2 * D)
-        self.fc_bias = weights.take_if_there("fc.bias", D)  # published with and without, whatever the config says
+        fc_bias = weights.take_if_there("fc.bias", D)  # published with and without, whatever the config says
+        self.fc = linear(weights.take("fc.weight", D, 2 * D), fc_bias)
         self.attention = Attention(weights, "layers.0.self_attn", config, input_size=D)
         self.post_attention_layernorm = RMSNorm.take(weights, "layers.0.post_attention_layernorm", config)
         self.mlp = GatedMLP(weights, "layers.0.mlp", config)
@@ -59,7 +60,7 @@ class EagleModel:
 
     def forward(self, batch: ForwardBatch, hidden_TD: torch.Tensor, plan: AttentionPlan, kv_pool: KVPool):
         embedded = F.embedding(batch.token_BQ.flatten(), self.embed_tokens)
-        x = F.linear(torch.cat([embedded, hidden_TD], dim=-1), self.fc, self.fc_bias)
+        x = self.fc(torch.cat([embedded, hidden_TD], dim=-1))
         rope = self.rope[batch.position_BQ.flatten()]
         y = self.attention(x, x, rope, batch.slot_BQ.flatten(), plan, kv_pool.layer(0), batch.token_BQ.shape)
         return self.mlp(self.post_attention_layernorm(y), y)

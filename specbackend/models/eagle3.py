@@ -24,6 +24,7 @@ from specbackend.models.draft import (
     take_embedding,
 )
 from specbackend.models.layers import Attention, GatedMLP, RMSNorm, rope_table
+from specbackend.models.linear import linear
 from specbackend.models.llama import LlamaModel
 from specbackend.models.loader import Weights
 from specbackend.models.model_config import ModelConfig
@@ -108,8 +109,8 @@ class Eagle3Model:
             self.feature_norms = [RMSNorm.take(weights, name, config, target_width) for name in names]
         if config.raw.get("norm_before_fc") or "input_norm.weight" in weights:
             self.fc_input_norm = RMSNorm.take(weights, "input_norm", config, count * target_width)
-        self.fc = weights.take("fc.weight", hidden, count * target_width) if count else None
-        self.fc_bias = weights.take_if_there("fc.bias", hidden)
+        fc_bias = weights.take_if_there("fc.bias", hidden)
+        self.fc = linear(weights.take("fc.weight", hidden, count * target_width), fc_bias) if count else None
 
     def fuse(self, feature_TF: torch.Tensor) -> torch.Tensor:
         """Target features [T, layers * target width] to draft hidden states [T, D]."""
@@ -120,7 +121,7 @@ class Eagle3Model:
             feature_TF = torch.cat([norm(x) for norm, x in zip(self.feature_norms, chunks, strict=True)], dim=-1)
         if self.fc_input_norm:
             feature_TF = self.fc_input_norm(feature_TF)
-        return F.linear(feature_TF, self.fc, self.fc_bias)
+        return self.fc(feature_TF)
 
     def forward(self, batch: ForwardBatch, hidden_TD: torch.Tensor, plan: AttentionPlan, kv_pool: KVPool):
         embedded = F.embedding(batch.token_BQ.flatten(), self.embed_tokens)
@@ -162,10 +163,10 @@ def _load_vocabulary(weights: Weights, options: Eagle3Config, target: LlamaModel
             f"{folder}: d2t maps to ids from {low} to {high}, which are not {W} distinct ids of the target's "
             f"vocabulary of {V}"
         )
-    is_whole = whole.lm_head_WD.shape == (W, D) and target_id_W.equal(whole.target_id_W)
+    is_whole = whole.lm_head.shape == (W, D) and target_id_W.equal(whole.target_id_W)
     if is_whole and "lm_head.weight" not in weights:
         return whole
-    return DraftVocabulary(weights.take("lm_head.weight", W, D), target_id_W)
+    return DraftVocabulary(linear(weights.take("lm_head.weight", W, D)), target_id_W)
 
 
 def captured_layers(folder: Path, raw: dict, num_layers: int) -> tuple[int, ...]:

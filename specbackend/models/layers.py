@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from specbackend.attention.base import AttentionPlan
+from specbackend.models.linear import linear
 from specbackend.models.loader import Weights
 from specbackend.models.model_config import ModelConfig, RopeScaling
 
@@ -62,21 +63,22 @@ class Attention:
         q = take(f"{prefix}.q_proj.weight", H * D, input_size)
         k = take(f"{prefix}.k_proj.weight", G * D, input_size)
         v = take(f"{prefix}.v_proj.weight", G * D, input_size)
-        self.qkv = torch.cat([adjacent_pairs(q, D), adjacent_pairs(k, D), v])
-        self.qkv_bias = self.norm = self.out_bias = None
+        qkv = torch.cat([adjacent_pairs(q, D), adjacent_pairs(k, D), v])
+        qkv_bias = out_bias = self.norm = None
         if config.qkv_bias:
             q, k, v = (take(f"{prefix}.{x}_proj.bias", heads * D) for x, heads in (("q", H), ("k", G), ("v", G)))
-            self.qkv_bias = torch.cat([adjacent_pairs(q, D), adjacent_pairs(k, D), v])
+            qkv_bias = torch.cat([adjacent_pairs(q, D), adjacent_pairs(k, D), v])
         if config.qk_norm:
             q, k = (adjacent_pairs(take(f"{prefix}.{x}_norm.weight", D), D) for x in ("q", "k"))
             self.norm = RMSNorm(torch.cat([q.expand(H, D), k.expand(G, D)]), config.rms_norm_eps)
-        self.out = take(f"{prefix}.o_proj.weight", config.hidden_size, H * D).t()
         if config.output_bias:
-            self.out_bias = take(f"{prefix}.o_proj.bias", config.hidden_size)
+            out_bias = take(f"{prefix}.o_proj.bias", config.hidden_size)
+        self.qkv = linear(qkv, qkv_bias)
+        self.out = linear(take(f"{prefix}.o_proj.weight", config.hidden_size, H * D), out_bias)
 
     def __call__(self, x_TD, residual_TD, rope, slot_T, plan: AttentionPlan, kv_S2GD, shape_BQ) -> torch.Tensor:
         """Write the rows' K and V to their slots, attend, and return residual + output."""
-        qkv = F.linear(x_TD, self.qkv, self.qkv_bias).view(-1, self.H + 2 * self.G, self.D)
+        qkv = self.qkv(x_TD).view(-1, self.H + 2 * self.G, self.D)
         if self.norm:
             q_and_k, v = qkv.split_with_sizes((self.H + self.G, self.G), dim=1)
             qkv = torch.cat([self.norm(q_and_k), v], dim=1)
@@ -85,7 +87,7 @@ class Attention:
         q, kv = cast(qkv, x_TD.dtype).split_with_sizes((self.H, 2 * self.G), dim=1)
         kv_S2GD.index_copy_(0, slot_T, kv.view(-1, 2, self.G, self.D))
         attended = plan.run(q.view(*shape_BQ, self.H, self.D), kv_S2GD)
-        return _project(attended.view(-1, self.H * self.D), self.out, self.out_bias, residual_TD)
+        return self.out.plus(residual_TD, attended.view(-1, self.H * self.D))
 
 
 class GatedMLP:
@@ -95,23 +97,17 @@ class GatedMLP:
         hidden, inner = config.hidden_size, config.intermediate_size
         gate = weights.take(f"{prefix}.gate_proj.weight", inner, hidden)
         up = weights.take(f"{prefix}.up_proj.weight", inner, hidden)
-        self.gate_up = torch.cat([gate, up])
-        self.down = weights.take(f"{prefix}.down_proj.weight", hidden, inner).t()
-        self.gate_up_bias = self.down_bias = None
+        gate_up_bias = down_bias = None
         if config.mlp_bias:
-            self.gate_up_bias = torch.cat([weights.take(f"{prefix}.{x}_proj.bias", inner) for x in ("gate", "up")])
-            self.down_bias = weights.take(f"{prefix}.down_proj.bias", hidden)
+            gate_up_bias = torch.cat([weights.take(f"{prefix}.{x}_proj.bias", inner) for x in ("gate", "up")])
+            down_bias = weights.take(f"{prefix}.down_proj.bias", hidden)
+        self.gate_up = linear(torch.cat([gate, up]), gate_up_bias)
+        self.down = linear(weights.take(f"{prefix}.down_proj.weight", hidden, inner), down_bias)
 
     def __call__(self, x_TD: torch.Tensor, residual_TD: torch.Tensor) -> torch.Tensor:
         """Return residual + MLP(x)."""
-        gate, up = F.linear(x_TD, self.gate_up, self.gate_up_bias).chunk(2, dim=-1)
-        return _project(F.silu(gate).mul_(up), self.down, self.down_bias, residual_TD)
-
-
-def _project(x_TD, weight_DE, bias_E: torch.Tensor | None, residual_TE) -> torch.Tensor:
-    """residual + x @ weight + bias"""
-    out_TE = torch.addmm(residual_TE, x_TD, weight_DE)
-    return out_TE if bias_E is None else out_TE.add_(bias_E)
+        gate, up = self.gate_up(x_TD).chunk(2, dim=-1)
+        return self.down.plus(residual_TD, F.silu(gate).mul_(up))
 
 
 class RMSNorm:

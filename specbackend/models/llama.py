@@ -11,6 +11,7 @@ from specbackend.batch import ForwardBatch
 from specbackend.cache.kv_pool import KVPool
 from specbackend.errors import ConfigError
 from specbackend.models.layers import DecoderLayer, RMSNorm, rope_table
+from specbackend.models.linear import linear
 from specbackend.models.loader import Weights
 from specbackend.models.model_config import FAMILIES, ModelConfig
 
@@ -45,9 +46,9 @@ class LlamaModel:
         self.norm = RMSNorm.take(weights, "model.norm", config)
         if config.tie_word_embeddings:
             weights.discard("lm_head.weight")
-            self.lm_head = self.embed_tokens
+            self.lm_head = linear(self.embed_tokens)  # if packed a second copy, as embedding takes rows of the first
         else:
-            self.lm_head = weights.take("lm_head.weight", config.vocab_size, config.hidden_size)
+            self.lm_head = linear(weights.take("lm_head.weight", config.vocab_size, config.hidden_size))
         weights.discard_prefix(MTP_PREFIX)
         weights.finish()  # a tensor that nobody takes, such as a bias, would change what the model says
         self.rope = rope_table(config, num_positions, device)
@@ -67,4 +68,4 @@ class LlamaModel:
 
     def logits(self, hidden_TD: torch.Tensor) -> torch.Tensor:
         """[T, V] in the engine's dtype."""
-        return F.linear(hidden_TD, self.lm_head)
+        return self.lm_head(hidden_TD)

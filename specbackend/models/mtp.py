@@ -14,6 +14,7 @@ from specbackend.batch import ForwardBatch
 from specbackend.cache.kv_pool import KVPool
 from specbackend.models.draft import DraftVocabulary
 from specbackend.models.layers import DecoderLayer, RMSNorm
+from specbackend.models.linear import linear
 from specbackend.models.llama import MTP_PREFIX, LlamaModel
 from specbackend.models.loader import Weights
 
@@ -31,7 +32,7 @@ class MtpModel:
         self.embed_tokens, self.rope = target.embed_tokens, target.rope
         self.token_layernorm = RMSNorm.take(weights, f"{prefix}.token_layernorm", config)
         self.hidden_layernorm = RMSNorm.take(weights, f"{prefix}.hidden_layernorm", config)
-        self.input_proj = weights.take(f"{prefix}.input_proj.weight", D, 2 * D)
+        self.input_proj = linear(weights.take(f"{prefix}.input_proj.weight", D, 2 * D))
         self.layer = DecoderLayer(weights, prefix, config)
         self.final_layernorm = RMSNorm.take(weights, f"{prefix}.final_layernorm", config)
         weights.check_complete()
@@ -43,8 +44,7 @@ class MtpModel:
         position_T = batch.position_BQ.flatten()
         embedded = F.embedding(batch.token_BQ.flatten(), self.embed_tokens)
         embedded = embedded.masked_fill(position_T[:, None] == 0, 0)  # as it was trained
-        x = torch.cat([self.hidden_layernorm(hidden_TD), self.token_layernorm(embedded)], dim=-1)
-        x = F.linear(x, self.input_proj)
+        x = self.input_proj(torch.cat([self.hidden_layernorm(hidden_TD), self.token_layernorm(embedded)], dim=-1))
         rope, shape_BQ = self.rope[position_T], batch.token_BQ.shape
         return self.final_layernorm(self.layer(x, rope, batch.slot_BQ.flatten(), plan, kv_pool.layer(0), shape_BQ))
 

@@ -62,7 +62,7 @@ class TreeGrower:
     ):
         self.model, self.kv_pool, self.attention = model, kv_pool, attention
         self.num_rows, self.num_steps, self.topk = num_rows, num_steps, topk
-        self.dtype, self.device = model.vocabulary.lm_head_WD.dtype, model.vocabulary.lm_head_WD.device
+        self.dtype, self.device = model.vocabulary.lm_head.dtype, model.vocabulary.lm_head.device
         W = num_scratch_slots(num_steps, topk)
         self._scratch_RW = first_scratch_slot + torch.arange(num_rows * W, device=self.device).view(num_rows, W)
         self._own_LKW = torch.eye(W, dtype=torch.bool, device=self.device).view(num_steps - 1, topk, W)

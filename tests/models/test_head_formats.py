@@ -59,7 +59,7 @@ def test_prefixes(kind, rename, target, tmp_path):
 def test_fc_bias_is_there_if_the_file_has_it(kind, stored, says, target, tmp_path):
     write_head(tmp_path, kind, target.hf.config, bias=says)
     edit_tensors(tmp_path, fc__bias=torch.linspace(-1, 1, 32) if stored else None)
-    assert (load_head(target, kind, tmp_path).fc_bias is not None) == stored
+    assert (load_head(target, kind, tmp_path).fc.bias_E is not None) == stored
     assert_drafts_as(target, kind, tmp_path)
 
 
@@ -215,7 +215,7 @@ def test_head_without_lm_head_has_the_targets(maps, tied, tmp_path):
     edit_tensors(official, lm_head__weight=hf.lm_head.weight.detach().clone())
     edit_tensors(other, lm_head__weight=None, **maps)
     target = Target(tmp_path / "target", hf, load_llama(tmp_path / "target"))
-    assert load_head(target, "EAGLE3", other).vocabulary.lm_head_WD is target.model.lm_head
+    assert load_head(target, "EAGLE3", other).vocabulary.lm_head is target.model.lm_head
     assert_drafts_as(target, "EAGLE3", other, official)
 
 
@@ -234,7 +234,7 @@ def test_head_without_lm_head_that_the_targets_does_not_fit(config, options, tar
 def test_eagle_head_drafts_with_the_targets_lm_head_even_if_it_brings_one(target, tmp_path, caplog):
     official, other = write_twice(tmp_path, target, "EAGLE")
     edit_tensors(other, lm_head__weight=torch.randn(64, 32))
-    assert load_head(target, "EAGLE", other).vocabulary.lm_head_WD is target.model.lm_head
+    assert load_head(target, "EAGLE", other).vocabulary.lm_head is target.model.lm_head
     assert_drafts_as(target, "EAGLE", other, official)
     assert not caplog.records
 

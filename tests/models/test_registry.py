@@ -92,7 +92,7 @@ def test_mtp_layer_is_the_targets_where_no_path_is_given(checkpoints):
     draft = load_draft(config, model, torch.float32, CPU, 128)
     assert type(draft) is MtpModel
     assert draft.embed_tokens is model.embed_tokens
-    assert draft.vocabulary.lm_head_WD is model.lm_head
+    assert draft.vocabulary.lm_head is model.lm_head
 
 
 def test_incomplete_mtp_layer(tmp_path):

@@ -1,0 +1,67 @@
+"""Matrix products with weights, which are most of a forward's time."""
+
+import torch
+import torch.nn.functional as F
+
+MIN_PACKED_SIZE = 1 << 19
+"""Weights of fewer elements stay as they are: there oneDNN's fixed cost, some 20 us a call, is more than it saves."""
+
+
+class Linear:
+    """x @ weight.T + bias, and a residual on top."""
+
+    def __init__(self, weight_ED: torch.Tensor, bias_E: torch.Tensor | None = None):
+        self.shape, self.dtype, self.device = weight_ED.shape, weight_ED.dtype, weight_ED.device
+        self.bias_E = bias_E
+        self._keep(weight_ED)
+
+    def _keep(self, weight_ED: torch.Tensor) -> None:
+        self._weight_ED, self._weight_DE = weight_ED, weight_ED.t()
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        return F.linear(x, self._weight_ED, self.bias_E)
+
+    def plus(self, residual_TE: torch.Tensor, x_TD: torch.Tensor) -> torch.Tensor:
+        """residual + x @ weight.T + bias"""
+        out_TE = torch.addmm(residual_TE, x_TD, self._weight_DE)
+        return out_TE if self.bias_E is None else out_TE.add_(self.bias_E)
+
+    def rows(self, index: torch.Tensor) -> torch.Tensor:
+        """Some rows of the weight, as it was given."""
+        return self._weight_ED[index]
+
+
+class PackedLinear(Linear):
+    """The same with the weight in oneDNN's own order: on a CPU a few rows then cost little more than one.
+
+    With float32 on AVX2 each row of the result is bit for bit the same whatever rows it is computed with.
+    """
+
+    def _keep(self, weight_ED: torch.Tensor) -> None:
+        self._packed_ED = torch.ops.mkldnn._reorder_linear_weight(weight_ED)
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.ops.mkldnn._linear_pointwise(x, self._packed_ED, self.bias_E, "none", [], "")
+
+    def plus(self, residual_TE: torch.Tensor, x_TD: torch.Tensor) -> torch.Tensor:
+        return torch.ops.mkldnn._linear_pointwise.binary(x_TD, residual_TE, self._packed_ED, self.bias_E, "add")
+
+    def rows(self, index: torch.Tensor) -> torch.Tensor:
+        return self._packed_ED.to_dense()[index]
+
+
+def linear(weight_ED: torch.Tensor, bias_E: torch.Tensor | None = None) -> Linear:
+    """The faster of the two. It keeps the weight in one form only."""
+    return (PackedLinear if _packing_pays(weight_ED) else Linear)(weight_ED, bias_E)
+
+
+def _packing_pays(weight_ED: torch.Tensor) -> bool:
+    if (
+        weight_ED.device.type != "cpu"
+        or weight_ED.numel() < MIN_PACKED_SIZE
+        or not torch.backends.mkldnn.is_available()
+    ):
+        return False
+    if weight_ED.dtype == torch.bfloat16:
+        return torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return weight_ED.dtype == torch.float32
