@@ -10,7 +10,7 @@ from pathlib import Path
 from specbackend.errors import ConfigError
 
 # Parameters of SGLang's page whose code is not here yet: accepted at the value that changes nothing, refused otherwise.
-NOT_SERVED = {"tp_size": 1, "enable_torch_compile": False, "cuda_graph_max_bs": 0}
+NOT_SERVED = {"tp_size": 1, "enable_torch_compile": False}
 
 PATHS = ("model_path", "speculative_draft_model_path", "speculative_token_map")
 TREE = ("speculative_num_steps", "speculative_eagle_topk", "speculative_num_draft_tokens")
@@ -74,7 +74,9 @@ class EngineConfig:
     schedule_policy: str = "fcfs"  # fcfs, or lpm: longest cached prefix first
     page_size: int = 1
     disable_radix_cache: bool = False
-    attention_backend: str = "torch"
+    attention_backend: str = "auto"  # torch, triton or flashinfer; auto: triton on a GPU, torch elsewhere
+    cuda_graph_max_bs: int | None = None  # largest batch whose decode step is a CUDA graph; None: 32
+    disable_cuda_graph: bool = False
     stream_interval: int = 1  # decode steps between two responses of one request
     random_seed: int = 0
     logits_processors: str | None = None  # the server's own: module:function, separated by commas; see sampling.custom
@@ -136,7 +138,7 @@ class EngineConfig:
         _one_of("speculative_algorithm", self.speculative_algorithm, (None, *ALGORITHMS, *ALIASES))
         _one_of("dtype", self.dtype, ("auto", "float32", "bfloat16", "float16"))
         _one_of("schedule_policy", self.schedule_policy, ("fcfs", "lpm"))
-        _one_of("attention_backend", self.attention_backend, ("torch",))
+        _one_of("attention_backend", self.attention_backend, ("auto", "torch", "triton", "flashinfer"))
         _one_of("page_size", self.page_size, (1,))
 
     def _check_ranges(self) -> None:
@@ -145,6 +147,8 @@ class EngineConfig:
         for name in ("context_length", "max_total_tokens", "num_threads"):
             if getattr(self, name) is not None:
                 _at_least(name, getattr(self, name), 1)
+        if self.cuda_graph_max_bs is not None:
+            _at_least("cuda_graph_max_bs", self.cuda_graph_max_bs, 0)
         if self.chunked_prefill_size != -1:
             _at_least("chunked_prefill_size", self.chunked_prefill_size, 1)
         if not 0 < self.mem_fraction_static < 1:

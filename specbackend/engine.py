@@ -11,11 +11,11 @@ from pathlib import Path
 
 import torch
 
-from specbackend.attention.torch_sdpa import TorchAttention
+from specbackend.attention.registry import attention_backend
 from specbackend.batch import DecodeBatch, ExtendBatch
 from specbackend.cache.kv_pool import KVPool, RequestTable
 from specbackend.cache.slots import SlotManager
-from specbackend.config import EngineConfig
+from specbackend.config import EngineConfig, TreeShape
 from specbackend.errors import ConfigError, InvalidRequest
 from specbackend.grammar import GrammarCompiler
 from specbackend.models.draft import DraftModel
@@ -26,7 +26,7 @@ from specbackend.offline import OfflineAnswer, Question, read_questions
 from specbackend.request import Request, Update
 from specbackend.runner import TargetRunner
 from specbackend.sampling.custom import load_processors
-from specbackend.sampling_params import Guide, check_neutral
+from specbackend.sampling_params import Guide, SamplingParams, check_neutral
 from specbackend.scheduler import Scheduler
 from specbackend.shadow import ShadowRuns
 from specbackend.speculative.decoder import Decoder
@@ -38,7 +38,10 @@ from specbackend.speculative.standalone import StandaloneDrafter
 from specbackend.speculative.tree_decoder import TreeDecoder
 from specbackend.speculative.tree_growth import TreeGrower, num_scratch_slots
 from specbackend.speculative.tree_shapes import tree_of
+from specbackend.step_graphs import RecordedDecoder, graph_batch_sizes, graph_recorder
 from specbackend.tokenizer import Tokenizer
+
+DEFAULT_GRAPH_MAX_BS = 32
 
 
 @dataclass(frozen=True)
@@ -95,15 +98,16 @@ class Engine:
             model.captured_layers = draft.captured_layers
         num_slots = _num_slots(config, model, draft, context, num_nodes)
         table = RequestTable(config.max_running_requests, context + num_nodes, self.device)
-        attention = TorchAttention()
+        attention = attention_backend(config.attention_backend, self.device)
         runner = TargetRunner(model, _kv_pool(model, num_slots + 1, self.dtype, self.device), table, attention)
-        self.plain = PlainDecoder(runner)
+        self.plain = _recorded(config, PlainDecoder(runner), tree=None)
         self.decoder: Decoder = self.plain
         cache_rule = CacheRule()
         if config.speculative_algorithm:
             drafter = _drafter(config, draft, table, attention, num_slots)
             cache_rule = drafter.cache_rule
-            self.decoder = TreeDecoder(runner, drafter, num_nodes)
+            tree = tree_of(SamplingParams(), config)
+            self.decoder = _recorded(config, TreeDecoder(runner, drafter, num_nodes), tree)
         self.slots = SlotManager(num_slots, cache_rule.successor_keys, cache_prefixes=not config.disable_radix_cache)
         self.scheduler = Scheduler(
             config,
@@ -360,6 +364,16 @@ def _bytes_per_slot(model: LlamaModel | DraftModel, dtype: torch.dtype) -> int:
     return KVPool.bytes_per_slot(model.num_kv_layers, config.num_key_value_heads, config.head_dim, dtype)
 
 
+def _recorded(config: EngineConfig, decoder: PlainDecoder | TreeDecoder, tree: TreeShape | None) -> Decoder:
+    """The decoder with its steps as graphs, where there are any to be had. tree: what requests have unless they ask."""
+    most = DEFAULT_GRAPH_MAX_BS if config.cuda_graph_max_bs is None else config.cuda_graph_max_bs
+    most = 0 if config.disable_cuda_graph else min(most, config.max_running_requests)
+    record = graph_recorder(decoder.runner.device)
+    if not (record and most and decoder.is_on_device and decoder.runner.attention.is_on_device):
+        return decoder
+    return RecordedDecoder(decoder, tree, graph_batch_sizes(most), record)
+
+
 def _drafter(config: EngineConfig, draft: DraftModel | None, table: RequestTable, attention, num_slots: int) -> Drafter:
     if draft is None:
         return NgramDrafter(
@@ -367,7 +381,7 @@ def _drafter(config: EngineConfig, draft: DraftModel | None, table: RequestTable
             config.speculative_ngram_max_match_window_size,
             table.slots.device,
         )
-    steps, topk, rows = config.speculative_num_steps, config.speculative_eagle_topk, config.max_running_requests
+    steps, topk, rows = config.speculative_num_steps, config.speculative_eagle_topk, len(table.slots)
     lm_head, num_tokens = draft.vocabulary.lm_head, len(draft.vocabulary.target_id_W)
     if topk > num_tokens:
         raise ConfigError(f"speculative_eagle_topk: {topk} is more than the draft's vocabulary of {num_tokens}")

@@ -68,7 +68,7 @@ REFUSED = [
     ("speculative_algorithm", "eagle3"),
     ("dtype", "int8"),
     ("schedule_policy", "random"),
-    ("attention_backend", "flashinfer"),
+    ("attention_backend", "fa3"),
     ("page_size", 16),
     ("max_running_requests", 0),
     ("max_running_requests", "many"),
@@ -97,7 +97,7 @@ REFUSED = [
     ("random_seed", "x"),
     ("tp_size", 2),
     ("enable_torch_compile", True),
-    ("cuda_graph_max_bs", 8),
+    ("cuda_graph_max_bs", -1),
 ]
 
 

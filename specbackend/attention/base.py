@@ -22,4 +22,6 @@ class AttentionPlan(Protocol):
 
 
 class AttentionBackend(Protocol):
+    is_on_device: bool  # plan() and run() read nothing on the host and bring nothing from it
+
     def plan(self, batch: ForwardBatch, dtype: torch.dtype) -> AttentionPlan: ...

@@ -37,5 +37,7 @@ def _additive(mask_BQC: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 
 
 class TorchAttention:
+    is_on_device = True
+
     def plan(self, batch: ForwardBatch, dtype: torch.dtype) -> TorchPlan:
         return TorchPlan(batch, dtype)

@@ -22,10 +22,14 @@ class KVPool:
 
 
 class RequestTable:
-    """Row = request, column = position in its sequence, value = slot. `slots` is [R, C] int64 on the device."""
+    """Row = request, column = position in its sequence, value = slot. `slots` is [R + 1, C] int64 on the device.
+
+    The last row is nobody's: it stands for the requests that a batch of fixed size lacks, and holds DUMMY_SLOT only.
+    """
 
     def __init__(self, num_rows: int, num_columns: int, device):
-        self.slots = torch.full((num_rows, num_columns), DUMMY_SLOT, dtype=torch.int64, device=device)
+        self.slots = torch.full((num_rows + 1, num_columns), DUMMY_SLOT, dtype=torch.int64, device=device)
+        self.padding_row = num_rows
         self._free_rows = list(range(num_rows - 1, -1, -1))
 
     def take_row(self) -> int:

@@ -51,7 +51,7 @@ class SamplingBatch:
         temperatures = [request.params.temperature for request in requests]
         return cls(
             temperature_B=torch.tensor(temperatures, dtype=torch.float32, device=device),
-            seed_B=torch.tensor([_signed(request.seed) for request in requests], device=device),
+            seed_B=torch.tensor([signed(request.seed) for request in requests], device=device),
             any_sampled=any(temperatures),
             logprob_rows=tuple(row for row, request in enumerate(requests) if request.params.logprobs is not None),
             most_logprobs=max(request.params.logprobs or 0 for request in requests),
@@ -113,7 +113,8 @@ def forecast(
         sampled_BNW = (_scaled(score_BNW, nodes, sampling) + noise_BNW) * temperature_B11
         score_BNW = score_BNW.where(sampling.greedy_B11, sampled_BNW)
     score_BNW = score_BNW / temperature_B11.clamp(min=LOWEST_FORECAST_TEMPERATURE)
-    return torch.log_softmax(score_BNW, dim=-1).nan_to_num(nan=BANNED, neginf=BANNED)  # nan: all are forbidden
+    logprob_BNW = torch.log_softmax(score_BNW, dim=-1)
+    return logprob_BNW.nan_to_num(nan=BANNED, neginf=BANNED) if processors else logprob_BNW  # nan: all are forbidden
 
 
 def _adjusted(logits_BNV: torch.Tensor, nodes: Nodes, processors: tuple[Processor, ...]) -> torch.Tensor:
@@ -146,9 +147,9 @@ def gumbel_noise(seed_B: torch.Tensor, position_BN: torch.Tensor, token_V: torch
 
 def _mix(x: torch.Tensor) -> torch.Tensor:
     """splitmix64's finalizer on int64 with wrap-around. Source: Steele, Lea, Flood 2014."""
-    x = x + _signed(0x9E3779B97F4A7C15)
-    x = (x ^ _shift_right(x, 30)) * _signed(0xBF58476D1CE4E5B9)
-    x = (x ^ _shift_right(x, 27)) * _signed(0x94D049BB133111EB)
+    x = x + signed(0x9E3779B97F4A7C15)
+    x = (x ^ _shift_right(x, 30)) * signed(0xBF58476D1CE4E5B9)
+    x = (x ^ _shift_right(x, 27)) * signed(0x94D049BB133111EB)
     return x ^ _shift_right(x, 31)
 
 
@@ -157,6 +158,6 @@ def _shift_right(x: torch.Tensor, bits: int) -> torch.Tensor:
     return (x >> bits) & ((1 << (64 - bits)) - 1)
 
 
-def _signed(value: int) -> int:
+def signed(value: int) -> int:
     """An unsigned 64-bit number as the int64 of the same bits."""
     return value - (1 << 64) if value >= 1 << 63 else value

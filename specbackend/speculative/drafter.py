@@ -32,6 +32,9 @@ class CacheRule:
 
 class Drafter(Protocol):
     cache_rule: CacheRule
+    is_on_device: (
+        bool  # `propose` and `follow_path` leave the host alone: nothing is read from it and nothing brought to it
+    )
 
     def follow_prompt(
         self, batch: ExtendBatch, forward: ForwardBatch, output: TargetOutput, accepted: Accepted

@@ -23,6 +23,7 @@ class HeadDrafter:
     """Keeps, per table row, where the last feed left the head: the state that the next tree grows from."""
 
     cache_rule = CacheRule(successor_keys=True, has_draft_kv=True)
+    is_on_device = True
 
     def __init__(self, head: HeadModel, grower: TreeGrower):
         """grower: of the same head."""

@@ -71,6 +71,7 @@ class TokenTree:
 
 class NgramDrafter:
     cache_rule = CacheRule()
+    is_on_device = False
 
     def __init__(self, min_match: int, max_match: int, device):
         self.min_match, self.max_match, self.device = min_match, max_match, device

@@ -2,14 +2,16 @@
 
 import torch
 
-from specbackend.batch import Accepted, DecodeBatch, ExtendBatch, ForwardBatch
+from specbackend.batch import Accepted, DecodeBatch, ExtendBatch, ForwardBatch, Sequences
 from specbackend.models.llama import TargetOutput
 from specbackend.runner import TargetRunner, extend_forward_batch
 from specbackend.sampling import Nodes, SamplingBatch, note_prompt_logprobs, pick_from, picked_logprobs, target_logits
+from specbackend.speculative.tree_shapes import TreeShapes
 
 
 class PlainDecoder:
     num_nodes = 1
+    is_on_device = True
 
     def __init__(self, runner: TargetRunner):
         self.runner = runner
@@ -19,8 +21,12 @@ class PlainDecoder:
         return pick_after_prompt(self.runner, batch, self.runner.forward(forward))
 
     def decode(self, batch: DecodeBatch) -> Accepted:
-        runner, requests = self.runner, batch.requests
-        at = runner.sequences(requests)
+        at = self.runner.sequences(batch.requests)
+        return self.step(at, SamplingBatch.of(batch.requests, self.runner.device))
+
+    def step(self, at: Sequences, sampling: SamplingBatch, shapes: TreeShapes | None = None) -> Accepted:
+        """`decode` without the host's part. shapes: there are no trees here."""
+        runner = self.runner
         slot_B1 = runner.table.slots[at.row_B, at.length_B][:, None]
         forward = ForwardBatch(
             token_BQ=at.root_B[:, None],
@@ -29,10 +35,10 @@ class PlainDecoder:
             prefix_slot_BL=at.prefix_slot_BL,
             prefix_len_B=at.length_B,
             window_slot_BW=slot_B1,
-            window_mask_BQW=torch.ones(len(requests), 1, 1, dtype=torch.bool, device=runner.device),
+            window_mask_BQW=torch.ones_like(slot_B1, dtype=torch.bool)[:, None],
         )
         logits_BV = runner.model.logits(runner.forward(forward).hidden_TD)
-        nodes, sampling = Nodes.roots(at.root_B, at.length_B + 1), SamplingBatch.of(requests, runner.device)
+        nodes = Nodes.roots(at.root_B, at.length_B + 1)
         return _pick_one(logits_BV, nodes, sampling, torch.ones_like(at.length_B))
 
 

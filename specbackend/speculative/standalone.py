@@ -21,6 +21,8 @@ class StandaloneDrafter:
     Reading some tokens again costs nothing, as the width is fixed anyway, and saves keeping count of what is new.
     """
 
+    is_on_device = False
+
     def __init__(self, grower: TreeGrower, table: RequestTable):
         self.grower, self.table = grower, table
         self.cache_rule = CacheRule(has_draft_kv=True, unfed_tokens=grower.num_steps)

@@ -21,6 +21,7 @@ class TreeDecoder:
 
     def __init__(self, runner: TargetRunner, drafter: Drafter, num_nodes: int):
         self.runner, self.drafter, self.num_nodes = runner, drafter, num_nodes
+        self.is_on_device = drafter.is_on_device
         self._node_N = torch.arange(num_nodes, device=runner.device)
 
     def extend(self, batch: ExtendBatch) -> Accepted:
@@ -32,8 +33,11 @@ class TreeDecoder:
 
     def decode(self, batch: DecodeBatch) -> Accepted:
         at, device = self.runner.sequences(batch.requests), self.runner.device
-        sampling = SamplingBatch.of(batch.requests, device)
         shapes = TreeShapes.of([request.tree for request in batch.requests], device)
+        return self.step(at, SamplingBatch.of(batch.requests, device), shapes)
+
+    def step(self, at: Sequences, sampling: SamplingBatch, shapes: TreeShapes) -> Accepted:
+        """`decode` without the host's part: if `is_on_device`, a graph can hold it."""
         tree = self.drafter.propose(at, sampling, shapes)
         verify = self._verify_batch(tree, at)
         output = self.runner.forward(verify)

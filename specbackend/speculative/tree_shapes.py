@@ -18,12 +18,14 @@ class TreeShapes:
     num_nodes_B: torch.Tensor  # int64
     most_steps: int
     most_nodes: int
+    fewest_steps: int
+    fewest_topk: int
 
     @classmethod
     def of(cls, trees: list[TreeShape], device) -> "TreeShapes":
-        size_B3 = torch.tensor([(tree.num_steps, tree.topk, tree.num_nodes) for tree in trees], device=device)
-        most_steps, most_nodes = max(tree.num_steps for tree in trees), max(tree.num_nodes for tree in trees)
-        return cls(*size_B3.unbind(1), most_steps, most_nodes)
+        sizes = [(tree.num_steps, tree.topk, tree.num_nodes) for tree in trees]
+        steps, topks, nodes = zip(*sizes, strict=True)
+        return cls(*torch.tensor(sizes, device=device).unbind(1), max(steps), max(nodes), min(steps), min(topks))
 
     @property
     def longest_path(self) -> int:
@@ -32,6 +34,8 @@ class TreeShapes:
 
     def within(self, level: int, score_BQK: torch.Tensor) -> torch.Tensor:
         """-inf for what is not the best topk of K, or deeper than num_steps; levels count from 0."""
+        if score_BQK.shape[2] <= self.fewest_topk and level < self.fewest_steps:
+            return score_BQK
         rank_K = torch.arange(score_BQK.shape[2], device=score_BQK.device)
         within_BK = (rank_K < self.topk_B[:, None]) & (level < self.num_steps_B[:, None])
         return score_BQK.masked_fill(~within_BK[:, None], -torch.inf)

@@ -1,0 +1,129 @@
+"""Recorded steps: batches of fixed size, padded, give what the decoders give; and steps leave the host alone."""
+
+import pytest
+
+from specbackend import Engine
+from specbackend.step_graphs import Recording, graph_batch_sizes
+from tests.conftest import DEMOS
+from tests.test_equivalence import GREEDY, make_engine
+
+TREES = {"plain": None, "5-4-8": (5, 4, 8), "5-1-6": (5, 1, 6), "5-4-4": (5, 4, 4)}
+SAMPLED = [
+    {"temperature": 1.0, "seed": 1},
+    {"temperature": 0},
+    {"temperature": 0.7, "top_p": 0.8, "seed": 2},
+    {"temperature": 1.3, "top_k": 5, "seed": 3},
+    {"temperature": 1.0, "min_p": 0.2, "seed": 2**63 + 5},
+    {"temperature": 0.9, "top_k": 40, "top_p": 0.95, "seed": 5},
+]
+LEFT_TO_THE_DECODER = [
+    {"repetition_penalty": 1.3},
+    {"logprobs": 2},
+    {"logit_bias": {"5": 2.0}},
+    {"speculative_num_steps": 2},
+]
+
+
+@pytest.fixture(params=TREES, ids=str)
+def tree(request):
+    return TREES[request.param]
+
+
+@pytest.fixture
+def replays(monkeypatch) -> list[int]:
+    """Steps are recorded on the CPU too, as what runs again on the same buffers; the sizes of those that ran."""
+    sizes = []
+
+    def record(run) -> Recording:
+        accepted = run()
+
+        def replay() -> None:
+            again = run()
+            accepted.token_BP.copy_(again.token_BP)
+            accepted.count_B.copy_(again.count_B)
+            sizes.append(len(again.count_B))
+
+        return Recording(replay, accepted)
+
+    monkeypatch.setattr("specbackend.engine.graph_recorder", lambda device: record)
+    return sizes
+
+
+def output_ids(answers: list[dict]) -> list[list[int]]:
+    return [answer["output_ids"] for answer in answers]
+
+
+def test_recorded_steps_equal_hf_generate(tree, replays, demo_prompts, expected):
+    """Nine requests are too many to be recorded; they end one by one."""
+    lengths = range(16, 61, 5)
+    engine = make_engine(tree, cuda_graph_max_bs=6, max_running_requests=9, max_total_tokens=1 << 13)
+    params = [GREEDY | {"max_new_tokens": length} for length in lengths]
+    answers = engine.generate(input_ids=demo_prompts[: len(lengths)], sampling_params=params)
+    assert output_ids(answers) == [expected[i][:length] for i, length in enumerate(lengths)]
+    assert {2, 4} <= set(replays)
+
+
+def test_accept_length_is_that_of_unrecorded_steps(replays, demo_prompts):
+    def steps(**params) -> list[int]:
+        answers = make_engine((5, 4, 8), **params).generate(input_ids=demo_prompts[:3], sampling_params=GREEDY)
+        return [answer["meta_info"]["spec_verify_ct"] for answer in answers]
+
+    assert steps(cuda_graph_max_bs=4) == steps(disable_cuda_graph=True)
+    assert replays
+
+
+def test_sampled_requests_are_recorded_and_equal(tree, replays, demo_prompts):
+    params = [each | {"max_new_tokens": 24} for each in SAMPLED]
+    prompts = demo_prompts[: len(params)]
+    recorded = make_engine(tree).generate(input_ids=prompts, sampling_params=params)
+    assert 6 in replays or 8 in replays
+    replays.clear()
+    unrecorded = make_engine(tree, cuda_graph_max_bs=0).generate(input_ids=prompts, sampling_params=params)
+    assert not replays
+    assert output_ids(recorded) == output_ids(unrecorded)
+
+
+@pytest.mark.parametrize("params", LEFT_TO_THE_DECODER, ids=str)
+def test_what_no_recording_holds_is_left_to_the_decoder(params, replays, demo_prompts):
+    params = GREEDY | params
+    answer = make_engine((5, 4, 8)).generate(input_ids=demo_prompts[0], sampling_params=params)
+    assert not replays
+    assert (
+        answer["output_ids"]
+        == make_engine(None).generate(
+            input_ids=demo_prompts[0],
+            sampling_params={name: value for name, value in params.items() if "speculative" not in name},
+        )["output_ids"]
+    )
+
+
+def test_drafters_that_need_the_host_are_not_recorded(replays, demo_prompts, expected):
+    engine = make_engine(None, speculative_algorithm="NGRAM")
+    answers = engine.generate(input_ids=demo_prompts[:2], sampling_params=GREEDY)
+    assert output_ids(answers) == expected[:2]
+    assert not replays
+
+
+def test_batch_sizes():
+    assert graph_batch_sizes(1) == [1]
+    assert graph_batch_sizes(3) == [1, 2, 3]
+    assert graph_batch_sizes(32) == [1, 2, 4, 8, 16, 24, 32]
+    assert graph_batch_sizes(20) == [1, 2, 4, 8, 16, 20]
+
+
+@pytest.mark.parametrize("kind", [None, "EAGLE", "NEXTN"])
+def test_steps_leave_the_host_alone(kind, monkeypatch):
+    """The meta device has no values: whatever a step would read on the host, or bring from it, is an error there."""
+    runs = []
+
+    def record(run) -> Recording:
+        runs.append(run())
+        return Recording(lambda: None, runs[-1])
+
+    monkeypatch.setattr("specbackend.engine.graph_recorder", lambda device: record)
+    paths = {"model_path": str(DEMOS / ("mimo-gsm8k" if kind == "NEXTN" else "llama-gsm8k"))}
+    if kind == "EAGLE":
+        paths["speculative_draft_model_path"] = str(DEMOS / "llama-gsm8k-eagle")
+    Engine(**paths, speculative_algorithm=kind, device="meta", cuda_graph_max_bs=2, max_total_tokens=2048)
+    assert len(runs) == 3 * 2 * (2 if kind else 1)  # kinds of sampling, batch sizes, decoders
+    assert all(accepted.token_BP.is_meta for accepted in runs)
