@@ -13,7 +13,7 @@ LAYERS = [  # top to bottom
     ["model_repository"],
     ["specbackend.serving"],
     ["specbackend.engine", "specbackend.Engine", "specbackend.offline"],
-    ["specbackend.shadow"],
+    ["specbackend.shadow", "specbackend.step_graphs"],
     ["specbackend.scheduler", "specbackend.speculative", "specbackend.runner"],
     ["specbackend.models", "specbackend.attention", "specbackend.sampling"],
     ["specbackend.cache"],
@@ -56,7 +56,7 @@ def imports(path: Path) -> list[str]:
 
 def module_name(path: Path) -> str:
     name = ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
-    return f"specbackend.{name}" if is_or_in(name, "kernels") else name  # see package-dir in pyproject.toml
+    return f"specbackend.{name}" if is_or_in(name, "kernels") else name  # a link leads there
 
 
 SOURCES = {

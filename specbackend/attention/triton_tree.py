@@ -3,7 +3,7 @@
 from dataclasses import dataclass, replace
 
 import torch
-from kernels.tree_attention import tree_attention
+from specbackend.kernels.tree_attention import tree_attention
 
 from specbackend.batch import ForwardBatch
 
