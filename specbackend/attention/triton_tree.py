@@ -3,9 +3,9 @@
 from dataclasses import dataclass, replace
 
 import torch
-from specbackend.kernels.tree_attention import tree_attention
 
 from specbackend.batch import ForwardBatch
+from specbackend.kernels.tree_attention import tree_attention
 
 
 @dataclass

@@ -1,0 +1,50 @@
+"""What the stages share."""
+
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).resolve().parents[2]
+DEMOS = ROOT / "tools" / "demo_checkpoints"
+TREE = ("speculative_num_steps", "speculative_eagle_topk", "speculative_num_draft_tokens")
+
+
+@dataclass
+class Context:
+    """Where to run, what to run on, and until when. A rehearsal takes the small checkpoints as they are."""
+
+    device: torch.device
+    work: Path  # scratch, on a file system in memory if there is one
+    deadline: float  # of time.monotonic
+    rehearsal: bool = False
+    prompts: list[list[int]] = field(default_factory=list)
+
+    @property
+    def dtype(self) -> str:
+        return "float32" if self.rehearsal else "bfloat16"
+
+    def seconds_left(self) -> float:
+        return self.deadline - time.monotonic()
+
+    def checkpoint(self, name: str) -> Path:
+        """A demo checkpoint, as large as the stage `widen` has made it."""
+        wide = self.work / name
+        return wide if wide.exists() else DEMOS / name
+
+
+def tree_params(shape: tuple[int, int, int]) -> dict[str, int]:
+    return dict(zip(TREE, shape, strict=True))
+
+
+def read_demo_prompts(count: int) -> list[list[int]]:
+    """GSM8K questions as the demo model's chat template presents them."""
+    import json
+
+    from specbackend.tokenizer import Tokenizer
+
+    tokenizer = Tokenizer(DEMOS / "llama-gsm8k")
+    lines = (ROOT / "tests" / "data" / "gsm8k_test.jsonl").read_text().splitlines()[:count]
+    chats = [[{"role": "user", "content": json.loads(line)["question"]}] for line in lines]
+    return [tokenizer.encode(tokenizer.apply_chat_template(chat), add_special_tokens=False) for chat in chats]
