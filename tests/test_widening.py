@@ -11,8 +11,11 @@ from transformers import AutoModelForCausalLM
 from widening import WideningError, shards
 from widening.checkpoint import Original, widen_checkpoints
 from widening.shape import PRESETS, Shape, layer_places
+from widening.token_map import widen_token_map
 
 from specbackend import Engine
+from specbackend.models.draft import read_token_map
+from specbackend.models.model_config import ModelConfig
 from tests.checkpoints import edit_config, write_head, write_target
 from tests.conftest import DEMO_EAGLE3, DEMO_TARGET, DEMOS
 from tests.test_tools import load_tool
@@ -132,6 +135,31 @@ def test_shards_and_dtype(tmp_path, monkeypatch):
     assert {t.dtype for t in shards_of(tmp_path / "half" / "small")} == {torch.bfloat16}
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_logits_of_a_checkpoint_made_on_a_gpu(tmp_path):
+    widen_checkpoints(DEMO_TARGET, [], tmp_path, WIDER_DEMO, dtype=None, device="cuda")
+    assert_equal_but_for_rounding(logits_of(tmp_path / DEMO_TARGET.name)[:, :1024], logits_of(DEMO_TARGET))
+
+
+def test_a_shard_that_cannot_be_written_is_an_error(tmp_path, monkeypatch):
+    def full(tensors, path, metadata):
+        raise OSError("no space left")
+
+    write_target(tmp_path / "small", num_hidden_layers=8)
+    monkeypatch.setattr(shards, "save_file", full)
+    with pytest.raises(OSError, match="no space left"):
+        widen_checkpoints(tmp_path / "small", [], tmp_path / "wide", WIDER, dtype=None)
+
+
+def test_longer_contexts(tmp_path):
+    write_target(tmp_path / "small", num_hidden_layers=8)
+    longest = ModelConfig.read(tmp_path / "small").max_position_embeddings
+    for name, shape in (("same", WIDER), ("longer", replace(WIDER, max_position_embeddings=2 * longest))):
+        widen_checkpoints(tmp_path / "small", [], tmp_path / name, shape, dtype=None)
+    found = [ModelConfig.read(tmp_path / name / "small").max_position_embeddings for name in ("same", "longer")]
+    assert found == [longest, 2 * longest]
+
+
 def shards_of(folder) -> list[torch.Tensor]:
     return [tensor for path in folder.glob("*.safetensors") for tensor in load_file(path).values()]
 
@@ -206,6 +234,17 @@ def test_command(widen, tmp_path, capsys):
         widen("--target", tmp_path / "small", "--out", tmp_path / "wide")
     with pytest.raises(SystemExit, match="num_hidden_layers: 12 is less than 16"):
         widen("--target", DEMO_TARGET, "--out", tmp_path / "deep", "--shape", "120m", "--num-hidden-layers", 12)
+
+
+def test_token_maps(widen, tmp_path):
+    sizes = ("--intermediate-size", 512, "--vocab-size", 1100, "--token-map-size", 300)
+    widen("--target", DEMO_TARGET, "--head", DEMO_EAGLE, "--out", tmp_path, *sizes)
+    ids = read_token_map(tmp_path / DEMO_EAGLE.name / "freq_300.pt", 1100)
+    original = read_token_map(DEMO_EAGLE / "freq_256.pt", 1024)
+    assert ids == original + list(range(1024, 1068))
+    for size in (255, 333):
+        with pytest.raises(WideningError, match=f"{size} ids cannot be made of its 256 and up to 76 new tokens"):
+            widen_token_map(DEMO_EAGLE / "freq_256.pt", size, 1024, 1100)
 
 
 def test_help_tells_the_sizes(widen, capsys):

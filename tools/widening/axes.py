@@ -30,18 +30,22 @@ class Axis:
     padding: Literal["noise", "zero", "mean"]
 
     def stretch(self, tensor: Tensor, dim: int, generator: torch.Generator) -> Tensor:
-        """Grow one dimension. It may hold several blocks of the axis side by side, as the input of an `fc` does."""
+        """Grow one dimension, on the tensor's device, which is the generator's.
+
+        It may hold several blocks of the axis side by side, as the input of an `fc` does.
+        """
         blocks, rest = divmod(tensor.shape[dim], self.old_size)
         if rest:
             raise WideningError(f"a dimension of {tensor.shape[dim]} is not made of blocks of {self.old_size}")
         first_B1 = torch.arange(blocks)[:, None] * self.old_size
-        source = (first_B1 + self.source_N.clamp(min=0)).flatten()
-        scale = self.scale_N.repeat(blocks).view([-1] + [1] * (tensor.dim() - 1 - dim))
+        source = (first_B1 + self.source_N.clamp(min=0)).flatten().to(tensor.device)
+        scale = self.scale_N.repeat(blocks).view([-1] + [1] * (tensor.dim() - 1 - dim)).to(tensor.device)
         wide = tensor.index_select(dim, source).mul_(scale)
-        padded = (self.source_N < 0).repeat(blocks).nonzero().flatten()
+        padded = (self.source_N < 0).repeat(blocks).nonzero().flatten().to(tensor.device)
         if self.padding == "noise":
             shape = [*wide.shape[:dim], len(padded), *wide.shape[dim + 1 :]]
-            return wide.index_copy_(dim, padded, torch.randn(shape, generator=generator) * NOISE)
+            noise = torch.randn(shape, generator=generator, device=tensor.device)
+            return wide.index_copy_(dim, padded, noise.mul_(NOISE))
         wide.index_fill_(dim, padded, 0)
         return wide.index_add_(dim, padded, self._mean(tensor, dim, padded)) if self.padding == "mean" else wide
 

@@ -63,10 +63,13 @@ class Job:
             raise WideningError(f"{self.original.folder}: {error}") from error
 
 
-def widen_checkpoints(target: Path, heads: list[Path], out: Path, shape: Shape, dtype: str | None) -> dict[str, int]:
+def widen_checkpoints(
+    target: Path, heads: list[Path], out: Path, shape: Shape, dtype: str | None, device: str = "cpu"
+) -> dict[str, int]:
     """Write out/<name> for the target and every head. Returns their numbers of parameters.
 
-    Everything is checked before anything is written.
+    Everything is checked before anything is written. Tensors are made on `device`, where there must be room for about
+    three times the largest in float32 and for three shards; the noise in them depends on its kind.
     """
     original = Original.read(target)
     jobs = [target_job(original, shape)] + [head_job(Original.read(head), original, shape) for head in heads]
@@ -75,7 +78,7 @@ def widen_checkpoints(target: Path, heads: list[Path], out: Path, shape: Shape, 
         raise WideningError(f"{', '.join(map(str, folders))}: two checkpoints of one name")
     if there := [str(folder) for folder in folders if folder.exists()]:
         raise WideningError(f"{', '.join(there)}: exists already")
-    return {str(folder): write(job, folder, dtype) for job, folder in zip(jobs, folders, strict=True)}
+    return {str(folder): write(job, folder, dtype, device) for job, folder in zip(jobs, folders, strict=True)}
 
 
 def target_job(original: Original, shape: Shape) -> Job:
@@ -104,7 +107,7 @@ def head_job(head: Original, target: Original, shape: Shape) -> Job:
     return Job(head, replace(shape, num_hidden_layers=1, draft_vocab_size=drafted), changes)
 
 
-def write(job: Job, folder: Path, dtype: str | None) -> int:
+def write(job: Job, folder: Path, dtype: str | None, device: str) -> int:
     """Write config, weights, card and the files that stay as they are. Returns the number of parameters."""
     original = job.original
     folder.mkdir(parents=True)
@@ -117,7 +120,7 @@ def write(job: Job, folder: Path, dtype: str | None) -> int:
         if path.is_file() and not path.name.endswith(NOT_COPIED) and path.name != "config.json":
             shutil.copy(path, folder)
     writer = ShardWriter(folder)
-    for name, tensor in widened(job):
+    for name, tensor in widened(job, device):
         writer.add(name, tensor.to(getattr(torch, dtype)) if tensor.is_floating_point() else tensor)
     writer.finish()
     facts = {"parameters": writer.num_parameters, "old": original.shape.vocab_size, "new": job.shape.vocab_size}
@@ -125,10 +128,10 @@ def write(job: Job, folder: Path, dtype: str | None) -> int:
     return writer.num_parameters
 
 
-def widened(job: Job) -> Named:
+def widened(job: Job, device: str) -> Named:
     """All tensors of the new checkpoint, made one at a time."""
     old, new, read = job.original.shape, job.shape, readers(job.original.folder)
-    layout, generator = Layout(old, new), torch.Generator().manual_seed(0)
+    layout, generator = Layout(old, new), torch.Generator(device).manual_seed(0)
     places = layer_places(old.num_hidden_layers, new.num_hidden_layers)
     if job.original.config.tie_word_embeddings and EMBEDDING in read:
         read["lm_head.weight"] = read[EMBEDDING]
@@ -139,10 +142,10 @@ def widened(job: Job) -> Named:
             yield name, DRAFT_TOKENS[name](take(), old, new)
         else:
             placed = LAYER.sub(lambda match: f"model.layers.{places[int(match[1])]}.", name)
-            yield placed, layout.widen(name, take(), generator)
+            yield placed, layout.widen(name, take().to(device), generator)
     for index in sorted(set(range(new.num_hidden_layers)) - set(places)):
         for name in (name for name in read if name.startswith(FIRST_LAYER)):
-            tensor = make_identity_(name, layout.widen(name, read[name](), generator), generator)
+            tensor = make_identity_(name, layout.widen(name, read[name]().to(device), generator), generator)
             yield name.replace(FIRST_LAYER, f"model.layers.{index}."), tensor
 
 

@@ -9,7 +9,7 @@ from widening import WideningError
 
 @dataclass(frozen=True)
 class Shape:
-    """Fields of config.json under their own names. draft_vocab_size: of an EAGLE-3 head; None for the original's."""
+    """Fields of config.json under their own names; None for the original's."""
 
     hidden_size: int
     num_hidden_layers: int
@@ -18,7 +18,8 @@ class Shape:
     head_dim: int
     intermediate_size: int
     vocab_size: int
-    draft_vocab_size: int | None = None
+    draft_vocab_size: int | None = None  # of an EAGLE-3 head
+    max_position_embeddings: int | None = None  # RoPE itself has no limit
 
     @classmethod
     def of(cls, config: ModelConfig) -> "Shape":
@@ -54,7 +55,8 @@ class Shape:
 PRESETS = {
     "120m": Shape(768, 16, 6, 2, 128, 2304, 8192, draft_vocab_size=2048),
     "300m": Shape(1024, 24, 8, 4, 128, 2816, 8192, draft_vocab_size=2048),
-    "8b": Shape(4096, 32, 32, 8, 128, 14336, 128256, draft_vocab_size=32000),  # Llama 3.1 8B
+    # Llama 3.1 8B, with room for the prompts of benchmarks
+    "8b": Shape(4096, 32, 32, 8, 128, 14336, 128256, draft_vocab_size=32000, max_position_embeddings=16384),
 }
 
 

@@ -1,7 +1,8 @@
-"""Safetensors of any size, one tensor in memory at a time to read and one shard to write."""
+"""Safetensors of any size, one tensor in memory at a time to read and a few shards to write."""
 
 import json
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from torch import Tensor
 from widening import WideningError
 
 MAX_BYTES = 2 << 30  # of a shard, unless one tensor is larger
+NUM_WRITERS = 2  # shards that are copied from the device and written while the next one is made
 
 
 def readers(folder: Path) -> dict[str, Callable[[], Tensor]]:
@@ -29,6 +31,7 @@ class ShardWriter:
         self.folder, self.num_parameters, self.num_bytes = folder, 0, 0
         self._open: dict[str, Tensor] = {}
         self._shards: list[list[str]] = []
+        self._writers, self._written = ThreadPoolExecutor(NUM_WRITERS), list[Future]()
 
     def add(self, name: str, tensor: Tensor) -> None:
         if self._open and _bytes(self._open.values()) + tensor.nbytes > MAX_BYTES:
@@ -39,6 +42,8 @@ class ShardWriter:
 
     def finish(self) -> None:
         self._write()
+        self._wait_for(len(self._written))
+        self._writers.shutdown()
         if len(self._shards) == 1:
             self._path(0).rename(self.folder / "model.safetensors")
             return
@@ -51,13 +56,23 @@ class ShardWriter:
         (self.folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
 
     def _write(self) -> None:
-        save_file(self._open, self._path(len(self._shards)), metadata={"format": "pt"})
+        self._wait_for(len(self._written) - NUM_WRITERS + 1)
+        self._written.append(self._writers.submit(_save, self._open, self._path(len(self._shards))))
         self._shards.append(list(self._open))
         self._open = {}
+
+    def _wait_for(self, count: int) -> None:
+        """Until the first `count` shards are written. Raises what went wrong with them."""
+        for shard in self._written[: max(count, 0)]:
+            shard.result()
 
     def _path(self, number: int) -> Path:
         """Before it is known how many there will be."""
         return self.folder / f"model-{number + 1:05}.safetensors"
+
+
+def _save(tensors: dict[str, Tensor], path: Path) -> None:
+    save_file({name: tensor.cpu() for name, tensor in tensors.items()}, path, metadata={"format": "pt"})
 
 
 def _bytes(tensors) -> int:
