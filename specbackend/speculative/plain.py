@@ -30,6 +30,7 @@ class PlainDecoder:
             prefix_len_B=at.length_B,
             window_slot_BW=slot_B1,
             window_mask_BQW=torch.ones(len(requests), 1, 1, dtype=torch.bool, device=runner.device),
+            window_is_causal=True,
         )
         logits_BV = runner.model.logits(runner.forward(forward).hidden_TD)
         nodes, sampling = Nodes.roots(at.root_B, at.length_B + 1), SamplingBatch.of(requests, runner.device)
