@@ -42,6 +42,11 @@ def level_mask(B: int, topk: int, num_levels: int, level: int, generator) -> tor
     return above_BKW | torch.eye(W, dtype=torch.bool)[level * topk : (level + 1) * topk]
 
 
+def to(device: torch.device, batch: ForwardBatch) -> ForwardBatch:
+    tensors = {name: value.to(device) for name, value in vars(batch).items() if isinstance(value, torch.Tensor)}
+    return replace(batch, **tensors)
+
+
 def _random_parents(num_nodes: int, generator) -> torch.Tensor:
     parents = [-1] + [int(torch.randint(0, node, (), generator=generator)) for node in range(1, num_nodes)]
     return torch.tensor(parents)

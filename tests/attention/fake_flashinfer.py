@@ -112,5 +112,6 @@ def _assert_int32(indices, shape) -> None:
 
 def module() -> types.ModuleType:
     fake = types.ModuleType("flashinfer")
+    fake.__version__, fake.__file__ = "fake", __file__
     fake.BatchPrefillWithPagedKVCacheWrapper = BatchPrefillWithPagedKVCacheWrapper
     return fake
