@@ -58,6 +58,7 @@ class ForwardBatch:
     prefix_len_B: torch.Tensor  # int64
     window_slot_BW: torch.Tensor  # int64
     window_mask_BQW: torch.Tensor  # bool; every row sees at least itself
+    window_is_causal: bool = False  # the mask is the lower triangle of Q = W, which a backend need not read
 
 
 @dataclass(frozen=True)

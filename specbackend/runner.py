@@ -56,6 +56,7 @@ def extend_forward_batch(runner: TargetRunner, batch: ExtendBatch) -> ForwardBat
         prefix_len_B=prefix_len_B,
         window_slot_BW=slot_BQ,
         window_mask_BQW=causal_mask(Q, runner.device).expand(len(requests), Q, Q),
+        window_is_causal=True,
     )
 
 

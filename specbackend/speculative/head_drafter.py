@@ -69,6 +69,7 @@ class HeadDrafter:
             prefix_len_B=at.length_B,
             window_slot_BW=slot_BP,
             window_mask_BQW=self._causal_PP[:P, :P].expand(B, P, P),
+            window_is_causal=True,
         )
         first_row_B1 = torch.arange(0, B * N, N, device=self.device)[:, None]
         feature_TF = verified.output.feature_TF[(first_row_B1 + node_BP).flatten()]

@@ -36,6 +36,7 @@ class PlainDecoder:
             prefix_len_B=at.length_B,
             window_slot_BW=slot_B1,
             window_mask_BQW=torch.ones_like(slot_B1, dtype=torch.bool)[:, None],
+            window_is_causal=True,
         )
         logits_BV = runner.model.logits(runner.forward(forward).hidden_TD)
         nodes = Nodes.roots(at.root_B, at.length_B + 1)

@@ -31,7 +31,7 @@ ENGINES = {
 
 
 def check_equality(context: Context, out: dict) -> None:
-    """Fills out with a row per engine. All answers are those of a plain engine, without kernels and graphs, in float32."""
+    """Fills out with a row per engine, whose answers should be those of plain decoding in torch, all in float32."""
     prompts = context.prompts[:8]
     reference = _engine(context, LLAMA | {"attention_backend": "torch", "disable_cuda_graph": True})
     greedy, sampled = _answers(reference, prompts)

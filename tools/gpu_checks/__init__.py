@@ -1,0 +1,1 @@
+"""What only a GPU can tell, in stages that each fill a plain dict."""
