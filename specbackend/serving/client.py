@@ -30,7 +30,8 @@ class Answer:
     responses: list[dict[str, Any]] = field(default_factory=list)
     error: str | None = None
     cancelled: bool = False  # by ourselves
-    times: list[float] = field(default_factory=list)  # of the responses, on time.monotonic()'s clock
+    started: float = field(default_factory=time.monotonic)  # when it was asked
+    times: list[float] = field(default_factory=list)  # of the responses, on the same clock
 
     def add(self, outputs: dict[str, Any]) -> None:
         self.responses.append(outputs)

@@ -52,12 +52,13 @@ class Installation:
     binary: Path
     backends: Path | None = None  # None: the server's own default
     libraries: tuple[Path, ...] = ()  # where its shared libraries lie, unless the loader knows
+    python_folder: Path = Path(sys.prefix) / "bin"  # of the `python3` whose packages the models have: ours
 
     def environment(self) -> dict[str, str]:
         """This process's environment with what the server needs added."""
         env = dict(os.environ)
-        # Triton's Python backend has the packages of the first `python3` on PATH, which shall be ours.
-        _prepend(env, "PATH", Path(sys.prefix) / "bin")
+        # Triton's Python backend has the packages of the first `python3` on PATH.
+        _prepend(env, "PATH", self.python_folder)
         _prepend(env, "LD_LIBRARY_PATH", *self.libraries)
         return env
 
