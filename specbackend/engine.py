@@ -98,7 +98,8 @@ class Engine:
             model.captured_layers = draft.captured_layers
         num_slots = _num_slots(config, model, draft, context, num_nodes)
         table = RequestTable(config.max_running_requests, context + num_nodes, self.device)
-        attention = attention_backend(config.attention_backend, self.device)
+        head_dims = {each.config.head_dim for each in (model, draft) if each}
+        attention = attention_backend(config.attention_backend, self.device, self.dtype, head_dims)
         runner = TargetRunner(model, _kv_pool(model, num_slots + 1, self.dtype, self.device), table, attention)
         self.plain = _recorded(config, PlainDecoder(runner), tree=None)
         self.decoder: Decoder = self.plain

@@ -75,6 +75,8 @@ def _window_bits(num_columns_B: torch.Tensor, Q: int, W: int) -> torch.Tensor:
 class FlashInferAttention:
     """Plans share the workspace and nothing else, so an older one stays good. Raises ConfigError without FlashInfer."""
 
+    is_on_device = False
+
     def __init__(self, device: torch.device):
         try:
             from flashinfer import BatchPrefillWithPagedKVCacheWrapper

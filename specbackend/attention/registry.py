@@ -3,22 +3,21 @@
 import torch
 
 from specbackend.attention.base import AttentionBackend
+from specbackend.attention.flashinfer import flashinfer_attention
 from specbackend.attention.torch_sdpa import TorchAttention
 from specbackend.errors import ConfigError
 
 
-def attention_backend(name: str, device: torch.device) -> AttentionBackend:
+def attention_backend(name: str, device: torch.device, dtype: torch.dtype, head_dims: set[int]) -> AttentionBackend:
     """`name` as in EngineConfig. Kernels are imported for the devices that run them only. Raises ConfigError."""
     if name == "auto":
         name = "triton" if device.type == "cuda" else "torch"
     if name == "torch":
         return TorchAttention()
+    if name == "flashinfer":
+        return flashinfer_attention(device, dtype, head_dims)
     if device.type != "cuda":
-        raise ConfigError(f"attention_backend: {name} needs a GPU, this is {device.type}")
-    if name == "triton":
-        from specbackend.attention.triton_tree import TritonAttention
+        raise ConfigError(f"attention_backend: triton needs a CUDA device, not {device}")
+    from specbackend.attention.triton_tree import TritonAttention
 
-        return TritonAttention()
-    from specbackend.attention.flashinfer import FlashInferAttention
-
-    return FlashInferAttention(device)
+    return TritonAttention()

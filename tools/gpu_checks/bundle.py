@@ -138,7 +138,9 @@ def erase_symbol(library: Path, symbol: str) -> None:
     For ICU's 29 MB of tables, which only the conversion of old character sets in XML would read.
     """
     table = subprocess.run(["nm", "-DS", "--defined-only", library], capture_output=True, text=True, check=True).stdout
-    address, size = (int(number, 16) for number in re.search(rf"^(\w+) (\w+) R {symbol}$", table, re.MULTILINE).groups())
+    address, size = (
+        int(number, 16) for number in re.search(rf"^(\w+) (\w+) R {symbol}$", table, re.MULTILINE).groups()
+    )
     with open(library, "r+b") as file:
         file.seek(address)  # in the first segments of a library, the place in the file, too
         if b"CmnD" not in file.read(16):

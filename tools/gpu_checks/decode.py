@@ -6,8 +6,8 @@ import time
 from collections import Counter
 
 import torch
-from gpu_checks.context import Context, tree_params
 
+from gpu_checks.context import Context, tree_params
 from specbackend import Engine
 from specbackend.request import Request
 from specbackend.sampling_params import SamplingParams

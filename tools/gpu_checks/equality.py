@@ -1,7 +1,6 @@
 """Does the engine say on this device what it says elsewhere? Every kind of draft, with graphs and without."""
 
 from gpu_checks.context import DEMOS, Context, tree_params
-
 from specbackend import Engine
 
 GREEDY = {"temperature": 0, "max_new_tokens": 48}

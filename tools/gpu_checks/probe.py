@@ -5,6 +5,7 @@ import shutil
 import subprocess
 
 import torch
+
 from gpu_checks.context import Context
 
 

@@ -3,10 +3,11 @@
 import time
 from pathlib import Path
 
-from gpu_checks.context import DEMOS, Context
 from widening.checkpoint import Original, widen_checkpoints
 from widening.shape import PRESETS
 from widening.token_map import widen_token_map
+
+from gpu_checks.context import DEMOS, Context
 
 TOKEN_MAP_SIZE = 32768  # FR-Spec's
 

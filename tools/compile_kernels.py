@@ -1,0 +1,98 @@
+"""Compile every kernel for the GPUs we serve on, as its launcher would launch it. Needs no GPU; CI runs it.
+
+    python -m tools.compile_kernels            # all kernels
+    python -m tools.compile_kernels rms_norm   # some
+
+Fails if one spills registers or wants more shared memory than the GPU has.
+"""
+
+import importlib
+import pkgutil
+import re
+import subprocess
+import sys
+import tempfile
+from types import ModuleType
+from unittest import mock
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import CompiledKernel
+from triton.runtime import JITFunction, driver
+
+import kernels
+
+MAX_SHARED = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # bytes a block may have on an A100, H100 or H200, B200
+
+
+class TargetOnly:
+    """A driver without a device: all it knows is what to compile for."""
+
+    def __init__(self, arch: int):
+        self.arch = arch
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", self.arch, 32)
+
+    def get_current_device(self) -> int:
+        return self.arch  # triton keeps compiled kernels by device
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+def load_kernels(names: list[str]) -> list[ModuleType]:
+    names = names or [module.name for module in pkgutil.iter_modules(kernels.__path__)]
+    return [importlib.import_module(f"kernels.{name}") for name in names]
+
+
+def compile_launches(module: ModuleType, arch: int) -> list[CompiledKernel]:
+    """What the launches in the module's VARIANTS would run on that GPU, each compiled kernel once."""
+    compiled = {}
+    launch = JITFunction.run
+
+    def compile_only(kernel, *args, **kwargs):
+        binary = launch(kernel, *args, **kwargs | {"warmup": True})
+        compiled[binary.hash] = binary
+
+    driver.set_active(TargetOnly(arch))
+    with mock.patch.object(JITFunction, "run", compile_only):
+        for launcher, inputs in module.VARIANTS:
+            launcher(**inputs(device="meta"))
+    return list(compiled.values())
+
+
+def resource_usage(binary: CompiledKernel) -> dict[str, int]:
+    """The assembler's count: REG in registers, STACK and LOCAL in bytes, among others."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(binary.asm["cubin"])
+        file.flush()
+        command = [triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", file.name]
+        text = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    return {name: int(number) for name, number in re.findall(r"\b([A-Z]+):(\d+)", text)}
+
+
+def report(binary: CompiledKernel, arch: int) -> bool:
+    """Print what the kernel takes; whether that is allowed."""
+    usage, meta = resource_usage(binary), binary.metadata
+    spills = usage["STACK"] + usage["LOCAL"]
+    print(
+        f"sm_{arch} {meta.name}: {meta.num_warps} warps, {meta.num_stages} stages, {usage['REG']} registers, "
+        f"{spills} B spilled, {meta.shared} of {MAX_SHARED[arch]} B shared"
+    )
+    return spills == 0 and meta.shared <= MAX_SHARED[arch]
+
+
+def main(names: list[str]) -> int:
+    binaries = [
+        (binary, arch)
+        for module in load_kernels(names)
+        for arch in MAX_SHARED
+        for binary in compile_launches(module, arch)
+    ]
+    within_limits = [report(binary, arch) for binary, arch in binaries]
+    return 0 if all(within_limits) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
