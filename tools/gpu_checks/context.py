@@ -1,10 +1,14 @@
 """What the stages share."""
 
+import gc
+import json
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+
+from specbackend.tokenizer import Tokenizer
 
 ROOT = Path(__file__).resolve().parents[2]
 DEMOS = ROOT / "tools" / "demo_checkpoints"
@@ -17,6 +21,7 @@ class Context:
 
     device: torch.device
     work: Path  # scratch, on a file system in memory if there is one
+    out: Path  # for results that are files of their own
     deadline: float  # of time.monotonic
     rehearsal: bool = False
     prompts: list[list[int]] = field(default_factory=list)
@@ -24,6 +29,12 @@ class Context:
     @property
     def dtype(self) -> str:
         return "float32" if self.rehearsal else "bfloat16"
+
+    def empty_cache(self) -> None:
+        """Give back the memory of what has been deleted."""
+        gc.collect()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
 
     def seconds_left(self) -> float:
         return self.deadline - time.monotonic()
@@ -40,10 +51,6 @@ def tree_params(shape: tuple[int, int, int]) -> dict[str, int]:
 
 def read_demo_prompts(count: int) -> list[list[int]]:
     """GSM8K questions as the demo model's chat template presents them."""
-    import json
-
-    from specbackend.tokenizer import Tokenizer
-
     tokenizer = Tokenizer(DEMOS / "llama-gsm8k")
     lines = (ROOT / "tests" / "data" / "gsm8k_test.jsonl").read_text().splitlines()[:count]
     chats = [[{"role": "user", "content": json.loads(line)["question"]}] for line in lines]

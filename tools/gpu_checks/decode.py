@@ -1,6 +1,5 @@
 """How fast is decoding, and where does a step's time go? On the widened checkpoints, with real accept lengths."""
 
-import gc
 import itertools
 import time
 from collections import Counter
@@ -12,6 +11,7 @@ from specbackend import Engine
 from specbackend.request import Request
 from specbackend.sampling_params import SamplingParams
 
+GREEDY = {"temperature": 0}
 NEW_TOKENS = 160
 MOST_PROMPT_TOKENS = 700  # the demo model was trained on 1024 positions
 
@@ -44,7 +44,7 @@ def check_decode(context: Context, out: dict) -> None:
             continue
         start = time.monotonic()
         found = out[name] = {}
-        engine = _engine(context, params, max(batches))
+        engine = engine_of(context, params, max(batches))
         found["load_seconds"] = time.monotonic() - start
         for batch in batches if index == 0 else batches[:2]:
             runs = [("plain", {"speculative": False}), ("speculative", {})] if index == 0 else [("speculative", {})]
@@ -56,12 +56,10 @@ def check_decode(context: Context, out: dict) -> None:
             found["speculative, batch 1, context 700"] = decode(engine, [_long_prompt(context)], {})
             found["profile"] = profile(engine, context.prompts[:1])
         del engine
-        gc.collect()
-        if context.device.type == "cuda":
-            torch.cuda.empty_cache()
+        context.empty_cache()
 
 
-def _engine(context: Context, params: dict, most: int) -> Engine:
+def engine_of(context: Context, params: dict, most: int) -> Engine:
     shared = {"dtype": context.dtype, "device": str(context.device), "max_running_requests": most}
     return Engine(**shared | {"context_length": 1000, "disable_radix_cache": True, "cuda_graph_max_bs": most} | params)
 
@@ -134,11 +132,11 @@ def _profile(engine: Engine, prompts: list[list[int]], speculative: bool, steps:
 def check_agreement(context: Context, out: dict) -> None:
     """Do plain and speculative decoding of the wide model agree in bfloat16, greedy, and where do they part?"""
     params = subjects(context)["EAGLE3 5,4,8"]
-    engine = _engine(context, params, most=8)
+    engine = engine_of(context, params, most=8)
     prompts = context.prompts[:8]
     answers = {}
     for kind in ("plain", "speculative"):
-        sampling = {"temperature": 0, "max_new_tokens": 128, "speculative": kind == "speculative"}
+        sampling = GREEDY | {"max_new_tokens": 128, "speculative": kind == "speculative"}
         answers[kind] = [a["output_ids"] for a in engine.generate(input_ids=prompts, sampling_params=sampling)]
     pairs = list(zip(*answers.values(), strict=True))
     out["equal"], out["of"] = sum(a == b for a, b in pairs), len(pairs)

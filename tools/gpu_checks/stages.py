@@ -1,0 +1,62 @@
+"""Stages whose work is done elsewhere."""
+
+from dataclasses import asdict
+
+from gpu_checks.context import ROOT, Context
+from gpu_checks.decode import GREEDY, engine_of, subjects
+
+BUNDLE = ROOT / "build" / "gpu_bundle"
+MAX_TOKENS = 128
+
+
+def check_kernels(context: Context, out: dict) -> None:
+    """Every kernel against its reference, and its time against what the memory allows."""
+    import kernel_bench
+
+    out |= kernel_bench.run(device=str(context.device))
+
+
+def check_flashinfer(context: Context, out: dict) -> None:
+    """FlashInfer's attention and ours, beside each other."""
+    from gpu_checks.flashinfer_stage import check_flashinfer
+
+    check_flashinfer(out)
+
+
+def check_ceilings(context: Context, out: dict) -> None:
+    """What the machine allows, and the steps that the roofline makes of it."""
+    from decode_ceilings import Decoding
+    from machine_ceilings import measure
+    from roofline import Workload, predict
+
+    from specbackend.config import EngineConfig
+
+    params = subjects(context)["EAGLE3 5,4,8"] | {"dtype": context.dtype}
+    decoding = Decoding.of(EngineConfig.from_params(params))
+    shapes = {shape for network in decoding.networks for shape in network.weights}
+    rows = (1, 4) if context.rehearsal else (1, 4, 8, 16, 32, 64, 128, 256)
+    machine = measure(shapes, decoding.dtype, context.device, rows)
+    out["ceilings"] = asdict(machine)
+    for batch in (1, 8, 32):
+        for accept_length in (2.5, 3.0, 3.5, 4.0):
+            load = Workload(decoding.target, decoding.draft, decoding.tree, batch, 200, accept_length)
+            found = predict(load, machine)
+            out[f"batch {batch}, accept length {accept_length}"] = asdict(found) | {"speedup": found.speedup}
+
+
+def check_server(context: Context, out: dict) -> None:
+    """A real tritonserver on the GPU, beside the engine without a server."""
+    from gpu_checks.server_stage import ServedCase, check_server
+    from specbackend.tokenizer import Tokenizer
+
+    params = subjects(context)["EAGLE3 5,4,8"]
+    tokenizer = Tokenizer(params["model_path"])
+    prompts = [tokenizer.decode(prompt, skip_special_tokens=False) for prompt in context.prompts]
+    engine = engine_of(context, params, most=32)
+    sampling = GREEDY | {"max_new_tokens": MAX_TOKENS}
+    answers = engine.generate(prompt=prompts[:8], sampling_params=sampling)
+    params = engine.config.to_params()
+    del engine
+    context.empty_cache()
+    case = ServedCase(params, prompts, [answer["output_ids"] for answer in answers], MAX_TOKENS)
+    check_server(case, BUNDLE, context.out, out, context.seconds_left() - 10)
