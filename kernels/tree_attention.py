@@ -23,10 +23,8 @@ import triton.language as tl
 NUM_SMS = 132  # of an H100 or H200; elsewhere the number of splits is a little off its best
 WAVES = 2  # programs per SM to aim at
 
-MASKED = tl.constexpr(-1e30)  # score of a column a row may not see
-NOTHING_SEEN = tl.constexpr(
-    -1e29
-)  # maximum of a row that saw none: above MASKED, so that masked columns weigh 0 there too
+MASKED = tl.constexpr(-1e30)  # score of a column that a row may not see
+NOTHING_SEEN = tl.constexpr(-1e29)  # maximum of a row that saw none; above MASKED, so that the masked weigh 0 there too
 
 
 def tree_attention_ref(
