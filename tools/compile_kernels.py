@@ -57,7 +57,7 @@ def compile_launches(module: ModuleType, arch: int) -> list[CompiledKernel]:
 
     driver.set_active(TargetOnly(arch))
     with mock.patch.object(JITFunction, "run", compile_only):
-        for launcher, inputs in module.VARIANTS:
+        for launcher, inputs in getattr(module, "VARIANTS", ()):  # some files hold only what kernels share
             launcher(**inputs(device="meta"))
     return list(compiled.values())
 
