@@ -11,7 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
-from kernels import build_tree
+from specbackend.kernels import build_tree
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ import torch
 import triton
 import triton.language as tl
 
-from kernels.rank_key import key_index, rank_key, tile_width
+from specbackend.kernels.rank_key import key_index, rank_key, tile_width
 
 
 def argmax_pick_ref(

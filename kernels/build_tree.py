@@ -10,7 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
-from kernels.rank_key import key_index, rank_key
+from specbackend.kernels.rank_key import key_index, rank_key
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
-from kernels.rank_key import key_index, key_value, rank_key, tile_width
+from specbackend.kernels.rank_key import key_index, key_value, rank_key, tile_width
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import CompiledKernel
 from triton.runtime import JITFunction, driver
 
-import kernels
+from specbackend import kernels
 
 MAX_SHARED = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # bytes a block may have on an A100, H100 or H200, B200
 

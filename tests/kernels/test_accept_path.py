@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from kernels.accept_path import accept_path, accept_path_ref, example_inputs
+from specbackend.kernels.accept_path import accept_path, accept_path_ref, example_inputs
 from specbackend.speculative import verifier
 from specbackend.speculative.draft_tree import DraftTree, ancestor_mask
 from tests.speculative.random_trees import tree_of

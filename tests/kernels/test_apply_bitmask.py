@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from kernels.apply_bitmask import apply_bitmask_, apply_bitmask_ref_, example_inputs
+from specbackend.kernels.apply_bitmask import apply_bitmask_, apply_bitmask_ref_, example_inputs
 from tests.kernels.dtypes import DTYPES
 
 

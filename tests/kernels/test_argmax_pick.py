@@ -3,8 +3,8 @@ import torch
 import triton
 import triton.language as tl
 
-from kernels import argmax_pick as module
-from kernels.argmax_pick import argmax_pick, argmax_pick_ref, example_inputs, gumbel_noise_ref
+from specbackend.kernels import argmax_pick as module
+from specbackend.kernels.argmax_pick import argmax_pick, argmax_pick_ref, example_inputs, gumbel_noise_ref
 from specbackend.sampling.pick import gumbel_noise
 from tests.kernels.dtypes import DTYPES
 

@@ -3,7 +3,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from kernels.build_tree import build_tree, build_tree_ref, example_inputs
+from specbackend.kernels.build_tree import build_tree, build_tree_ref, example_inputs
 from specbackend.speculative import draft_tree
 from specbackend.speculative.draft_tree import Candidates
 from tests.speculative.random_trees import random_candidates

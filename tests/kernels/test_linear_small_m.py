@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from kernels.linear_small_m import LLAMA_WEIGHTS, NUM_SMS, choose_split, example_inputs, linear_small_m
-from kernels.linear_small_m import linear_small_m_ref as reference
+from specbackend.kernels.linear_small_m import LLAMA_WEIGHTS, NUM_SMS, choose_split, example_inputs, linear_small_m
+from specbackend.kernels.linear_small_m import linear_small_m_ref as reference
 
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
 DTYPES = [torch.float32, torch.float16]

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from kernels.rms_norm import (
+from specbackend.kernels.rms_norm import (
     add_example_inputs,
     add_rms_norm,
     add_rms_norm_ref,

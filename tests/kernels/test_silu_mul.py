@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from kernels.silu_mul import example_inputs, silu_mul, silu_mul_ref
+from specbackend.kernels.silu_mul import example_inputs, silu_mul, silu_mul_ref
 from tests.kernels.dtypes import DTYPES, assert_close_to
 
 

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from kernels.topk_logprob import example_inputs, topk_logprob, topk_logprob_ref
+from specbackend.kernels.topk_logprob import example_inputs, topk_logprob, topk_logprob_ref
 from tests.kernels.dtypes import DTYPES
 
 INF = float("inf")

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from kernels.tree_attention import choose_num_splits, example_inputs, tree_attention, tree_attention_ref
+from specbackend.kernels.tree_attention import choose_num_splits, example_inputs, tree_attention, tree_attention_ref
 
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
 DTYPES = [torch.float32, torch.float16]

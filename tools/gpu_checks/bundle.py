@@ -1,9 +1,9 @@
 """A tritonserver for a machine that has none and can install nothing: packed on one machine, unpacked on the other.
 
 The bundle is a folder of two archives. `server.tar.xz` is the server of the `nvidia-pytriton` wheel with its libraries,
-and a Python of its own for the models: they run inside the wheel's stub, which takes its standard library from where the
-first `python3` on PATH lies and heeds no PYTHONPATH. `packages.tar.xz` is for the other machine's Python, which runs the
-engine and the clients. Whatever else both need is what that Python has already.
+and a Python of its own for the models: they run inside the wheel's stub, which takes its standard library from where
+the first `python3` on PATH lies and heeds no PYTHONPATH. `packages.tar.xz` is for the other machine's Python, in which
+the engine and the clients run. Whatever else they and the models need is what that Python has already.
 
     server/nvidia_pytriton.libs/    shared libraries, libpython too; the wheel's programs find them from where they lie
     server/pytriton/tritonserver/   the server and the Python backend
@@ -11,6 +11,7 @@ engine and the clients. Whatever else both need is what that Python has already.
     packages/                       llguidance, tritonclient
 """
 
+import lzma
 import os
 import re
 import shlex
@@ -35,8 +36,8 @@ BACKEND = SERVER / "backends" / "python"
 STDLIB = PYTHON / "lib" / f"python{PYTHON_VERSION}"
 
 NOT_SERVED = re.compile(  # files of the wheels
-    r"libpython3|/stubs?/|python_backend_stubs/(?!3\.12/)|caches/|pytriton/(?!tritonserver/)|perf_|shared_memory/"
-    r"|/(tests|f2py|include|__pycache__)/|\.pyi$"
+    rf"libpython3|python_backend_stubs/(?!{re.escape(PYTHON_VERSION)}/)|caches/|pytriton/(?!tritonserver/)"
+    r"|shared_memory/|/(tests|f2py|include|__pycache__)/|core/_simd|_tests\.|\.(pyi|a)$"
 )
 NO_STDLIB = shutil.ignore_patterns(
     "test", "tests", "idlelib", "tkinter", "lib2to3", "ensurepip", "turtledemo", "pydoc_data", "site-packages", "venv",
@@ -44,6 +45,9 @@ NO_STDLIB = shutil.ignore_patterns(
     "_ssl*.so", "_hashlib*.so", "_curses*.so", "_crypt*.so", "_codecs_*.so", "_uuid*.so", "readline*.so", "nis*.so",
     "ossaudiodev*.so", "spwd*.so", "_gdbm*.so", "_dbm*.so",
 )  # fmt: skip
+
+
+FILTERS = [{"id": lzma.FILTER_X86}, {"id": lzma.FILTER_LZMA2, "preset": 9}]  # programs pack better with the first
 
 
 class BundleError(RuntimeError):
@@ -67,29 +71,30 @@ def pack(bundle: Path, python: str, work: Path) -> None:
     bundle.mkdir(parents=True, exist_ok=True)
     for part in ("server", "packages"):
         strip_symbols(work / part)
-        with tarfile.open(bundle / f"{part}.tar.xz", "w:xz", preset=9) as archive:
+        with (
+            lzma.open(bundle / f"{part}.tar.xz", "wb", filters=FILTERS) as file,
+            tarfile.open(fileobj=file, mode="w|") as archive,
+        ):
             archive.add(work / part, part, filter=_anonymous)
 
 
 def download(names: Iterable[str], folder: Path) -> None:
     """Wheels for the other machine's Python, of the versions that our requirements pin."""
-    pins = dict(
-        re.findall(r"^([\w-]+)[^=\n]*(==[\w.]+)$", _requirements(), re.MULTILINE),
-    )
+    versions = pinned_versions()
     platforms = [f"--platform={platform}_x86_64" for platform in PLATFORMS]
     command = [
         *(sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:"),
         *(f"--python-version={PYTHON_VERSION}", "--implementation=cp", *platforms, f"--dest={folder}"),
-        *(name + pins.get(name, "") for name in names),
+        *(name + versions.get(name, "") for name in names),
     ]
     if subprocess.run(command).returncode:
         raise BundleError(f"pip could not download the wheels: {shlex.join(command)}")
 
 
-def _requirements() -> str:
-    """All pins, without their comments."""
-    lines = [line for path in (ROOT / "requirements").glob("*.txt") for line in path.read_text().splitlines()]
-    return "\n".join(line.partition("#")[0].replace("[grpc,http]", "").strip() for line in lines)
+def pinned_versions() -> dict[str, str]:
+    """`==1.26.4` by the name of the package, of our requirements files."""
+    lines = "\n".join(path.read_text() for path in (ROOT / "requirements").glob("*.txt"))
+    return dict(re.findall(r"^([\w-]+)(?:\[.*\])?(==[\w.]+)", lines, re.MULTILINE))
 
 
 def lay_out_server(wheels: Path, python: str, server: Path) -> None:
@@ -112,9 +117,12 @@ def describe_python(python: str) -> tuple[str, Path, Path]:
         "import sysconfig as s; print(s.get_python_version(), s.get_paths()['stdlib'], "
         "s.get_config_var('LIBDIR') + '/libpython' + s.get_python_version() + '.so.1.0', sep='\\n')"
     )
-    result = subprocess.run([python, "-c", code], capture_output=True, text=True)
-    if result.returncode:
-        raise BundleError(f"{python} does not run: {result.stderr.strip()}")
+    try:
+        result = subprocess.run([python, "-c", code], capture_output=True, text=True, check=True)
+    except FileNotFoundError as error:
+        raise BundleError(f"{python}: no such Python; --python names another") from error
+    except subprocess.CalledProcessError as error:
+        raise BundleError(f"{python} does not run: {error.stderr.strip()}") from error
     version, stdlib, libpython = result.stdout.splitlines()
     return version, Path(stdlib), Path(libpython)
 
@@ -191,14 +199,14 @@ def unpack(bundle: Path, folder: Path) -> Unpacked:
         with tarfile.open(bundle / f"{part}.tar.xz") as archive:
             archive.extractall(folder, filter="data")
     unpacked = Unpacked(folder)
-    search_path = [str(ROOT), str(unpacked.packages), *(path for path in sys.path if path.endswith("-packages"))]
+    ours = [str(ROOT), str(unpacked.packages)]
     # Behind the bundle's own packages: of numpy there are two.
-    (folder / "server" / STDLIB / "site-packages" / "machine.pth").write_text("\n".join(search_path))
+    paths = [*ours, *(path for path in sys.path if path.endswith("-packages"))]
+    (folder / "server" / STDLIB / "site-packages" / "machine.pth").write_text("\n".join(paths))
+    # The stub looks for its standard library from where this lies; the adapter runs it, for the engine.
     python = unpacked.installation.python_folder / "python3"
     python.parent.mkdir(parents=True)
-    # The stub looks where this lies; the adapter runs it, for the engine.
-    python.write_text(
-        f'#!/bin/sh\nPYTHONPATH={shlex.quote(os.pathsep.join(search_path[:2]))} exec {shlex.quote(sys.executable)} "$@"\n'
-    )
+    search_path = shlex.quote(os.pathsep.join(ours)) + "${PYTHONPATH:+:$PYTHONPATH}"
+    python.write_text(f'#!/bin/sh\nPYTHONPATH={search_path} exec {shlex.quote(sys.executable)} "$@"\n')
     python.chmod(0o755)
     return unpacked

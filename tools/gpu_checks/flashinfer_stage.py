@@ -114,7 +114,7 @@ def _check(case: Case, heads: Heads, backend: FlashInferAttention, kv_S2GD: torc
 
 
 def _tree_attention(batch: ForwardBatch, q_BQHD: torch.Tensor, kv_S2GD: torch.Tensor) -> torch.Tensor:
-    from kernels.tree_attention import tree_attention
+    from specbackend.kernels.tree_attention import tree_attention
 
     columns = batch.prefix_slot_BL, batch.prefix_len_B, batch.window_slot_BW
     return tree_attention(q_BQHD, kv_S2GD, *columns, batch.window_mask_BQW).flatten(2)

@@ -5,6 +5,8 @@ the findings and the others to go on.
 """
 
 import json
+import os
+import platform
 import shutil
 import statistics
 import sys
@@ -17,12 +19,13 @@ from itertools import cycle
 from pathlib import Path
 from typing import Any
 
-from gpu_checks.bundle import ROOT, unpack
+from gpu_checks.bundle import ROOT, Unpacked, unpack
 from specbackend.config import EngineConfig
-from specbackend.serving.tritonserver import SHM, TritonServer, processes_of
+from specbackend.serving.tritonserver import SHM, TritonServer, check_runnable, processes_of
 
 CONCURRENCIES = (1, 8, 32)
-LOG_LINES = 200
+LOG, LOG_LINES = "tritonserver.log", 200
+READY_S = 180.0
 LOAD_S = 12.0  # per concurrency; then the requests that still run may end
 SETTLE_S = 5.0  # until the metrics show that the last request is over
 SLOW = 3  # times LOAD_S is a step's limit: what is running when LOAD_S is over has to end, too
@@ -45,34 +48,29 @@ Findings = dict[str, Any]
 def check_server(case: ServedCase, bundle: Path, folder: Path, out: Findings, deadline_s: float) -> None:
     """Serve, measure, stop. All findings go to `out` by the step's name, the end of the server's log to `folder`.
 
-    `bundle` is what tools/gpu_prepare made. Returns within some seconds of the deadline and raises nothing; to be
-    called from the main thread, for the server ends with the thread that starts it.
+    `bundle` is what tools/gpu_prepare made. Returns at most 20 s after the deadline and raises nothing; to be called
+    from the main thread, for the server ends with the thread that starts it.
     """
     steps = Steps(out, time.monotonic() + deadline_s)
+    steps.run_here("machine", describe_machine)
     work = Path(tempfile.mkdtemp(prefix="specbackend_server_"))
     unpacked = steps.run("unpack", 60, lambda found: unpack(bundle, work))
-    if unpacked is None:
-        return
+    if unpacked is not None:
+        serve(case, unpacked, work, steps)
+        steps.run_here("log", lambda found: keep_log(work / LOG, folder / LOG))
+    shutil.rmtree(work, ignore_errors=True)
+
+
+def serve(case: ServedCase, unpacked: Unpacked, work: Path, steps: "Steps") -> None:
     if str(unpacked.packages) not in sys.path:
         sys.path.insert(0, str(unpacked.packages))  # of the client
-    server = TritonServer(
-        make_repository(work / "models", case.params),
-        log_path=work / "server.log",
-        installation=unpacked.installation,
-        exit_timeout_s=5,
-    )
-    try:
-        server.start()
-        if steps.run("ready", 180, lambda found: _wait_ready(server, steps.left_s)):
-            _ask(server, case, steps)
-    except Exception as error:
-        out["start"] = {"error": _told(error)}
-    finally:
-        Steps(out, time.monotonic() + 30).run_here("stop", lambda found: _stop(server, found))
-        folder.mkdir(parents=True, exist_ok=True)
-        lines = server.log().splitlines() if server.log_path.exists() else []
-        (folder / "server_log.txt").write_text("\n".join(lines[-LOG_LINES:]))
-        shutil.rmtree(work, ignore_errors=True)
+    steps.run("runnable", 20, lambda found: check_runnable(unpacked.installation))  # names a missing library
+    server = steps.run_here("start", lambda found: start_server(case, unpacked, work))
+    if server is None:
+        return
+    if steps.run("ready", READY_S, lambda found: wait_ready(server, min(READY_S, steps.left_s) - 1)):
+        ask(server, case, steps)
+    steps.run_here("stop", lambda found: stop_server(server, found))
 
 
 class Steps:
@@ -102,7 +100,7 @@ class Steps:
         thread.start()
         thread.join(limit_s)
         if not result:
-            self._out[name] = {**self._out[name], "error": f"not over within {limit_s:.0f} s"}
+            self._out[name] = {**self._out.get(name, {}), "error": f"not over within {limit_s:.0f} s"}
             return None
         return result[0]
 
@@ -131,12 +129,23 @@ def make_repository(folder: Path, params: Mapping[str, Any]) -> Path:
     return folder
 
 
-def _wait_ready(server: TritonServer, limit_s: float) -> bool:
+def start_server(case: ServedCase, unpacked: Unpacked, work: Path) -> TritonServer:
+    server = TritonServer(
+        make_repository(work / "models", case.params),
+        log_path=work / LOG,
+        installation=unpacked.installation,
+        exit_timeout_s=5,
+    )
+    server.start()
+    return server
+
+
+def wait_ready(server: TritonServer, limit_s: float) -> bool:
     server.wait_ready(limit_s)
     return True
 
 
-def _ask(server: TritonServer, case: ServedCase, steps: Steps) -> None:
+def ask(server: TritonServer, case: ServedCase, steps: Steps) -> None:
     """Everything that needs the server."""
     steps.run("warm_up", 90, lambda found: warm_up(server, case))
     steps.run("equal_answers", 90, lambda found: compare_answers(server, case, found))
@@ -149,6 +158,15 @@ def _ask(server: TritonServer, case: ServedCase, steps: Steps) -> None:
     steps.run("http", 60, lambda found: ask_http(server, case, found))
     steps.run("cancel", 60, lambda found: cancel_under_load(server, case, found))
     steps.run("metrics", 10, lambda found: found.update(own_metrics(server)))
+
+
+def describe_machine(found: Findings) -> None:
+    found.update(
+        python=sys.version.split()[0],
+        glibc=platform.libc_ver()[1],
+        cores=os.cpu_count(),
+        shared_memory_mib=shutil.disk_usage(SHM).free >> 20,
+    )
 
 
 # --- steps -------------------------------------------------------------------------------------------------------
@@ -279,10 +297,15 @@ def own_metrics(server: TritonServer) -> dict[str, float]:
     return {name: value for name, value in metrics.items() if name.startswith(METRICS) and "_bucket{" not in name}
 
 
-def _stop(server: TritonServer, found: Findings) -> None:
+def stop_server(server: TritonServer, found: Findings) -> None:
     server.stop()
     found["processes_left"] = len(processes_of(server.server_id))
     found["shared_memory_left"] = len(list(SHM.glob(f"{server.server_id}*")))
+
+
+def keep_log(log: Path, copy: Path) -> None:
+    copy.parent.mkdir(parents=True, exist_ok=True)
+    copy.write_text("\n".join(log.read_text(errors="replace").splitlines()[-LOG_LINES:]))
 
 
 # --- requests ----------------------------------------------------------------------------------------------------
