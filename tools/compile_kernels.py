@@ -43,7 +43,7 @@ class TargetOnly:
 
 def load_kernels(names: list[str]) -> list[ModuleType]:
     names = names or [module.name for module in pkgutil.iter_modules(kernels.__path__)]
-    return [importlib.import_module(f"kernels.{name}") for name in names]
+    return [importlib.import_module(f"specbackend.kernels.{name}") for name in names]
 
 
 def compile_launches(module: ModuleType, arch: int) -> list[CompiledKernel]:

@@ -2,12 +2,21 @@
 
 from specbackend.sampling.logprobs import note_prompt_logprobs
 from specbackend.sampling.nodes import Nodes
-from specbackend.sampling.pick import SamplingBatch, forecast, pick_from, pick_tokens, picked_logprobs, target_logits
+from specbackend.sampling.pick import (
+    SamplingBatch,
+    forecast,
+    likeliest,
+    pick_from,
+    pick_tokens,
+    picked_logprobs,
+    target_logits,
+)
 
 __all__ = [
     "Nodes",
     "SamplingBatch",
     "forecast",
+    "likeliest",
     "note_prompt_logprobs",
     "pick_from",
     "pick_tokens",

@@ -90,6 +90,40 @@ def picked_logprobs(
     return logprobs_of(rows, logits_RPV, token_BP[rows], sampling.most_logprobs)
 
 
+@dataclass(frozen=True)
+class Likeliest:
+    """The best of a forecast, in falling order."""
+
+    logprob_BNK: torch.Tensor  # float32
+    index_BNK: torch.Tensor  # int64, into the draft's vocabulary
+
+
+def likeliest(
+    K: int,
+    draft_logits_BNW: torch.Tensor,
+    token_W: torch.Tensor,
+    vocab_size: int,
+    nodes: Nodes,
+    sampling: SamplingBatch,
+) -> Likeliest:
+    """The K best of `forecast`."""
+    if draft_logits_BNW.is_cuda and not sampling.any_sampled and not sampling.before_temperature:
+        return _likeliest_on_gpu(K, draft_logits_BNW)
+    logprob_BNW = forecast(draft_logits_BNW, token_W, vocab_size, nodes, sampling)
+    return Likeliest(*logprob_BNW.topk(K, dim=-1))
+
+
+def _likeliest_on_gpu(K: int, draft_logits_BNW: torch.Tensor) -> Likeliest:
+    """Of greedy requests that ask for nothing else."""
+    from specbackend.kernels.topk_logprob import topk_logprob
+
+    logits_RW = draft_logits_BNW.flatten(0, 1)
+    scale_R = logits_RW.new_full((len(logits_RW),), 1 / LOWEST_FORECAST_TEMPERATURE, dtype=torch.float32)
+    best = topk_logprob(logits_RW, scale_R, K)
+    shape_BNK = (*draft_logits_BNW.shape[:2], K)
+    return Likeliest(best.logprob_RK.view(shape_BNK), best.index_RK.view(shape_BNK))
+
+
 def forecast(
     draft_logits_BNW: torch.Tensor, token_W: torch.Tensor, vocab_size: int, nodes: Nodes, sampling: SamplingBatch
 ) -> torch.Tensor:

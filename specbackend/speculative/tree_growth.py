@@ -17,7 +17,7 @@ from specbackend.attention.base import AttentionBackend, AttentionPlan
 from specbackend.batch import ForwardBatch, Sequences
 from specbackend.cache.kv_pool import KVPool
 from specbackend.models.draft import DraftModel
-from specbackend.sampling import Nodes, SamplingBatch, forecast
+from specbackend.sampling import Nodes, SamplingBatch, likeliest
 from specbackend.speculative.draft_tree import Candidates
 from specbackend.speculative.tree_shapes import TreeShapes
 
@@ -104,9 +104,8 @@ class TreeGrower:
         """The likeliest tokens after each row: log-probabilities float32, target ids, both [B, Q, K]."""
         token_W = self.model.vocabulary.target_id_W
         logits_BQW = self.model.logits(hidden_BQD)
-        logprob_BQW = forecast(logits_BQW, token_W, self.model.config.vocab_size, nodes, sampling)
-        logprob_BQK, draft_id_BQK = logprob_BQW.topk(self.topk, dim=-1)
-        return logprob_BQK, token_W[draft_id_BQK]
+        likely = likeliest(self.topk, logits_BQW, token_W, self.model.config.vocab_size, nodes, sampling)
+        return likely.logprob_BNK, token_W[likely.index_BNK]
 
     def _first_beam(self, score_BK: torch.Tensor, token_BK: torch.Tensor, hidden_BD: torch.Tensor) -> Beam:
         (B, K), W = token_BK.shape, self._scratch_RW.shape[1]

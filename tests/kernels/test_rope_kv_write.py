@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from specbackend.kernels.rope_kv_write import example_inputs, rope_kv_write, rope_kv_write_ref
-from specbackend.models.layers import rotate_
+from specbackend.models.operators import rotate_
 from tests.kernels.dtypes import DTYPES, assert_close_to
 
 
