@@ -23,8 +23,9 @@ import triton.language as tl
 NUM_SMS = 132  # of an H100 or H200; elsewhere the number of splits is a little off its best
 WAVES = 2  # programs per SM to aim at
 
-MASKED = tl.constexpr(-1e30)  # score of a column that a row may not see
-NOTHING_SEEN = tl.constexpr(-1e29)  # maximum of a row that saw none; above MASKED, so that the masked weigh 0 there too
+# Score of a column that a row may not see, and the highest before any is seen. Finite, so that differences are numbers:
+# what a row adds up before it sees anything has weights of 1, and the first score it sees shrinks that to 0.
+MASKED = tl.constexpr(-1e30)
 
 
 def tree_attention_ref(
@@ -129,7 +130,7 @@ def _tree_attention_kernel(
     first = split * tiles_per_split
     last = tl.minimum(first + tiles_per_split, tiles)
 
-    highest_M = tl.full([BLOCK_M], NOTHING_SEEN, tl.float32)
+    highest_M = tl.full([BLOCK_M], MASKED, tl.float32)
     total_M = tl.zeros([BLOCK_M], tl.float32)
     out_MD = tl.zeros([BLOCK_M, D], tl.float32)
 
@@ -184,7 +185,7 @@ def _join_splits_kernel(
     split = tl.arange(0, BLOCK_S)
     d = tl.arange(0, D)
     row_of_split = split * num_rows + row
-    highest_S = tl.load(highest_ptr + row_of_split, mask=split < num_splits, other=NOTHING_SEEN)
+    highest_S = tl.load(highest_ptr + row_of_split, mask=split < num_splits, other=MASKED)
     total_S = tl.load(total_ptr + row_of_split, mask=split < num_splits, other=0.0)
     wrote = total_S > 0
     part_SD = tl.load(part_ptr + row_of_split[:, None] * D + d[None, :], mask=wrote[:, None], other=0.0)
