@@ -82,3 +82,8 @@ def test_the_stub_finds_the_bundles_python_first(unpacked):
 def test_a_python_that_is_not_there_is_told(tmp_path):
     with pytest.raises(bundle.BundleError, match=r"no such Python; --python names another"):
         bundle.describe_python("python9.99")
+
+
+def test_a_models_python_without_numpy_is_not_packed(tmp_path):
+    with pytest.raises(bundle.BundleError, match="lacks something"):
+        bundle.check_models_python(sys.executable, tmp_path)

@@ -37,7 +37,7 @@ STDLIB = PYTHON / "lib" / f"python{PYTHON_VERSION}"
 
 NOT_SERVED = re.compile(  # files of the wheels
     rf"libpython3|python_backend_stubs/(?!{re.escape(PYTHON_VERSION)}/)|caches/|pytriton/(?!tritonserver/)"
-    r"|shared_memory/|/(tests|f2py|include|__pycache__)/|core/_simd|_tests\.|\.(pyi|a)$"
+    r"|shared_memory/|/(tests|f2py|include|__pycache__)/|core/_simd|\.(pyi|a)$"
 )
 NO_STDLIB = shutil.ignore_patterns(
     "test", "tests", "idlelib", "tkinter", "lib2to3", "ensurepip", "turtledemo", "pydoc_data", "site-packages", "venv",
@@ -47,7 +47,10 @@ NO_STDLIB = shutil.ignore_patterns(
 )  # fmt: skip
 
 
-FILTERS = [{"id": lzma.FILTER_X86}, {"id": lzma.FILTER_LZMA2, "preset": 9}]  # programs pack better with the first
+FILTERS = [  # programs pack better with the first; the server's two have code in common, 100 MB apart
+    {"id": lzma.FILTER_X86},
+    {"id": lzma.FILTER_LZMA2, "preset": 9, "dict_size": 192 << 20},
+]
 
 
 class BundleError(RuntimeError):
@@ -109,6 +112,16 @@ def lay_out_server(wheels: Path, python: str, server: Path) -> None:
     shutil.copy2(libpython, server / LIBRARIES)
     shutil.copytree(stdlib, server / STDLIB, ignore=NO_STDLIB)
     extract_wheel(wheels, "numpy", server / STDLIB / "site-packages")
+    check_models_python(python, server / STDLIB)
+
+
+def check_models_python(python: str, stdlib: Path) -> None:
+    """Raise BundleError if too much was left out for the models to start."""
+    path = [str(stdlib), str(stdlib / "lib-dynload"), str(stdlib / "site-packages")]
+    code = f"import sys; sys.path[:] = {path}; import asyncio, ctypes, numpy, subprocess, tempfile"
+    result = subprocess.run([python, "-I", "-S", "-B", "-c", code], capture_output=True, text=True)
+    if result.returncode:
+        raise BundleError(f"the models' Python lacks something: {result.stderr.strip()}")
 
 
 def describe_python(python: str) -> tuple[str, Path, Path]:
