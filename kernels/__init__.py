@@ -5,3 +5,10 @@ bfloat16 with the shapes of Llama-3.1-8B; inputs is a `functools.partial` of exa
 compiles them without a GPU, tools/bench_kernels checks each against `<launcher>_ref` and times it. Launchers read
 nothing back from the device: they can be captured in a CUDA graph.
 """
+
+import torch
+
+
+def run_on(device: torch.device) -> bool:
+    """Whether the engine uses the kernels on this device. Asked before any is imported: they bring triton."""
+    return device.type == "cuda"

@@ -6,6 +6,8 @@ from typing import Protocol
 import torch
 import torch.nn.functional as F
 
+from specbackend import kernels
+
 
 class Operators(Protocol):
     def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
@@ -57,7 +59,7 @@ class TritonOperators:
 
 @functools.cache
 def operators(device: torch.device) -> Operators:
-    return TritonOperators() if device.type == "cuda" else TorchOperators()
+    return TritonOperators() if kernels.run_on(device) else TorchOperators()
 
 
 @functools.cache

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 
 import torch
 
+from specbackend import kernels
 from specbackend.batch import Logprobs
 from specbackend.request import Request
 from specbackend.sampling.custom import CustomProcessors
@@ -28,6 +29,8 @@ from specbackend.sampling.processors import AFTER_TEMPERATURE, BANNED, BEFORE_TE
 # Below this, forecasts would be surer than the draft can be: at 0, of the best token alone, which leaves a chain for a
 # tree. The demo's EAGLE-3 head accepts 3.62 tokens a step with forecasts at 1 and 3.95 at 0.5.
 LOWEST_FORECAST_TEMPERATURE = 0.5
+
+MOST_OF_TOPK_KERNEL = 16
 
 
 @dataclass(frozen=True)
@@ -107,7 +110,8 @@ def likeliest(
     sampling: SamplingBatch,
 ) -> Likeliest:
     """The K best of `forecast`."""
-    if draft_logits_BNW.is_cuda and not sampling.any_sampled and not sampling.before_temperature:
+    plain_greedy = not sampling.any_sampled and not sampling.before_temperature
+    if plain_greedy and K <= MOST_OF_TOPK_KERNEL and kernels.run_on(draft_logits_BNW.device):
         return _likeliest_on_gpu(K, draft_logits_BNW)
     logprob_BNW = forecast(draft_logits_BNW, token_W, vocab_size, nodes, sampling)
     return Likeliest(*logprob_BNW.topk(K, dim=-1))

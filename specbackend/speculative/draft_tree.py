@@ -16,6 +16,8 @@ from dataclasses import dataclass
 
 import torch
 
+from specbackend import kernels
+
 MOST_NODES_OF_KERNEL = 128
 
 
@@ -50,11 +52,11 @@ def build_tree(root_token_B: torch.Tensor, candidates: Candidates, num_nodes_B: 
     A child never scores above its parent and never comes before it, so with ties broken by index (a stable sort) the
     kept set is closed under ancestors. Source: EAGLE-2's reranking, SafeAILab/EAGLE `topK_genrate`.
     """
-    if root_token_B.is_cuda and most <= MOST_NODES_OF_KERNEL:
-        from specbackend.kernels import build_tree as kernel
+    if kernels.run_on(root_token_B.device) and most <= MOST_NODES_OF_KERNEL:
+        from specbackend.kernels.build_tree import build_tree
 
         found = (candidates.score_BC, candidates.token_BC, candidates.parent_BC)
-        return DraftTree(**vars(kernel.build_tree(root_token_B, *found, num_nodes_B, most)))
+        return DraftTree(**vars(build_tree(root_token_B, *found, num_nodes_B, most)))
     ranked = candidates.score_BC.sort(dim=1, descending=True, stable=True)
     kept, rank = ranked.indices[:, : most - 1].sort(dim=1)
     drafted = (rank < num_nodes_B[:, None] - 1) & (candidates.score_BC.gather(1, kept) > -torch.inf)

@@ -23,9 +23,9 @@ class TreeShapes:
 
     @classmethod
     def of(cls, trees: list[TreeShape], device) -> "TreeShapes":
-        sizes = [(tree.num_steps, tree.topk, tree.num_nodes) for tree in trees]
-        steps, topks, nodes = zip(*sizes, strict=True)
-        return cls(*torch.tensor(sizes, device=device).unbind(1), max(steps), max(nodes), min(steps), min(topks))
+        steps, topks, nodes = zip(*((tree.num_steps, tree.topk, tree.num_nodes) for tree in trees), strict=True)
+        size_3B = torch.tensor([steps, topks, nodes], device=device)
+        return cls(*size_3B, max(steps), max(nodes), min(steps), min(topks))
 
     @property
     def longest_path(self) -> int:

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 import torch
 
+from specbackend import kernels
 from specbackend.speculative.draft_tree import MOST_NODES_OF_KERNEL, DraftTree
 
 
@@ -25,10 +26,10 @@ def accept_path(tree: DraftTree, pick_BN: torch.Tensor) -> AcceptedPath:
     pick_BN: the token the target picks after each node (see sampling.pick_tokens). No walk is needed: a node is on the
     path if every node from the root to it equals its parent's pick, and drafted siblings differ, so there is one path.
     """
-    if pick_BN.is_cuda and pick_BN.shape[1] <= MOST_NODES_OF_KERNEL:
-        from specbackend.kernels import accept_path as kernel
+    if kernels.run_on(pick_BN.device) and pick_BN.shape[1] <= MOST_NODES_OF_KERNEL:
+        from specbackend.kernels.accept_path import accept_path
 
-        path = kernel.accept_path(tree.token_BN, tree.parent_BN, tree.mask_BNN, tree.drafted_BN, pick_BN)
+        path = accept_path(tree.token_BN, tree.parent_BN, tree.mask_BNN, tree.drafted_BN, pick_BN)
         return AcceptedPath(path.order_BN, path.count_B)
     agrees = tree.drafted_BN & (tree.token_BN == pick_BN.gather(1, tree.parent_BN))
     agrees[:, 0] = True
