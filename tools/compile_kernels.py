@@ -41,9 +41,12 @@ class TargetOnly:
         return 0
 
 
+def kernel_names() -> list[str]:
+    return [module.name for module in pkgutil.iter_modules(kernels.__path__)]
+
+
 def load_kernels(names: list[str]) -> list[ModuleType]:
-    names = names or [module.name for module in pkgutil.iter_modules(kernels.__path__)]
-    return [importlib.import_module(f"specbackend.kernels.{name}") for name in names]
+    return [importlib.import_module(f"specbackend.kernels.{name}") for name in names or kernel_names()]
 
 
 def compile_launches(module: ModuleType, arch: int) -> list[CompiledKernel]:
