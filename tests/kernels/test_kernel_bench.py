@@ -8,7 +8,7 @@ import kernel_bench
 import pytest
 import torch
 
-from kernels import linear_small_m, tree_attention
+from specbackend.kernels import linear_small_m, tree_attention
 
 # float32, because the interpreter multiplies the bits of bfloat16 numbers
 TINY_LINEAR = partial(linear_small_m.example_inputs, T=2, E=8, D=16, dtype=torch.float32)
