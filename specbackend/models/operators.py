@@ -51,7 +51,12 @@ class TritonOperators:
         from specbackend.kernels.rope_kv_write import rope_kv_write
         from specbackend.kernels.silu_mul import silu_mul
 
-        self.rms_norm, self.silu_mul, self._rope_kv_write = rms_norm, silu_mul, rope_kv_write
+        self.silu_mul, self._rms_norm, self._rope_kv_write = silu_mul, rms_norm, rope_kv_write
+
+    def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+        if weight.dim() > 1:  # of each head its own
+            return self._rms_norm(x, weight, eps)
+        return self._rms_norm(x.reshape(-1, x.shape[-1]), weight, eps).view(x.shape)
 
     def rope_kv_write(self, qkv_TE, rope, slot_T, kv_S2GD, num_heads: int) -> torch.Tensor:
         return self._rope_kv_write(qkv_TE, torch.view_as_real(rope)[:, 0], slot_T, kv_S2GD, num_heads)
