@@ -81,9 +81,10 @@ def _tree_attention_kernel(
     prefix_len_ptr,  # [B]
     window_slot_ptr,  # [B, W]
     window_mask_ptr,  # [B, Q, W]
-    out_ptr,  # [num_splits, B, Q, H, D]: the result, or if SPLIT weighted sums
-    highest_ptr,  # [num_splits, B, Q, H], written if SPLIT
-    total_ptr,  # [num_splits, B, Q, H], written if SPLIT
+    out_ptr,  # [B, Q, H, D], written if there is one split
+    part_ptr,  # [num_splits, B, Q, H, D], like the next two written if there are several; not where total is 0
+    highest_ptr,  # [num_splits, B, Q, H]
+    total_ptr,  # [num_splits, B, Q, H]
     scale,
     Q,
     W,
@@ -105,7 +106,6 @@ def _tree_attention_kernel(
     D: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    SPLIT: tl.constexpr,
 ):
     b = tl.program_id(0).to(tl.int64)
     g = tl.program_id(1) % G
@@ -159,15 +159,16 @@ def _tree_attention_kernel(
         slot_N = tl.load(slots_ptr + n, mask=n < W, other=0)
         highest_M, total_M, out_MD = _attend(q_MD, k_ND, v_ND, seen_MN, scale, highest_M, total_M, out_MD)
 
-    row = split.to(tl.int64) * num_rows + (b * Q + new_row) * (G * GROUP) + head
-    out_row = out_ptr + row[:, None] * D + d[None, :]
-    if SPLIT:
+    row = (b * Q + new_row) * (G * GROUP) + head
+    if num_splits == 1:
+        total_M = tl.where(exists, total_M, 1.0)
+        out_MD = out_MD / total_M[:, None]
+        tl.store(out_ptr + row[:, None] * D + d[None, :], out_MD.to(out_ptr.dtype.element_ty), mask=exists[:, None])
+    else:
+        row += split.to(tl.int64) * num_rows
         tl.store(highest_ptr + row, highest_M, mask=exists)
         tl.store(total_ptr + row, total_M, mask=exists)
-        tl.store(out_row, out_MD, mask=(exists & (total_M > 0))[:, None])
-    else:
-        total_M = tl.where(exists, total_M, 1.0)
-        tl.store(out_row, (out_MD / total_M[:, None]).to(out_ptr.dtype.element_ty), mask=exists[:, None])
+        tl.store(part_ptr + row[:, None] * D + d[None, :], out_MD, mask=(exists & (total_M > 0))[:, None])
 
 
 @triton.jit(do_not_specialize=["num_splits", "num_rows"])
@@ -261,21 +262,20 @@ def tree_attention(
     if num_splits is None:
         num_splits = choose_num_splits(B * programs, triton.cdiv(prefix_slot_BL.shape[1], tiling.block_n))
     out_BQHD = torch.empty(B, Q, H, D, dtype=q_BQHD.dtype, device=q_BQHD.device)
-    part_SBQHD, highest_SBQH, total_SBQH = out_BQHD, out_BQHD, out_BQHD
-    if num_splits > 1:
-        part_SBQHD = torch.empty(num_splits, B, Q, H, D, dtype=torch.float32, device=q_BQHD.device)
-        highest_SBQH, total_SBQH = torch.empty(2, num_splits, B, Q, H, dtype=torch.float32, device=q_BQHD.device)
+    parts = num_splits if num_splits > 1 else 0
+    part_PBQHD = torch.empty(parts, B, Q, H, D, dtype=torch.float32, device=q_BQHD.device)
+    highest_PBQH, total_PBQH = torch.empty(2, parts, B, Q, H, dtype=torch.float32, device=q_BQHD.device)
     _tree_attention_kernel[(B, programs, num_splits)](
         q_BQHD, kv_S2GD, prefix_slot_BL, prefix_len_B, window_slot_BW, window_mask_BQW,
-        part_SBQHD, highest_SBQH, total_SBQH, math.log2(math.e) / math.sqrt(D), Q, W, num_splits, B * Q * H,
+        out_BQHD, part_PBQHD, highest_PBQH, total_PBQH, math.log2(math.e) / math.sqrt(D), Q, W, num_splits, B * Q * H,
         *q_BQHD.stride()[:3], *kv_S2GD.stride()[:3], prefix_slot_BL.stride(0), window_slot_BW.stride(0),
         *window_mask_BQW.stride()[:2],
         G=G, GROUP=H // G, PADDED_GROUP=padded_group, D=D, BLOCK_M=block_m, BLOCK_N=tiling.block_n,
-        SPLIT=num_splits > 1, num_warps=tiling.num_warps, num_stages=tiling.num_stages,
+        num_warps=tiling.num_warps, num_stages=tiling.num_stages,
     )  # fmt: skip
     if num_splits > 1:
         _join_splits_kernel[(B * Q * H,)](
-            part_SBQHD, highest_SBQH, total_SBQH, out_BQHD, num_splits, B * Q * H,
+            part_PBQHD, highest_PBQH, total_PBQH, out_BQHD, num_splits, B * Q * H,
             D=D, BLOCK_S=triton.next_power_of_2(num_splits), num_warps=4,
         )  # fmt: skip
     return out_BQHD

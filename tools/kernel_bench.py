@@ -76,8 +76,8 @@ def tensors(value) -> list[torch.Tensor]:
     if hasattr(value, "__dataclass_fields__"):
         value = vars(value)
     if isinstance(value, dict):
-        value = value.values()
-    return [tensor for item in value for tensor in tensors(item)] if isinstance(value, Iterable) else []
+        value = list(value.values())
+    return [tensor for item in value for tensor in tensors(item)] if isinstance(value, (list, tuple)) else []
 
 
 def clone(inputs: dict) -> dict:

@@ -45,6 +45,11 @@ def test_error():
     assert kernel_bench.error(torch.tensor([1, 2, 3, 4]), torch.tensor([1, 2, 3, 5])) == 0.25
 
 
+def test_tensors_of_arguments_and_results():
+    one, two = torch.ones(1), torch.ones(2)
+    assert kernel_bench.tensors({"eps": 1e-5, "mode": "tree", "bias": None, "x": one, "more": (two,)}) == [one, two]
+
+
 def test_every_kernel_has_a_reference():
     variants = kernel_bench.all_variants([])
     assert {launcher.__name__ for launcher, _ in variants} >= {"linear_small_m", "tree_attention"}
