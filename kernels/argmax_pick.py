@@ -89,9 +89,8 @@ def _tile_pick_kernel(
     if temperature > 0:
         t = tl.arange(0, BLOCK_TILES)
         best = tl.max(tl.load(largest_ptr + r * TILES + t, mask=t < TILES, other=float("-inf")))
-        below_best = value - tl.where(best == float("-inf"), 0.0, best)
         noise = _gumbel_noise(tl.load(seed_ptr + r), tl.load(position_ptr + r), v)
-        value = tl.div_rn(below_best, temperature) + noise
+        value = tl.div_rn(value - best, temperature) + noise
     tl.store(key_ptr + r * TILES + tile, tl.max(rank_key(value, v)))
 
 

@@ -37,6 +37,9 @@ def test_rows_may_be_strided(device):
     x_TD, residual_TD = inputs["x_TD"][::2, :20], inputs["residual_TD"][:2, 20:]
     weight, eps = inputs["weight"][:20], inputs["eps"]
     assert_close_to(rms_norm(x_TD, weight, eps), rms_norm_ref(x_TD, weight, eps), ulps=4)
+    x_THD = inputs["x_TD"].view(4, 2, 20).transpose(0, 1)
+    weight_HD = inputs["weight"].repeat(2).view(4, 20)
+    assert_close_to(rms_norm(x_THD, weight_HD, eps), rms_norm_ref(x_THD, weight_HD, eps), ulps=4)
     added, expected = add_rms_norm(x_TD, residual_TD, weight, eps), add_rms_norm_ref(x_TD, residual_TD, weight, eps)
     assert torch.equal(added.sum_TD, expected.sum_TD)
     assert_close_to(added.y_TD, expected.y_TD, ulps=4)
@@ -47,9 +50,9 @@ def test_eps_keeps_rows_of_zeros_finite(device):
 
 
 def test_the_norm_is_rounded_before_the_weight(device):
-    """In float16 the norm of (1, 3), 3 / sqrt(5), times 1.5 depends on when it is rounded."""
+    """3 / sqrt(5) * 1.25 becomes another float16 if only the product is rounded."""
     x_TD = torch.tensor([[1.0, 3.0]], dtype=torch.float16, device=device)
-    weight = torch.full((2,), 1.5, dtype=torch.float16, device=device)
+    weight = torch.full((2,), 1.25, dtype=torch.float16, device=device)
     norm = (x_TD.double() / x_TD.double().square().mean().sqrt()).half()
     assert rms_norm(x_TD, weight, eps=0.0).tolist() == (norm * weight).tolist()
 

@@ -36,7 +36,8 @@ def test_ties_go_to_the_lower_index(device):
 
 
 def test_minus_inf_comes_last(device):
-    logits_RW = torch.full((2, 300), -INF, device=device)
+    """Beside others, in a tile of its own, and in the whole row."""
+    logits_RW = torch.full((2, 600), -INF, device=device)
     logits_RW[0, [290, 7]] = torch.tensor([2.0, 1.0], device=device)
     top = topk_logprob(logits_RW, torch.ones(2, device=device), k=3)
     assert top.index_RK.tolist() == [[290, 7, 0], [0, 1, 2]]
