@@ -31,7 +31,8 @@ def _rope_kv_write_kernel(
     q_ptr,  # [T, H, D] out
     kv_ptr,  # [S, 2 * G, D] out: a slot holds its key heads and then its value heads, as a row of qkv does
     qkv_stride,
-    slot_stride,
+    slot_t_stride,
+    kv_slot_stride,
     H,
     G,
     D,
@@ -48,8 +49,8 @@ def _rope_kv_write_kernel(
     rotated = tl.reshape(tl.join(even * cos - odd * sin, even * sin + odd * cos), (BLOCK_H, BLOCK_D))
     x = tl.where(head < H + G, rotated.to(x.dtype), x)
     tl.store(q_ptr + (t * H + head) * D + d, x, mask=in_row & (head < H))
-    slot = tl.load(slot_ptr + t)
-    tl.store(kv_ptr + slot * slot_stride + (head - H) * D + d, x, mask=in_row & (head >= H))
+    slot = tl.load(slot_ptr + t * slot_t_stride)
+    tl.store(kv_ptr + slot * kv_slot_stride + (head - H) * D + d, x, mask=in_row & (head >= H))
 
 
 def rope_kv_write(
@@ -58,17 +59,18 @@ def rope_kv_write(
     """Write rotated k and v of each row to its slot, and return rotated q [T, H, D], contiguous.
 
     qkv_TE: H query heads, G key heads, G value heads; rows may be strided. The heads' pairs are adjacent (2i, 2i + 1).
-    rope_TC2: float32, contiguous, cosine and sine of each row's angles. slot_T: int64. kv_S2GD: slots may be strided.
+    rope_TC2: float32, contiguous, cosine and sine of each row's angles. slot_T: int64, may be strided, as may the slots
+    of kv_S2GD.
     Rows that share a slot may race: padding rows share one that nobody reads.
     """
     (T, E), (_, _, G, D), H = qkv_TE.shape, kv_S2GD.shape, num_heads
     assert E == (H + 2 * G) * D and rope_TC2.shape == (T, D // 2, 2) and slot_T.shape == (T,)
-    assert qkv_TE.stride(1) == 1 and rope_TC2.is_contiguous() and slot_T.is_contiguous() and kv_S2GD[0].is_contiguous()
+    assert qkv_TE.stride(1) == 1 and rope_TC2.is_contiguous() and kv_S2GD[0].is_contiguous()
     assert rope_TC2.dtype == torch.float32 and slot_T.dtype == torch.int64 and qkv_TE.dtype == kv_S2GD.dtype
     q_THD = torch.empty((T, H, D), dtype=qkv_TE.dtype, device=qkv_TE.device)
     BLOCK_H = 8
     _rope_kv_write_kernel[(T, triton.cdiv(H + 2 * G, BLOCK_H))](
-        qkv_TE, rope_TC2, slot_T, q_THD, kv_S2GD, qkv_TE.stride(0), kv_S2GD.stride(0), H, G, D,
+        qkv_TE, rope_TC2, slot_T, q_THD, kv_S2GD, qkv_TE.stride(0), slot_T.stride(0), kv_S2GD.stride(0), H, G, D,
         BLOCK_H=BLOCK_H, BLOCK_D=triton.next_power_of_2(D),
     )  # fmt: skip
     return q_THD

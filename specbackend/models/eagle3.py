@@ -127,7 +127,7 @@ class Eagle3Model:
         embedded = F.embedding(batch.token_BQ.flatten(), self.embed_tokens)
         normed_TD = self.hidden_norm(hidden_TD)
         x = torch.cat([self.input_layernorm(embedded), normed_TD], dim=-1)
-        residual_TD = normed_TD if self.norm_before_residual else hidden_TD
+        residual_TD = normed_TD if self.norm_before_residual else hidden_TD.clone()  # it may be overwritten
         rope, slot_T = self.rope[batch.position_BQ.flatten()], batch.slot_BQ.flatten()
         y = self.attention(x, residual_TD, rope, slot_T, plan, kv_pool.layer(0), batch.token_BQ.shape)
         z = self.mlp(self.post_attention_layernorm(y), y)

@@ -67,7 +67,7 @@ class Attention:
         self.out = linear(take(f"{prefix}.o_proj.weight", config.hidden_size, H * D), out_bias)
 
     def __call__(self, x_TD, residual_TD, rope, slot_T, plan: AttentionPlan, kv_S2GD, shape_BQ) -> torch.Tensor:
-        """Write the rows' K and V to their slots, attend, and return residual + output."""
+        """Write the rows' K and V to their slots, attend; return residual + output, maybe in the residual's place."""
         qkv = self.qkv(x_TD)
         if self.norm:
             heads = qkv.view(-1, self.H + 2 * self.G, self.D)
@@ -75,7 +75,7 @@ class Attention:
             qkv = torch.cat([self.norm(q_and_k), v], dim=1).flatten(1)
         q = self._operators.rope_kv_write(qkv, rope, slot_T, kv_S2GD, self.H)
         attended = plan.run(q.view(*shape_BQ, self.H, self.D), kv_S2GD)
-        return self.out.plus(residual_TD, attended.view(-1, self.H * self.D))
+        return self.out.plus_(residual_TD, attended.view(-1, self.H * self.D))
 
 
 class GatedMLP:
@@ -94,8 +94,8 @@ class GatedMLP:
         self.down = linear(weights.take(f"{prefix}.down_proj.weight", hidden, inner), down_bias)
 
     def __call__(self, x_TD: torch.Tensor, residual_TD: torch.Tensor) -> torch.Tensor:
-        """Return residual + MLP(x)."""
-        return self.down.plus(residual_TD, self._operators.silu_mul(self.gate_up(x_TD)))
+        """Return residual + MLP(x), maybe in the residual's place."""
+        return self.down.plus_(residual_TD, self._operators.silu_mul(self.gate_up(x_TD)))
 
 
 class RMSNorm:
@@ -121,5 +121,6 @@ class DecoderLayer:
         self.mlp = GatedMLP(weights, f"{prefix}.mlp", config)
 
     def __call__(self, x_TD, rope, slot_T, plan: AttentionPlan, kv_S2GD, shape_BQ) -> torch.Tensor:
+        """x may be overwritten."""
         x_TD = self.attention(self.input_layernorm(x_TD), x_TD, rope, slot_T, plan, kv_S2GD, shape_BQ)
         return self.mlp(self.post_attention_layernorm(x_TD), x_TD)

@@ -21,9 +21,9 @@ class Linear:
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         return F.linear(x, self._weight_ED, self.bias_E)
 
-    def plus(self, residual_TE: torch.Tensor, x_TD: torch.Tensor) -> torch.Tensor:
-        """residual + x @ weight.T + bias"""
-        out_TE = torch.addmm(residual_TE, x_TD, self._weight_DE)
+    def plus_(self, residual_TE: torch.Tensor, x_TD: torch.Tensor) -> torch.Tensor:
+        """residual + x @ weight.T + bias. The residual may be overwritten: on a GPU that saves a copy of it."""
+        out_TE = residual_TE.addmm_(x_TD, self._weight_DE)
         return out_TE if self.bias_E is None else out_TE.add_(self.bias_E)
 
     def rows(self, index: torch.Tensor) -> torch.Tensor:
@@ -43,7 +43,7 @@ class PackedLinear(Linear):
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         return torch.ops.mkldnn._linear_pointwise(x, self._packed_ED, self.bias_E, "none", [], "")
 
-    def plus(self, residual_TE: torch.Tensor, x_TD: torch.Tensor) -> torch.Tensor:
+    def plus_(self, residual_TE: torch.Tensor, x_TD: torch.Tensor) -> torch.Tensor:
         return torch.ops.mkldnn._linear_pointwise.binary(x_TD, residual_TE, self._packed_ED, self.bias_E, "add")
 
     def rows(self, index: torch.Tensor) -> torch.Tensor:

@@ -24,7 +24,7 @@ def test_product_and_residual(kind, weights):
     layer, x_TD, residual_TE = kind(*weights), torch.randn(3, D), torch.randn(3, E)
     exact = F.linear(x_TD.double(), *(w if w is None else w.double() for w in weights))
     torch.testing.assert_close(layer(x_TD).double(), exact, rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(layer.plus(residual_TE, x_TD).double(), residual_TE + exact, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(layer.plus_(residual_TE.clone(), x_TD).double(), residual_TE + exact, rtol=1e-5, atol=1e-5)
     assert (layer.shape, layer.dtype, layer.device.type) == ((E, D), torch.float32, "cpu")
 
 
@@ -46,12 +46,12 @@ def test_rows_of_the_weight(kind, weights):
 
 def test_a_packed_row_does_not_depend_on_its_company(weights):
     layer, x_TD, residual_TE = PackedLinear(*weights), torch.randn(64, D), torch.randn(64, E)
-    product, sum_ = layer(x_TD), layer.plus(residual_TE, x_TD)
+    product, sum_ = layer(x_TD), layer.plus_(residual_TE.clone(), x_TD)
     for first in (0, 7):
         for rows in ROWS:
             some = slice(first, first + rows)
             assert torch.equal(layer(x_TD[some]), product[some])
-            assert torch.equal(layer.plus(residual_TE[some], x_TD[some]), sum_[some])
+            assert torch.equal(layer.plus_(residual_TE[some], x_TD[some]), sum_[some])
 
 
 def test_which_weights_are_packed():
