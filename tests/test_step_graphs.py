@@ -3,7 +3,7 @@
 import pytest
 
 from specbackend import Engine
-from specbackend.step_graphs import Recording, graph_batch_sizes
+from specbackend.step_graphs import StepBuffers, graph_batch_sizes
 from tests.conftest import DEMOS
 from tests.test_equivalence import GREEDY, make_engine
 
@@ -34,16 +34,13 @@ def replays(monkeypatch) -> list[int]:
     """Steps are recorded on the CPU too, as what runs again on the same buffers; the sizes of those that ran."""
     sizes = []
 
-    def record(run) -> Recording:
-        accepted = run()
-
+    def record(compute, buffers: StepBuffers):
         def replay() -> None:
-            again = run()
-            accepted.token_BP.copy_(again.token_BP)
-            accepted.count_B.copy_(again.count_B)
-            sizes.append(len(again.count_B))
+            buffers.upload()
+            buffers.download(compute())
+            sizes.append(len(buffers.accepted_BP))
 
-        return Recording(replay, accepted)
+        return replay
 
     monkeypatch.setattr("specbackend.engine.graph_recorder", lambda device: record)
     return sizes
@@ -116,9 +113,8 @@ def test_steps_leave_the_host_alone(kind, monkeypatch):
     """The meta device has no values: whatever a step would read on the host, or bring from it, is an error there."""
     runs = []
 
-    def record(run) -> Recording:
-        runs.append(run())
-        return Recording(lambda: None, runs[-1])
+    def record(compute, buffers: StepBuffers):
+        runs.append(compute())
 
     monkeypatch.setattr("specbackend.engine.graph_recorder", lambda device: record)
     paths = {"model_path": str(DEMOS / ("mimo-gsm8k" if kind == "NEXTN" else "llama-gsm8k"))}
