@@ -9,9 +9,12 @@ from collections.abc import Callable
 from enum import Enum
 from functools import partial
 
+import numpy as np
 import torch
 
 from specbackend.batch import Accepted, DecodeBatch, Sequences
+from specbackend.cache.kv_pool import RequestTable
+from specbackend.cache.slots import DUMMY_SLOT
 from specbackend.config import TreeShape
 from specbackend.request import Request
 from specbackend.sampling import SamplingBatch
@@ -44,21 +47,29 @@ class StepBuffers:
 
         self.host_integer_5B, self.integer_5B = pair(5, B, dtype=torch.int64)
         self.host_float_3B, self.float_3B = pair(3, B, dtype=torch.float64)
+        self.host_write_3M, self.write_3M = pair(3, B * longest_path, dtype=torch.int64)
         self.host_accepted_BP, self.accepted_BP = pair(B, 1 + longest_path, dtype=torch.int64)
-        self._host_inputs = self.host_integer_5B.numpy(), self.host_float_3B.numpy()
+        self._host_inputs = self.host_integer_5B.numpy(), self.host_float_3B.numpy(), self.host_write_3M.numpy()
 
-    def fill(self, requests: list[Request], padding_row: int) -> None:
-        """Lay out the requests; the rest are nobody's: empty and greedy."""
-        integers, floats = self._host_inputs
+    def fill(self, requests: list[Request], table: RequestTable) -> None:
+        """Lay out the requests, and what is new in their table; the rest are nobody's: empty and greedy."""
+        integers, floats, writes = self._host_inputs
+        padding_row = table.padding_row
         for b, request in enumerate(requests):
             integers[:, b], floats[:, b] = _integers(request), _floats(request.params)
         missing = slice(len(requests), None)
         integers[:, missing] = ((padding_row,), (0,), (0,), (0,), (UNLIMITED,))
         floats[:, missing] = ((0.0,), (torch.inf,), (0.0,))
+        if table.num_unwritten > writes.shape[1]:
+            table.flush()
+        unwritten = table.take_unwritten()
+        writes[:, : len(unwritten)] = np.array(unwritten).reshape(-1, 3).T
+        writes[:, len(unwritten) :] = ((padding_row,), (0,), (DUMMY_SLOT,))
 
     def upload(self) -> None:
         self.integer_5B.copy_(self.host_integer_5B, non_blocking=True)
         self.float_3B.copy_(self.host_float_3B, non_blocking=True)
+        self.write_3M.copy_(self.host_write_3M, non_blocking=True)
 
     def download(self, accepted: Accepted) -> None:
         self.accepted_BP[:, 0] = accepted.count_B
@@ -118,7 +129,7 @@ class RecordedDecoder:
         for B in reversed(batch_sizes):  # the largest first: the others fit into its memory
             longest_path = self._shapes[B].longest_path if tree else 1
             buffers = self._buffers[B] = StepBuffers(B, longest_path, device)
-            buffers.fill([], self._table.padding_row)
+            buffers.fill([], self._table)
             for most in Sampling:
                 self._replays[B, most] = record(partial(self._compute, B, most), buffers)
 
@@ -129,7 +140,7 @@ class RecordedDecoder:
             return self._decoder.decode(batch)
         B = next(size for size in self._batch_sizes if size >= len(requests))
         buffers = self._buffers[B]
-        buffers.fill(requests, self._table.padding_row)
+        buffers.fill(requests, self._table)
         self._replays[B, _most(requests)]()
         return buffers.accepted(len(requests))
 
@@ -141,6 +152,7 @@ class RecordedDecoder:
 
     def _compute(self, B: int, most: Sampling) -> Accepted:
         buffers = self._buffers[B]
+        self._table.put(buffers.write_3M)
         return self._decoder.step(buffers.sequences(self._table.slots), buffers.sampling(most), self._shapes[B])
 
 
