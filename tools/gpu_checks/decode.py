@@ -136,7 +136,7 @@ def _profile(engine: Engine, prompts: list[list[int]], speculative: bool, steps:
 
 
 def check_agreement(context: Context, out: dict) -> None:
-    """Do plain and speculative decoding of the wide model agree in bfloat16, greedy, and how near are the ties if not?"""
+    """Do plain and speculative decoding of the wide model agree in bfloat16, greedy? How near are the ties if not?"""
     engine = engine_of(context, subjects(context)["EAGLE3 5,4,8"], most=8)
     prompts = context.prompts[:8]
     answers = {}
