@@ -48,6 +48,11 @@ class TreeShape:
     topk: int  # branches per node
     num_nodes: int  # verified per step, root included
 
+    @property
+    def longest_path(self) -> int:
+        """Nodes, root included."""
+        return min(self.num_steps + 1, self.num_nodes)
+
 
 @dataclass(frozen=True)
 class EngineConfig:

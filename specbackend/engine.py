@@ -15,7 +15,8 @@ from specbackend.attention.registry import attention_backend
 from specbackend.batch import DecodeBatch, ExtendBatch
 from specbackend.cache.kv_pool import KVPool, RequestTable
 from specbackend.cache.slots import SlotManager
-from specbackend.config import EngineConfig, TreeShape
+from specbackend.config import EngineConfig
+from specbackend.cuda_graphs import Recorder, graph_batch_sizes, graph_recorder
 from specbackend.errors import ConfigError, InvalidRequest
 from specbackend.grammar import GrammarCompiler
 from specbackend.models.draft import DraftModel
@@ -38,7 +39,7 @@ from specbackend.speculative.standalone import StandaloneDrafter
 from specbackend.speculative.tree_decoder import TreeDecoder
 from specbackend.speculative.tree_growth import TreeGrower, num_scratch_slots
 from specbackend.speculative.tree_shapes import tree_of
-from specbackend.step_graphs import RecordedDecoder, graph_batch_sizes, graph_recorder
+from specbackend.step_graphs import RecordedDecoder
 from specbackend.tokenizer import Tokenizer
 
 DEFAULT_GRAPH_MAX_BS = 32
@@ -101,14 +102,15 @@ class Engine:
         head_dims = {each.config.head_dim for each in (model, draft) if each}
         attention = attention_backend(config.attention_backend, self.device, self.dtype, head_dims)
         runner = TargetRunner(model, _kv_pool(model, num_slots + 1, self.dtype, self.device), table, attention)
-        self.plain = _recorded(config, PlainDecoder(runner), tree=None)
-        self.decoder: Decoder = self.plain
-        cache_rule = CacheRule()
+        self.plain: Decoder = PlainDecoder(runner)
+        self.decoder = self.plain
+        drafter, cache_rule = None, CacheRule()
         if config.speculative_algorithm:
             drafter = _drafter(config, draft, table, attention, num_slots)
             cache_rule = drafter.cache_rule
-            tree = tree_of(SamplingParams(), config)
-            self.decoder = _recorded(config, TreeDecoder(runner, drafter, num_nodes), tree)
+            self.decoder = TreeDecoder(runner, drafter, num_nodes)
+        if attention.is_on_device and (record := graph_recorder(self.device)):
+            self._record(runner, drafter, record)
         self.slots = SlotManager(num_slots, cache_rule.successor_keys, cache_prefixes=not config.disable_radix_cache)
         self.scheduler = Scheduler(
             config,
@@ -120,6 +122,20 @@ class Engine:
             cache_rule,
         )
         self.shadows = ShadowRuns(config.shadow_fraction, self.scheduler, self.submit)
+
+    def _record(self, runner: TargetRunner, drafter: Drafter | None, record: Recorder) -> None:
+        """Decode steps as graphs. Whole ones first: for these, forwards must not be recordings themselves."""
+        batch_sizes, tree = _graph_batch_sizes(self.config), tree_of(SamplingParams(), self.config)
+        if not batch_sizes:
+            return
+        plain, decoder = self.plain, self.decoder
+        self.plain = self.decoder = RecordedDecoder(plain, None, batch_sizes, record)
+        if drafter is None:
+            runner.record_forwards(record, batch_sizes, {1})
+            return
+        self.decoder = RecordedDecoder(decoder, tree, batch_sizes, record) if drafter.is_on_device else decoder
+        runner.record_forwards(record, batch_sizes, {1, tree.num_nodes})
+        drafter.record_forwards(record, batch_sizes, runner.table.slots.shape[1], tree)
 
     @property
     def has_work(self) -> bool:
@@ -365,14 +381,11 @@ def _bytes_per_slot(model: LlamaModel | DraftModel, dtype: torch.dtype) -> int:
     return KVPool.bytes_per_slot(model.num_kv_layers, config.num_key_value_heads, config.head_dim, dtype)
 
 
-def _recorded(config: EngineConfig, decoder: PlainDecoder | TreeDecoder, tree: TreeShape | None) -> Decoder:
-    """The decoder with its steps as graphs, where there are any to be had. tree: what requests have unless they ask."""
+def _graph_batch_sizes(config: EngineConfig) -> list[int]:
+    """Of the decode steps to record, if the device can."""
     most = DEFAULT_GRAPH_MAX_BS if config.cuda_graph_max_bs is None else config.cuda_graph_max_bs
     most = 0 if config.disable_cuda_graph else min(most, config.max_running_requests)
-    record = graph_recorder(decoder.runner.device)
-    if not (record and most and decoder.is_on_device and decoder.runner.attention.is_on_device):
-        return decoder
-    return RecordedDecoder(decoder, tree, graph_batch_sizes(most), record)
+    return graph_batch_sizes(most) if most else []
 
 
 def _drafter(config: EngineConfig, draft: DraftModel | None, table: RequestTable, attention, num_slots: int) -> Drafter:

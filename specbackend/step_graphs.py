@@ -5,7 +5,6 @@ each other at the speed of the device. A recording is of one batch size and read
 there is one for each of several sizes, and a batch takes the next larger one: the rows it lacks are the padding row's.
 """
 
-from collections.abc import Callable
 from enum import Enum
 from functools import partial
 
@@ -16,6 +15,7 @@ from specbackend.batch import Accepted, DecodeBatch, Sequences
 from specbackend.cache.kv_pool import RequestTable
 from specbackend.cache.slots import DUMMY_SLOT
 from specbackend.config import TreeShape
+from specbackend.cuda_graphs import Compute, Recorder
 from specbackend.request import Request
 from specbackend.sampling import SamplingBatch
 from specbackend.sampling.pick import signed
@@ -94,10 +94,6 @@ class StepBuffers:
         return SamplingBatch(temperature_B.float(), seed_B, most is not Sampling.GREEDY, after_temperature=limits)
 
 
-# Makes of a computation what computes it again: from what the host has laid out in the buffers to what is there for it.
-Recorder = Callable[[Callable[[], Accepted], StepBuffers], Callable[[], None]]
-
-
 UNLIMITED = torch.iinfo(torch.int64).max
 
 
@@ -125,13 +121,13 @@ class RecordedDecoder:
         self._table, device = decoder.runner.table, decoder.runner.device
         self._shapes = {B: TreeShapes.of([tree] * B, device) if tree else None for B in batch_sizes}
         self._buffers: dict[int, StepBuffers] = {}
-        self._replays: dict[tuple[int, Sampling], Callable[[], None]] = {}
+        self._replays: dict[tuple[int, Sampling], Compute] = {}
         for B in reversed(batch_sizes):  # the largest first: the others fit into its memory
             longest_path = self._shapes[B].longest_path if tree else 1
             buffers = self._buffers[B] = StepBuffers(B, longest_path, device)
             buffers.fill([], self._table)
             for most in Sampling:
-                self._replays[B, most] = record(partial(self._compute, B, most), buffers)
+                self._replays[B, most] = record(partial(self._run, B, most))
 
     def decode(self, batch: DecodeBatch) -> Accepted:
         """What it returns lasts until the next step."""
@@ -142,6 +138,8 @@ class RecordedDecoder:
         buffers = self._buffers[B]
         buffers.fill(requests, self._table)
         self._replays[B, _most(requests)]()
+        if buffers.accepted_BP.is_cuda:
+            torch.cuda.current_stream().synchronize()
         return buffers.accepted(len(requests))
 
     def _is_recorded(self, requests: list[Request]) -> bool:
@@ -150,51 +148,15 @@ class RecordedDecoder:
         others = any(request.tree != self._tree or request.params.logprobs is not None for request in requests)
         return not others and not processors_of(BEFORE_TEMPERATURE, requests, "cpu")
 
-    def _compute(self, B: int, most: Sampling) -> Accepted:
+    def _run(self, B: int, most: Sampling) -> None:
         buffers = self._buffers[B]
+        buffers.upload()
         self._table.put(buffers.write_3M)
-        return self._decoder.step(buffers.sequences(self._table.slots), buffers.sampling(most), self._shapes[B])
+        at, sampling = buffers.sequences(self._table.slots), buffers.sampling(most)
+        buffers.download(self._decoder.step(at, sampling, self._shapes[B]))
 
 
 def _most(requests: list[Request]) -> Sampling:
     if not any(request.params.temperature for request in requests):
         return Sampling.GREEDY
     return Sampling.LIMITED if processors_of(AFTER_TEMPERATURE, requests, "cpu") else Sampling.SAMPLED
-
-
-def graph_batch_sizes(most: int) -> list[int]:
-    """1, 2, 4, 8, then steps of 8, `most` included: a padded row costs little, but a quarter of the batch shows."""
-    return sorted({*(size for size in (1, 2, 4) if size < most), *range(8, most, 8), most})
-
-
-def graph_recorder(device: torch.device) -> Recorder | None:
-    """None for a device that has no graphs."""
-    return _cuda_recorder() if device.type == "cuda" else None
-
-
-def _cuda_recorder() -> Recorder:
-    """Its graphs share their memory: they never run at the same time, and their results are read in between."""
-    pool = torch.cuda.graph_pool_handle()
-    stream = torch.cuda.Stream()
-
-    def record(compute: Callable[[], Accepted], buffers: StepBuffers) -> Callable[[], None]:
-        def run() -> None:
-            buffers.upload()
-            buffers.download(compute())
-
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            for _ in range(2):  # kernels are compiled and libraries set up outside of the recording
-                run()
-        torch.cuda.current_stream().wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=pool, stream=stream):
-            run()
-
-        def replay() -> None:
-            graph.replay()
-            torch.cuda.current_stream().synchronize()
-
-        return replay
-
-    return record

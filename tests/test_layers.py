@@ -14,9 +14,9 @@ LAYERS = [  # top to bottom
     ["specbackend.serving"],
     ["specbackend.engine", "specbackend.Engine", "specbackend.offline"],
     ["specbackend.shadow", "specbackend.step_graphs"],
-    ["specbackend.scheduler", "specbackend.speculative", "specbackend.runner"],
+    ["specbackend.scheduler", "specbackend.speculative", "specbackend.runner", "specbackend.forward_graphs"],
     ["specbackend.models", "specbackend.attention", "specbackend.sampling"],
-    ["specbackend.cache"],
+    ["specbackend.cache", "specbackend.cuda_graphs"],
     [
         f"specbackend.{noun}"
         for noun in ("config", "request", "sampling_params", "batch", "errors", "text", "tokenizer", "words", "grammar")

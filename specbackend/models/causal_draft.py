@@ -16,6 +16,7 @@ class CausalDraftModel:
     """Row t consumes token x_t, sits at position t and predicts x_{t+1}: the ordinary way, unlike a head's."""
 
     captured_layers = ()
+    is_head = False
 
     def __init__(self, folder: Path, target: LlamaModel, dtype, device, num_positions: int):
         self.config = ModelConfig.read(folder)

@@ -47,6 +47,7 @@ class DraftModel(Protocol):
     config: ModelConfig
     num_kv_layers: int
     captured_layers: tuple[int, ...]  # of the target, see LlamaModel
+    is_head: bool  # is fed hidden states
     vocabulary: DraftVocabulary
 
     def forward(

@@ -33,6 +33,7 @@ class EagleModel:
 
     num_kv_layers = 1
     captured_layers = ()
+    is_head = True
 
     def __init__(self, folder: Path, target: LlamaModel, vocabulary: DraftVocabulary, dtype, device, num_positions):
         config = ModelConfig.read(folder)

@@ -73,6 +73,7 @@ class Eagle3Model:
     """`forward` works on hidden states of the head's own width; `fuse` makes them from the target's features."""
 
     num_kv_layers = 1
+    is_head = True
 
     def __init__(self, folder: Path, target: LlamaModel, dtype, device, num_positions: int):
         options = Eagle3Config.read(folder, target.config)

@@ -24,6 +24,7 @@ class MtpModel:
 
     num_kv_layers = 1
     captured_layers = ()
+    is_head = True
 
     def __init__(self, folder: Path, target: LlamaModel, vocabulary: DraftVocabulary, dtype, device):
         config, prefix, D = target.config, f"{MTP_PREFIX}0", target.config.hidden_size
