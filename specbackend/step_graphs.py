@@ -59,7 +59,7 @@ class StepBuffers:
         """Bring the requests to the device; the rest are nobody's: empty and greedy."""
         missing = self.float_3B.shape[1] - len(requests)
         integers = [_integers(request) for request in requests] + [(padding_row, 0, 0, 0, UNLIMITED)] * missing
-        floats = [_floats(request.params) for request in requests] + [(0.0, torch.inf, 0.0)] * missing
+        floats = [_floats(request.params) for request in requests] + [GREEDY_FLOATS] * missing
         for buffer, columns in ((self.integer_5B, integers), (self.float_3B, floats)):
             on_host = torch.tensor(columns, dtype=buffer.dtype, pin_memory=buffer.is_cuda)
             buffer.copy_(on_host.t(), non_blocking=True)
@@ -79,14 +79,18 @@ class StepBuffers:
 
 
 UNLIMITED = torch.iinfo(torch.int64).max
+GREEDY_FLOATS = (0.0, torch.inf, 0.0)  # limits are of sampled requests alone: they would narrow a greedy one's drafts
 
 
 def _integers(request: Request) -> tuple[int, ...]:
-    top_k = UNLIMITED if request.params.top_k == -1 else request.params.top_k
+    params = request.params
+    top_k = params.top_k if params.temperature and params.top_k != -1 else UNLIMITED
     return request.row, request.num_computed, request.output_ids[-1], signed(request.seed), top_k
 
 
 def _floats(params: SamplingParams) -> tuple[float, ...]:
+    if not params.temperature:
+        return GREEDY_FLOATS
     return params.temperature, torch.inf if params.top_p == 1 else params.top_p, params.min_p
 
 
