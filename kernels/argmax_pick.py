@@ -9,6 +9,7 @@ import torch
 import triton
 import triton.language as tl
 
+from specbackend.kernels.gumbel import gumbel_noise, gumbel_noise_ref
 from specbackend.kernels.rank_key import key_index, rank_key, tile_width
 
 
@@ -17,42 +18,9 @@ def argmax_pick_ref(
 ) -> torch.Tensor:
     logits_RV, greedy_R1 = logits_RV.float(), (temperature_R == 0)[:, None]
     below_best_RV = logits_RV - logits_RV.amax(dim=1, keepdim=True)
-    sampled_RV = below_best_RV / temperature_R[:, None] + gumbel_noise_ref(seed_R, position_R, logits_RV.shape[1])
+    noise_RV = gumbel_noise_ref(seed_R, position_R, torch.arange(logits_RV.shape[1], device=seed_R.device))
+    sampled_RV = below_best_RV / temperature_R[:, None] + noise_RV
     return logits_RV.where(greedy_R1, sampled_RV).argmax(dim=1)
-
-
-def gumbel_noise_ref(seed_R: torch.Tensor, position_R: torch.Tensor, vocab_size: int) -> torch.Tensor:
-    """Standard Gumbel noise [R, V] float32, a pure function of (seed, position, token)."""
-    token_V = torch.arange(vocab_size, device=seed_R.device)
-    bits_RV = _mix_ref(_mix_ref(_mix_ref(seed_R) + position_R)[:, None] + token_V) >> 41 & 0x7FFFFF
-    return -torch.log(-torch.log((bits_RV + 0.5) * 2.0**-23))
-
-
-def _mix_ref(x: torch.Tensor) -> torch.Tensor:
-    """splitmix64's finalizer. Constants of 64 bits are written as the int64 of the same bits."""
-    x = x + (0x9E3779B97F4A7C15 - 2**64)
-    x = (x ^ (x >> 30 & (1 << 34) - 1)) * (0xBF58476D1CE4E5B9 - 2**64)
-    x = (x ^ (x >> 27 & (1 << 37) - 1)) * (0x94D049BB133111EB - 2**64)
-    return x ^ (x >> 31 & (1 << 33) - 1)
-
-
-@triton.jit
-def _mix(x):
-    """splitmix64's finalizer on uint64. Source: Steele, Lea, Flood 2014."""
-    x += 0x9E3779B97F4A7C15
-    x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9
-    x = (x ^ (x >> 27)) * 0x94D049BB133111EB
-    return x ^ (x >> 31)
-
-
-@triton.jit
-def _gumbel_noise(seed, position, token):
-    stream = _mix(_mix(seed.to(tl.uint64)) + position.to(tl.uint64))
-    bits = _mix(stream + token.to(tl.uint64)) >> 41
-    uniform = (bits.to(tl.float32) + 0.5) * 1.1920928955078125e-07  # 2**-23: both ends stay strictly inside (0, 1)
-    # The largest noise comes from uniforms next to 1, where the hardware's logarithm is all error. tl.log is not that
-    # one: it compiles to libdevice's, as torch.log does.
-    return -tl.log(-tl.log(uniform))
 
 
 @triton.jit
@@ -89,7 +57,7 @@ def _tile_pick_kernel(
     if temperature > 0:
         t = tl.arange(0, BLOCK_TILES)
         best = tl.max(tl.load(largest_ptr + r * TILES + t, mask=t < TILES, other=float("-inf")))
-        noise = _gumbel_noise(tl.load(seed_ptr + r), tl.load(position_ptr + r), v)
+        noise = gumbel_noise(tl.load(seed_ptr + r), tl.load(position_ptr + r), v)
         value = tl.div_rn(value - best, temperature) + noise
     tl.store(key_ptr + r * TILES + tile, tl.max(rank_key(value, v)))
 

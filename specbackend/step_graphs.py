@@ -59,7 +59,7 @@ class StepBuffers:
             integers[:, b], floats[:, b] = _integers(request), _floats(request.params)
         missing = slice(len(requests), None)
         integers[:, missing] = ((padding_row,), (0,), (0,), (0,), (UNLIMITED,))
-        floats[:, missing] = ((0.0,), (torch.inf,), (0.0,))
+        floats[:, missing] = np.array(GREEDY_FLOATS)[:, None]
         if table.num_unwritten > writes.shape[1]:
             table.flush()
         unwritten = table.take_unwritten()
@@ -95,14 +95,18 @@ class StepBuffers:
 
 
 UNLIMITED = torch.iinfo(torch.int64).max
+GREEDY_FLOATS = (0.0, torch.inf, 0.0)  # limits are of sampled requests alone: they would narrow a greedy one's drafts
 
 
 def _integers(request: Request) -> tuple[int, ...]:
-    top_k = UNLIMITED if request.params.top_k == -1 else request.params.top_k
+    params = request.params
+    top_k = params.top_k if params.temperature and params.top_k != -1 else UNLIMITED
     return request.row, request.num_computed, request.output_ids[-1], signed(request.seed), top_k
 
 
 def _floats(params: SamplingParams) -> tuple[float, ...]:
+    if not params.temperature:
+        return GREEDY_FLOATS
     return params.temperature, torch.inf if params.top_p == 1 else params.top_p, params.min_p
 
 

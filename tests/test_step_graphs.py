@@ -69,6 +69,10 @@ def output_ids(answers: list[dict]) -> list[list[int]]:
     return [answer["output_ids"] for answer in answers]
 
 
+def num_steps(answers: list[dict]) -> list[int]:
+    return [answer["meta_info"]["spec_verify_ct"] for answer in answers]
+
+
 def test_recorded_steps_equal_hf_generate(tree, replays, demo_prompts, expected):
     """Nine requests are too many to be recorded; they end one by one."""
     lengths = range(16, 61, 5)
@@ -82,7 +86,7 @@ def test_recorded_steps_equal_hf_generate(tree, replays, demo_prompts, expected)
 def test_accept_length_is_that_of_unrecorded_steps(replays, demo_prompts):
     def steps(**params) -> list[int]:
         answers = make_engine((5, 4, 8), **params).generate(input_ids=demo_prompts[:3], sampling_params=GREEDY)
-        return [answer["meta_info"]["spec_verify_ct"] for answer in answers]
+        return num_steps(answers)
 
     assert steps(cuda_graph_max_bs=4) == steps(disable_cuda_graph=True)
     assert replays
@@ -97,6 +101,16 @@ def test_sampled_requests_are_recorded_and_equal(tree, replays, demo_prompts):
     unrecorded = make_engine(tree, cuda_graph_max_bs=0).generate(input_ids=prompts, sampling_params=params)
     assert not replays
     assert output_ids(recorded) == output_ids(unrecorded)
+    assert num_steps(recorded) == num_steps(unrecorded)
+
+
+def test_limits_do_not_narrow_the_drafts_of_greedy_requests(replays, demo_prompts):
+    """A recording that has room for limits holds them all the same."""
+    params = [GREEDY | {"top_k": 1}] * 5 + [{"temperature": 1.0, "top_k": 5, "max_new_tokens": 60, "ignore_eos": True}]
+    engine = make_engine((5, 4, 8))
+    steps = num_steps(engine.generate(input_ids=demo_prompts[:6], sampling_params=params))
+    assert replays
+    assert steps[:5] == num_steps(engine.generate(input_ids=demo_prompts[:5], sampling_params=GREEDY))
 
 
 @pytest.mark.parametrize("params", LEFT_TO_THE_DECODER, ids=str)
