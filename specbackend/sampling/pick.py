@@ -87,8 +87,9 @@ def pick_from(logits_BNV: torch.Tensor, nodes: Nodes, sampling: SamplingBatch) -
 def _pick_by_kernel(logits_BNV: torch.Tensor, nodes: Nodes, sampling: SamplingBatch) -> torch.Tensor:
     from specbackend.kernels.argmax_pick import argmax_pick
 
-    picked_R = argmax_pick(logits_BNV.flatten(0, 1), *_noise_rows(nodes, sampling))
-    return picked_R.view_as(nodes.position_BN)
+    position_R = nodes.position_BN.flatten().contiguous()
+    picked_R = argmax_pick(logits_BNV.flatten(0, 1), sampling.temperature_B, sampling.seed_B, position_R)
+    return picked_R.view(nodes.position_BN.shape)
 
 
 def picked_logprobs(
@@ -132,13 +133,13 @@ def _likeliest_by_kernel(
 ) -> Likeliest:
     from specbackend.kernels.topk_logprob import topk_logprob, topk_noisy_logprob
 
-    logits_RW, (temperature_R, seed_R, position_R) = known_BNW.flatten(0, 1), _noise_rows(nodes, sampling)
-    divisor_R = temperature_R.clamp(min=LOWEST_FORECAST_TEMPERATURE)
-    scale_R = divisor_R.reciprocal()
+    logits_RW, position_R = known_BNW.flatten(0, 1), nodes.position_BN.flatten().contiguous()
+    divisor_B = sampling.temperature_B.clamp(min=LOWEST_FORECAST_TEMPERATURE)
     if sampling.any_sampled:
-        best = topk_noisy_logprob(logits_RW, scale_R, temperature_R / divisor_R, seed_R, position_R, token_W, K)
+        noise = (sampling.temperature_B / divisor_B, sampling.seed_B, position_R, token_W)
+        best = topk_noisy_logprob(logits_RW, divisor_B.reciprocal(), *noise, K)
     else:
-        best = topk_logprob(logits_RW, scale_R, K)
+        best = topk_logprob(logits_RW, divisor_B.reciprocal(), K)
     shape_BNK = (*nodes.position_BN.shape, K)
     return Likeliest(best.logprob_RK.view(shape_BNK), best.index_RK.view(shape_BNK))
 
@@ -204,15 +205,6 @@ def scaled(logits_BNV: torch.Tensor, temperature_B: torch.Tensor) -> torch.Tenso
     logits_BNV = logits_BNV.float()
     below_best = logits_BNV - logits_BNV.amax(dim=-1, keepdim=True)  # so that a tiny temperature cannot overflow to inf
     return below_best / temperature_B.masked_fill(temperature_B == 0, 1.0)[:, None, None]
-
-
-def _noise_rows(nodes: Nodes, sampling: SamplingBatch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Temperature, seed and position of each place, [B * N]."""
-    of_request = (sampling.temperature_B[:, None], sampling.seed_B[:, None])
-    temperature_R, seed_R, position_R = (
-        each.expand_as(nodes.position_BN).flatten().contiguous() for each in (*of_request, nodes.position_BN)
-    )
-    return temperature_R, seed_R, position_R
 
 
 def gumbel_noise(seed_B: torch.Tensor, position_BN: torch.Tensor, token_V: torch.Tensor) -> torch.Tensor:

@@ -12,6 +12,12 @@ def test_equals_reference(R, V, dtype, device):
     assert torch.equal(argmax_pick(**inputs), argmax_pick_ref(**inputs))
 
 
+@pytest.mark.parametrize("B", [1, 2, 4])
+def test_rows_of_the_same_request(B, device):
+    inputs = example_inputs(R=12, V=300, B=B, device=device, dtype=torch.float32)
+    assert torch.equal(argmax_pick(**inputs), argmax_pick_ref(**inputs))
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="takes the interpreter minutes")
 def test_equals_reference_at_full_width(device):
     inputs = example_inputs(R=64, V=128256, device=device)
@@ -40,7 +46,7 @@ def test_a_row_of_forbidden_tokens_gives_some_token(device):
 
 def test_tiny_temperatures_do_not_overflow(device):
     inputs = example_inputs(R=30, V=300, dtype=torch.float32, device=device)
-    inputs["temperature_R"].fill_(1e-38)
+    inputs["temperature_B"].fill_(1e-38)
     assert torch.equal(argmax_pick(**inputs), inputs["logits_RV"].argmax(dim=1))
 
 

@@ -60,18 +60,18 @@ def test_minus_inf_comes_last(device):
 def test_large_and_negative_logits(device):
     """The sum of exponentials does not overflow, and the keys of negative numbers are in order."""
     logits_RW = torch.tensor([[1000.0, 999.0, -1000.0], [-1.0, -0.5, -3.0]], device=device)
-    assert_equals_reference({"logits_RW": logits_RW, "scale_R": torch.ones(2, device=device), "k": 3})
+    assert_equals_reference({"logits_RW": logits_RW, "scale_B": torch.ones(2, device=device), "k": 3})
 
 
 def test_rows_may_be_strided(device):
     inputs = example_inputs(R=4, W=300, k=3, dtype=torch.float32, device=device)
-    assert_equals_reference(inputs | {"logits_RW": inputs["logits_RW"][::2, :280], "scale_R": inputs["scale_R"][:2]})
+    assert_equals_reference(inputs | {"logits_RW": inputs["logits_RW"][::2, :280], "scale_B": inputs["scale_B"][:2]})
 
 
 def test_a_row_is_the_same_in_any_company(device):
     inputs = example_inputs(R=3, W=600, k=4, dtype=torch.float32, device=device)
     together = topk_logprob(**inputs)
-    alone = topk_logprob(inputs["logits_RW"][1:2], inputs["scale_R"][1:2], k=4)
+    alone = topk_logprob(inputs["logits_RW"][1:2], inputs["scale_B"][1:2], k=4)
     assert torch.equal(alone.logprob_RK, together.logprob_RK[1:2])
     assert torch.equal(alone.index_RK, together.index_RK[1:2])
 
@@ -96,17 +96,25 @@ def test_with_noise_equals_reference_at_full_width(W, device):
     assert_close(topk_noisy_logprob(**inputs), topk_noisy_logprob_ref(**inputs))
 
 
+@pytest.mark.parametrize("B", [1, 2, 6])
+def test_rows_of_the_same_request(B, device):
+    inputs = example_noisy_inputs(R=6, W=300, k=4, B=B, dtype=torch.float32, device=device)
+    assert_close(topk_noisy_logprob(**inputs), topk_noisy_logprob_ref(**inputs))
+    plain = {name: inputs[name] for name in ("logits_RW", "scale_B", "k")}
+    assert_equals_reference(plain)
+
+
 def test_noise_alone_is_that_of_the_tokens(device):
     """Equal logits are ranked by the sampler's noise, whose tokens are the target's, not the draft's."""
     inputs = example_noisy_inputs(R=2, W=600, k=5, dtype=torch.float32, device=device)
     inputs["logits_RW"].zero_()
-    noise_RW = gumbel_noise(inputs["seed_R"], inputs["position_R"][:, None], inputs["token_W"])[:, 0]
+    noise_RW = gumbel_noise(inputs["seed_B"], inputs["position_R"][:, None], inputs["token_W"])[:, 0]
     assert torch.equal(topk_noisy_logprob(**inputs).index_RK, noise_RW.topk(5).indices)
 
 
 def test_a_noise_scale_of_zero_is_no_noise(device):
     inputs = example_noisy_inputs(R=3, W=300, k=5, dtype=torch.float32, device=device)
-    plain = topk_logprob(inputs["logits_RW"], inputs["scale_R"], k=5)
+    plain = topk_logprob(inputs["logits_RW"], inputs["scale_B"], k=5)
     noisy = topk_noisy_logprob(**inputs)
     assert torch.equal(noisy.logprob_RK[2], plain.logprob_RK[2])
     assert not torch.equal(noisy.logprob_RK[:2], plain.logprob_RK[:2])
