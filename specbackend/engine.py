@@ -18,6 +18,7 @@ from specbackend.cache.slots import SlotManager
 from specbackend.config import EngineConfig, TreeShape
 from specbackend.errors import ConfigError, InvalidRequest
 from specbackend.grammar import GrammarCompiler
+from specbackend.models.compiled import StepSize, compile_steps
 from specbackend.models.draft import DraftModel
 from specbackend.models.llama import LlamaModel
 from specbackend.models.model_config import ModelConfig
@@ -96,6 +97,8 @@ class Engine:
         draft = load_draft(config, model, self.dtype, self.device, num_positions)
         if draft is not None:
             model.captured_layers = draft.captured_layers
+        if config.enable_torch_compile:
+            _compile_steps(config, model, draft)
         num_slots = _num_slots(config, model, draft, context, num_nodes)
         table = RequestTable(config.max_running_requests, context + num_nodes, self.device)
         head_dims = {each.config.head_dim for each in (model, draft) if each}
@@ -363,6 +366,13 @@ def _kv_pool(model: LlamaModel | DraftModel, num_slots: int, dtype: torch.dtype,
 def _bytes_per_slot(model: LlamaModel | DraftModel, dtype: torch.dtype) -> int:
     config = model.config
     return KVPool.bytes_per_slot(model.num_kv_layers, config.num_key_value_heads, config.head_dim, dtype)
+
+
+def _compile_steps(config: EngineConfig, model: LlamaModel, draft: DraftModel | None) -> None:
+    tree, most = config.tree, config.torch_compile_max_bs
+    compile_steps(model, StepSize(most, tree.num_nodes if tree else 1))
+    if draft is not None:
+        compile_steps(draft, StepSize(most, max(tree.num_steps + 1, tree.topk)))
 
 
 def _recorded(config: EngineConfig, decoder: PlainDecoder | TreeDecoder, tree: TreeShape | None) -> Decoder:
