@@ -18,7 +18,7 @@ from specbackend.cache.slots import SlotManager
 from specbackend.config import EngineConfig, TreeShape
 from specbackend.errors import ConfigError, InvalidRequest
 from specbackend.grammar import GrammarCompiler
-from specbackend.models.compiled import StepSize, compile_steps
+from specbackend.models.compiled import compile_steps
 from specbackend.models.draft import DraftModel
 from specbackend.models.llama import LlamaModel
 from specbackend.models.model_config import ModelConfig
@@ -98,7 +98,7 @@ class Engine:
         if draft is not None:
             model.captured_layers = draft.captured_layers
         if config.enable_torch_compile:
-            _compile_steps(config, model, draft)
+            _compile_steps(config, model, draft, self.device)
         num_slots = _num_slots(config, model, draft, context, num_nodes)
         table = RequestTable(config.max_running_requests, context + num_nodes, self.device)
         head_dims = {each.config.head_dim for each in (model, draft) if each}
@@ -368,11 +368,11 @@ def _bytes_per_slot(model: LlamaModel | DraftModel, dtype: torch.dtype) -> int:
     return KVPool.bytes_per_slot(model.num_kv_layers, config.num_key_value_heads, config.head_dim, dtype)
 
 
-def _compile_steps(config: EngineConfig, model: LlamaModel, draft: DraftModel | None) -> None:
+def _compile_steps(config: EngineConfig, model: LlamaModel, draft: DraftModel | None, device) -> None:
     tree, most = config.tree, config.torch_compile_max_bs
-    compile_steps(model, StepSize(most, tree.num_nodes if tree else 1))
+    compile_steps(model, most * (tree.num_nodes if tree else 1), device)
     if draft is not None:
-        compile_steps(draft, StepSize(most, max(tree.num_steps + 1, tree.topk)))
+        compile_steps(draft, most * max(tree.num_steps + 1, tree.topk), device)
 
 
 def _recorded(config: EngineConfig, decoder: PlainDecoder | TreeDecoder, tree: TreeShape | None) -> Decoder:

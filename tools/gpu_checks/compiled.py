@@ -14,7 +14,6 @@ def check_compiled(context: Context, out: dict) -> None:
     for name, compile_ in (("eager", False), ("compiled", True)):
         found = out[name] = {}
         start = time.monotonic()
-        # one recording a batch size is all that is timed: cuda_graph_max_bs has 1, 2, 4 and 8
         engine = engine_of(context, subjects(context)[SUBJECT] | {"enable_torch_compile": compile_}, max(batches))
         found["load_seconds"] = time.monotonic() - start
         for batch in batches:
