@@ -10,7 +10,7 @@ from pathlib import Path
 from specbackend.errors import ConfigError
 
 # Parameters of SGLang's page whose code is not here yet: accepted at the value that changes nothing, refused otherwise.
-NOT_SERVED = {"tp_size": 1, "enable_torch_compile": False}
+NOT_SERVED = {"tp_size": 1}
 
 PATHS = ("model_path", "speculative_draft_model_path", "speculative_token_map")
 TREE = ("speculative_num_steps", "speculative_eagle_topk", "speculative_num_draft_tokens")
@@ -82,6 +82,8 @@ class EngineConfig:
     attention_backend: str = "auto"  # torch, triton or flashinfer; auto: triton on a GPU, torch elsewhere
     cuda_graph_max_bs: int | None = None  # largest batch whose decode step is a CUDA graph; None: 32
     disable_cuda_graph: bool = False
+    enable_torch_compile: bool = False  # of decode steps
+    torch_compile_max_bs: int = 32  # largest batch whose decode step is compiled
     stream_interval: int = 1  # decode steps between two responses of one request
     random_seed: int = 0
     logits_processors: str | None = None  # the server's own: module:function, separated by commas; see sampling.custom
@@ -149,6 +151,7 @@ class EngineConfig:
     def _check_ranges(self) -> None:
         for name in ("max_running_requests", "max_queued_requests", "max_prefill_tokens", "stream_interval"):
             _at_least(name, getattr(self, name), 1)
+        _at_least("torch_compile_max_bs", self.torch_compile_max_bs, 1)
         for name in ("context_length", "max_total_tokens", "num_threads"):
             if getattr(self, name) is not None:
                 _at_least(name, getattr(self, name), 1)

@@ -19,6 +19,7 @@ from specbackend.config import EngineConfig
 from specbackend.cuda_graphs import Recorder, graph_batch_sizes, graph_recorder
 from specbackend.errors import ConfigError, InvalidRequest
 from specbackend.grammar import GrammarCompiler
+from specbackend.models.compiled import compile_steps
 from specbackend.models.draft import DraftModel
 from specbackend.models.llama import LlamaModel
 from specbackend.models.model_config import ModelConfig
@@ -97,6 +98,8 @@ class Engine:
         draft = load_draft(config, model, self.dtype, self.device, num_positions)
         if draft is not None:
             model.captured_layers = draft.captured_layers
+        if config.enable_torch_compile:
+            _compile_steps(config, model, draft, self.device)
         num_slots = _num_slots(config, model, draft, context, num_nodes)
         table = RequestTable(config.max_running_requests, context + num_nodes, self.device)
         head_dims = {each.config.head_dim for each in (model, draft) if each}
@@ -379,6 +382,13 @@ def _kv_pool(model: LlamaModel | DraftModel, num_slots: int, dtype: torch.dtype,
 def _bytes_per_slot(model: LlamaModel | DraftModel, dtype: torch.dtype) -> int:
     config = model.config
     return KVPool.bytes_per_slot(model.num_kv_layers, config.num_key_value_heads, config.head_dim, dtype)
+
+
+def _compile_steps(config: EngineConfig, model: LlamaModel, draft: DraftModel | None, device) -> None:
+    tree, most = config.tree, config.torch_compile_max_bs
+    compile_steps(model, most * (tree.num_nodes if tree else 1), device)
+    if draft is not None:
+        compile_steps(draft, most * max(tree.num_steps + 1, tree.topk), device)
 
 
 def _graph_batch_sizes(config: EngineConfig) -> list[int]:

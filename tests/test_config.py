@@ -96,7 +96,8 @@ REFUSED = [
     ("disable_radix_cache", None),
     ("random_seed", "x"),
     ("tp_size", 2),
-    ("enable_torch_compile", True),
+    ("enable_torch_compile", "yes"),
+    ("torch_compile_max_bs", 0),
     ("cuda_graph_max_bs", -1),
 ]
 

@@ -68,14 +68,18 @@ class Attention:
 
     def __call__(self, x_TD, residual_TD, rope, slot_T, plan: AttentionPlan, kv_S2GD, shape_BQ) -> torch.Tensor:
         """Write the rows' K and V to their slots, attend; return residual + output, maybe in the residual's place."""
+        q = self.project(x_TD, rope, slot_T, kv_S2GD)
+        attended = plan.run(q.view(*shape_BQ, self.H, self.D), kv_S2GD)
+        return self.out.plus_(residual_TD, attended.view(-1, self.H * self.D))
+
+    def project(self, x_TD, rope, slot_T, kv_S2GD) -> torch.Tensor:
+        """Write the rows' K and V to their slots; return q [T, H, D]."""
         qkv = self.qkv(x_TD)
         if self.norm:
             heads = qkv.view(-1, self.H + 2 * self.G, self.D)
             q_and_k, v = heads.split_with_sizes((self.H + self.G, self.G), dim=1)
             qkv = torch.cat([self.norm(q_and_k), v], dim=1).flatten(1)
-        q = self._operators.rope_kv_write(qkv, rope, slot_T, kv_S2GD, self.H)
-        attended = plan.run(q.view(*shape_BQ, self.H, self.D), kv_S2GD)
-        return self.out.plus_(residual_TD, attended.view(-1, self.H * self.D))
+        return self._operators.rope_kv_write(qkv, rope, slot_T, kv_S2GD, self.H)
 
 
 class GatedMLP:

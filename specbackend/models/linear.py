@@ -25,7 +25,8 @@ class Linear:
 
     def plus_(self, residual_TE: torch.Tensor, x_TD: torch.Tensor) -> torch.Tensor:
         """residual + x @ weight.T + bias. The residual may be overwritten: on a GPU that saves a copy of it."""
-        out_TE = residual_TE.addmm_(x_TD, self._weight_DE)
+        add = torch.addmm if torch.compiler.is_compiling() else torch.Tensor.addmm_  # compiled, in place is a copy more
+        out_TE = add(residual_TE, x_TD, self._weight_DE)
         return out_TE if self.bias_E is None else out_TE.add_(self.bias_E)
 
     def rows(self, index: torch.Tensor) -> torch.Tensor:

@@ -1,0 +1,67 @@
+"""torch.compile for decode steps: the projections before attention, and the MLP, which are most of a step's time.
+
+Both see rows only, so neither batch nor prefix has a part in what is compiled: there is one compilation for one row and
+one for any other number, whatever the network, and the layers share them. Attention keeps its kernels.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from specbackend.models.draft import DraftModel
+from specbackend.models.layers import Attention, GatedMLP
+from specbackend.models.llama import LlamaModel
+
+
+@dataclass(frozen=True)
+class FewRows:
+    """A part of a layer that is compiled for up to `most` rows; prefill, which has more, takes it as it is."""
+
+    part: Callable
+    compiled: Callable
+    most: int
+
+    def __call__(self, x_TD: torch.Tensor, *others) -> torch.Tensor:
+        run = self.compiled if len(x_TD) <= self.most else self.part
+        return run(x_TD, *others)
+
+
+def compile_steps(network: LlamaModel | DraftModel, most_rows: int, device: torch.device) -> None:
+    """Compile a network in place, for forwards of up to most_rows rows; it happens when the first of them run.
+
+    On a GPU matrix products are chosen by timing them, as SGLang has it; to record steps is left to `step_graphs`.
+    """
+    torch._dynamo.disallow_in_graph(torch.ops.mkldnn._linear_pointwise)  # Inductor takes packed weights as constants
+    mode = "max-autotune-no-cudagraphs" if device.type == "cuda" else "default"
+
+    def few_rows(part: Callable) -> FewRows:
+        return FewRows(part, torch.compile(part, dynamic=True, mode=mode), most_rows)
+
+    _replace_parts(network, few_rows)
+
+
+def _replace_parts(block: object, few_rows: Callable[[Callable], FewRows]) -> None:
+    for name, value in list(vars(block).items()):
+        for each in value if isinstance(value, list) else [value]:
+            if isinstance(each, GatedMLP):
+                _fix_sizes(each)
+                setattr(block, name, few_rows(each.__call__))
+            elif isinstance(each, Attention):
+                _fix_sizes(each)
+                each.project = few_rows(each.project)
+            elif _is_ours(each):
+                _replace_parts(each, few_rows)
+
+
+def _fix_sizes(block: object) -> None:
+    """Mark the weights as of sizes that do not change, unlike those of all other tensors."""
+    for value in vars(block).values():
+        if isinstance(value, torch.Tensor):
+            torch._dynamo.mark_static(value)
+        elif _is_ours(value):
+            _fix_sizes(value)
+
+
+def _is_ours(value: object) -> bool:
+    return type(value).__module__.startswith("specbackend.models")
