@@ -10,7 +10,7 @@ from pathlib import Path
 from specbackend.errors import ConfigError
 
 # Parameters of SGLang's page whose code is not here yet: accepted at the value that changes nothing, refused otherwise.
-NOT_SERVED = {"tp_size": 1, "enable_torch_compile": False}
+NOT_SERVED = {"enable_torch_compile": False}
 
 PATHS = ("model_path", "speculative_draft_model_path", "speculative_token_map")
 TREE = ("speculative_num_steps", "speculative_eagle_topk", "speculative_num_draft_tokens")
@@ -78,9 +78,10 @@ class EngineConfig:
     cuda_graph_max_bs: int | None = None  # largest batch whose decode step is a CUDA graph; None: 32
     disable_cuda_graph: bool = False
     stream_interval: int = 1  # decode steps between two responses of one request
+    tp_size: int = 1  # processes that share the layers; on GPUs each has one
     random_seed: int = 0
     logits_processors: str | None = None  # the server's own: module:function, separated by commas; see sampling.custom
-    num_threads: int | None = None  # CPU threads of the engine; None: torch's default, less one beside tritonserver
+    num_threads: int | None = None  # CPU threads of each rank; None: torch's default, less one beside tritonserver
     watchdog_timeout: float = 300.0  # seconds one step may take before the engine is restarted
     shadow_fraction: float = 0.0  # of speculative answers, decoded again without speculation and compared
 
@@ -142,7 +143,7 @@ class EngineConfig:
         _one_of("page_size", self.page_size, (1,))
 
     def _check_ranges(self) -> None:
-        for name in ("max_running_requests", "max_queued_requests", "max_prefill_tokens", "stream_interval"):
+        for name in ("max_running_requests", "max_queued_requests", "max_prefill_tokens", "stream_interval", "tp_size"):
             _at_least(name, getattr(self, name), 1)
         for name in ("context_length", "max_total_tokens", "num_threads"):
             if getattr(self, name) is not None:

@@ -95,7 +95,8 @@ REFUSED = [
     ("disable_radix_cache", "yes"),
     ("disable_radix_cache", None),
     ("random_seed", "x"),
-    ("tp_size", 2),
+    ("tp_size", 0),
+    ("tp_size", "two"),
     ("enable_torch_compile", True),
     ("cuda_graph_max_bs", -1),
 ]
