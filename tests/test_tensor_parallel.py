@@ -22,10 +22,10 @@ from tests.conftest import DEMO_EAGLE3, DEMO_TARGET, ROOT
 BIASES = {"attention_bias": True, "mlp_bias": True}  # o_proj's and down_proj's are added once, not by each rank
 PROMPTS = [[(3 + 7 * i + i * i * n) % 60 for i in range(n)] for n in (20, 9, 33, 1)]
 PARAMS = [
-    {"temperature": 0, "max_new_tokens": 24, "ignore_eos": True},
-    {"temperature": 1.0, "seed": 5, "top_p": 0.9, "max_new_tokens": 24},
-    {"temperature": 0.7, "frequency_penalty": 0.4, "min_new_tokens": 9, "max_new_tokens": 20},
-    {"temperature": 1.0, "max_new_tokens": 24},  # seeded by the engine
+    {"temperature": 0, "max_new_tokens": 16, "ignore_eos": True},
+    {"temperature": 1.0, "seed": 5, "top_p": 0.9, "max_new_tokens": 16},
+    {"temperature": 0.7, "frequency_penalty": 0.4, "min_new_tokens": 9, "max_new_tokens": 16},
+    {"temperature": 1.0, "max_new_tokens": 16},  # seeded by the engine
 ]
 
 
@@ -44,6 +44,8 @@ def eagle3(folder: Path, **config) -> dict:
         "model_path": str(folder / "target"),
         "speculative_algorithm": "EAGLE3",
         "speculative_draft_model_path": str(folder / "head"),
+        "shadow_fraction": 1.0,
+        "max_total_tokens": 600,
     }
 
 
@@ -90,11 +92,12 @@ def start():
         engine.shutdown()
 
 
-def what_is_said(engine: Engine) -> list[tuple]:
-    """Tokens and how they were come by, with a cold cache and with a warm one."""
+def what_is_said(engine: Engine) -> list:
+    """Tokens and how they were come by, with a cold cache and with a warm one, and how that leaves the engine."""
     answers = [answer for _ in range(2) for answer in engine.generate(input_ids=PROMPTS, sampling_params=PARAMS)]
     counts = ("spec_verify_ct", "cached_tokens")
-    return [(answer["output_ids"], *(answer["meta_info"][name] for name in counts)) for answer in answers]
+    said = [(answer["output_ids"], *(answer["meta_info"][name] for name in counts)) for answer in answers]
+    return [*said, engine.stats()]
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -104,8 +107,11 @@ def test_two_ranks_say_what_one_says(case, tmp_path, start):
     two = start(**params, tp_size=2)
     assert what_is_said(two) == expected
     assert two.plain.runner.kv_pool.layer(0).shape[2] == 1  # of two key-value heads
+    stats = expected[-1]
     if "speculative_algorithm" in params:
-        assert sum(verified for _, verified, _ in expected) < sum(len(tokens) - 1 for tokens, _, _ in expected)
+        assert stats.verify_steps < stats.completion_tokens - 2 * len(PROMPTS)
+    if "shadow_fraction" in params:
+        assert stats.shadow_requests and not stats.shadow_different_requests
 
 
 def test_a_trained_head_and_a_grammar(demo_prompts):

@@ -1,6 +1,7 @@
 """Matrix products whose weight is spread over ranks. On one rank they are ordinary ones.
 
-A product whose output is split needs no class: it is an ordinary one with fewer rows.
+A product whose output is split needs no class: it is an ordinary one with fewer rows. What is small beside the layers,
+as embeddings and a draft head's fc, every rank has whole: to put parts together would take a further collective.
 """
 
 import torch
