@@ -24,7 +24,7 @@ from specbackend.cache.kv_pool import KVPool, RequestTable
 from specbackend.cache.slots import SlotManager
 from specbackend.config import EngineConfig, TreeShape
 from specbackend.errors import ConfigError, InvalidRequest
-from specbackend.followers import Followers
+from specbackend.followers import Followers, exit_after
 from specbackend.grammar import GrammarCompiler
 from specbackend.models.draft import DraftModel
 from specbackend.models.llama import LlamaModel
@@ -198,7 +198,7 @@ class Engine:
         """One scheduling decision and one forward of what it chose; [] when there is nothing to do."""
         if self._followers is None:
             return self._step()
-        with self._followers.lockstep():
+        with self._followers.lockstep(), exit_after(2 * self.config.watchdog_timeout):
             self._followers.tell("step")
             return self._followers.compare(self._step())
 

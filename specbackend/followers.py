@@ -1,5 +1,6 @@
 """The other ranks of an engine with tp_size > 1, as the one that leads sees them: processes that repeat its calls."""
 
+import faulthandler
 import os
 import shutil
 import signal
@@ -122,7 +123,7 @@ class Followers:
         """What the ranks do together. If it fails on one, the others are left at another place: it is the end of all.
 
         Raises RankError with the name of the rank if a follower has ended. One that is stuck makes a collective fail
-        after watchdog_timeout.
+        after watchdog_timeout; NCCL then ends the process.
         """
         if not self.stop.alive:
             raise RankError("the ranks of this engine have ended")
@@ -142,6 +143,19 @@ class Followers:
         wait([follower.connection for follower in self._followers], LAST_WORDS_S)
         ended = [follower for follower in self._followers if follower.connection.poll()]
         return "; ".join(f"rank {follower.rank} {follower.last_words()}" for follower in ended)
+
+
+@contextmanager
+def exit_after(seconds: float) -> Iterator[None]:
+    """End this process, and tell where it was, if it is not through by then.
+
+    Nothing else ends the wait for a CUDA graph in which NCCL waits for a rank that is gone.
+    """
+    faulthandler.dump_traceback_later(seconds, exit=True, file=2)
+    try:
+        yield
+    finally:
+        faulthandler.cancel_dump_traceback_later()
 
 
 def _end(followers: list[Follower], folder: Path) -> None:

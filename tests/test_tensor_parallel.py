@@ -137,6 +137,9 @@ def test_requests_that_are_refused_or_cancelled_leave_the_ranks_in_step(tmp_path
         engine.submit(Request("a", PROMPTS[0], SamplingParams(max_new_tokens=50, ignore_eos=True)))
         engine.step()
         engine.cancel("a")
+        stream = engine.generate(input_ids=PROMPTS[1:3], sampling_params={"max_new_tokens": 50}, stream=True)
+        next(stream)
+        stream.close()
     assert what_is_said(two) == what_is_said(one)
 
 
@@ -236,25 +239,35 @@ def test_an_error_in_a_step_is_told_as_it_is(engine, monkeypatch):
 
 
 LEADER = """
-import sys, torch
+import sys, time, torch
 from specbackend import Engine
 torch.set_num_threads(1)
 engine = Engine(model_path=sys.argv[1], tp_size=2)
 print(*engine.follower_pids, flush=True)
-engine.generate(input_ids=[1], sampling_params={"max_new_tokens": 10**6}) if sys.argv[2] == "busy" else input()
+if sys.argv[2] == "busy":
+    engine.generate(input_ids=[1], sampling_params={"max_new_tokens": 10**6})
+elif sys.argv[2] == "idle":
+    time.sleep(10**6)
+else:  # as with a graph that NCCL does not get through
+    object.__setattr__(engine.config, "watchdog_timeout", 0.2)
+    engine._step = lambda: time.sleep(10**6)
+    engine.step()
 """
 
 
-@pytest.mark.parametrize("doing", ["busy", "idle"])
+@pytest.mark.parametrize("doing", ["busy", "idle", "stuck"])
 def test_no_rank_outlives_the_leader(tmp_path, doing):
+    """It is killed, or ends itself when a step gets nowhere."""
     params = plain(tmp_path, max_position_embeddings=1 << 17)
     command = [sys.executable, "-c", LEADER, params["model_path"], doing]
-    leader = subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-    with leader:
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as leader:
         pid = int(leader.stdout.readline())
         folder = Path(f"/proc/{pid}/cmdline").read_text().split("--meeting\0")[1].split("\0")[0]
-        assert Path(folder).parent.is_dir()
-        leader.kill()
+        if doing == "stuck":
+            assert "Timeout" in leader.stderr.read()
+        else:
+            assert Path(folder).parent.is_dir()
+            leader.kill()
     while Path(f"/proc/{pid}/cwd").exists():  # a zombie that nobody buries has none
         time.sleep(0.01)
     assert not Path(folder).parent.exists()
