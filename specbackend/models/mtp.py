@@ -28,7 +28,7 @@ class MtpModel:
 
     def __init__(self, folder: Path, target: LlamaModel, vocabulary: DraftVocabulary, dtype, device):
         config, prefix, D = target.config, f"{MTP_PREFIX}0", target.config.hidden_size
-        weights = Weights(folder, dtype, device)
+        weights = Weights(folder, dtype, device, ranks=target.ranks)
         self.config, self.vocabulary = config, vocabulary
         self.embed_tokens, self.rope = target.embed_tokens, target.rope
         self.token_layernorm = RMSNorm.take(weights, f"{prefix}.token_layernorm", config)

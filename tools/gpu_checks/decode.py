@@ -93,7 +93,7 @@ def decode(engine: Engine, prompts: list[list[int]], sampling: dict, new_tokens:
             tokens[update.request_id] += len(update.token_ids)
         finished = any(update.finished for update in updates)
     seconds = time.perf_counter() - prefilled
-    engine.shutdown()
+    engine.drop_requests()
     total = sum(tokens.values())
     return {
         "tok_per_s": total / seconds,
@@ -125,7 +125,7 @@ def _profile(engine: Engine, prompts: list[list[int]], speculative: bool, steps:
             engine.step()
         torch.cuda.synchronize()
         wall = time.perf_counter() - start
-    engine.shutdown()
+    engine.drop_requests()
     kernels = sorted(recorded.key_averages(), key=lambda each: -each.self_device_time_total)
     return {
         "wall_us_per_step": 1e6 * wall / steps,
