@@ -67,6 +67,7 @@ REFUSED = [
     ("speculative_algorithm", "MEDUSA"),
     ("speculative_algorithm", "eagle3"),
     ("dtype", "int8"),
+    ("quantization", "fp8"),
     ("schedule_policy", "random"),
     ("attention_backend", "fa3"),
     ("page_size", 16),
