@@ -65,6 +65,7 @@ class EngineConfig:
     speculative_ngram_min_match_window_size: int | None = None  # tokens that must match before NGRAM proposes
     speculative_ngram_max_match_window_size: int | None = None  # longer matches are no better
     dtype: str = "auto"  # auto: as the checkpoint says; else float32, bfloat16, float16
+    quantization: str | None = None  # w8a8_int8: the target's layers, rounded at load; None: as the checkpoint is
     device: str = "auto"  # auto: cuda if there is one, else cpu
     context_length: int | None = None  # None: the checkpoint's max_position_embeddings
     max_running_requests: int = 48
@@ -93,6 +94,9 @@ class EngineConfig:
         self._default("speculative_algorithm", ALIASES.get(self.speculative_algorithm, self.speculative_algorithm))
         self._check_choices()
         self._check_ranges()
+        if self.tp_size > 1 and (self.quantization or self.enable_torch_compile):
+            name = "quantization" if self.quantization else "enable_torch_compile"
+            raise ConfigError(f"{name}: is served on one rank only, tp_size is {self.tp_size}")
         if self.speculative_algorithm is None:
             self._refuse_speculative("speculative_", "speculative_algorithm is not")
             if self.shadow_fraction:
@@ -136,6 +140,7 @@ class EngineConfig:
     def _check_choices(self) -> None:
         _one_of("speculative_algorithm", self.speculative_algorithm, (None, *ALGORITHMS, *ALIASES))
         _one_of("dtype", self.dtype, ("auto", "float32", "bfloat16", "float16"))
+        _one_of("quantization", self.quantization, (None, "w8a8_int8"))
         _one_of("schedule_policy", self.schedule_policy, ("fcfs", "lpm"))
         _one_of("attention_backend", self.attention_backend, ("auto", "torch", "triton", "flashinfer"))
         _one_of("page_size", self.page_size, (1,))

@@ -29,6 +29,7 @@ from specbackend.followers import Followers, exit_after
 from specbackend.grammar import GrammarCompiler
 from specbackend.models.compiled import compile_steps
 from specbackend.models.draft import DraftModel
+from specbackend.models.int8 import quantize
 from specbackend.models.llama import LlamaModel
 from specbackend.models.model_config import ModelConfig
 from specbackend.models.registry import load_draft
@@ -123,6 +124,8 @@ class Engine:
         # a tree may reach past the last token that counts, and drafting deeper than the tree that is kept of it
         num_positions = context + max(num_nodes, (config.speculative_num_steps or 0) + 1)
         model = LlamaModel(target_path, self.model_config, self.dtype, self.device, num_positions, ranks)
+        if config.quantization:
+            quantize(model)
         draft = load_draft(config, model, self.dtype, self.device, num_positions)
         if draft is not None:
             model.captured_layers = draft.captured_layers

@@ -67,6 +67,7 @@ REFUSED = [
     ("speculative_algorithm", "MEDUSA"),
     ("speculative_algorithm", "eagle3"),
     ("dtype", "int8"),
+    ("quantization", "fp8"),
     ("schedule_policy", "random"),
     ("attention_backend", "fa3"),
     ("page_size", 16),
@@ -116,6 +117,13 @@ def test_refusals_name_the_parameter(name, value):
 def test_speculative_parameters_without_an_algorithm(name):
     with pytest.raises(ConfigError, match=rf"^{name}: .*speculative_algorithm is not"):
         EngineConfig.from_params({**BASE, name: "3"})
+
+
+@pytest.mark.parametrize("name, value", [("quantization", "w8a8_int8"), ("enable_torch_compile", "true")])
+def test_what_is_not_served_on_several_ranks(name, value):
+    EngineConfig.from_params({**BASE, name: value})
+    with pytest.raises(ConfigError, match=rf"^{name}: .*tp_size is 2"):
+        EngineConfig.from_params({**BASE, name: value, "tp_size": 2})
 
 
 def test_unknown_parameters_are_named_and_the_known_listed():

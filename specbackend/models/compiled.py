@@ -22,9 +22,12 @@ class FewRows:
     compiled: Callable
     most: int
 
-    def __call__(self, x_TD: torch.Tensor, *others) -> torch.Tensor:
-        run = self.compiled if len(x_TD) <= self.most else self.part
-        return run(x_TD, *others)
+    def __call__(self, x_TD: torch.Tensor, *others: torch.Tensor) -> torch.Tensor:
+        if len(x_TD) > self.most:
+            return self.part(x_TD, *others)
+        for tensor in (x_TD, *others):
+            torch._dynamo.maybe_mark_dynamic(tensor, 0)
+        return self.compiled(x_TD, *others)
 
 
 def compile_steps(network: LlamaModel | DraftModel, most_rows: int, device: torch.device) -> None:
@@ -32,11 +35,13 @@ def compile_steps(network: LlamaModel | DraftModel, most_rows: int, device: torc
 
     On a GPU matrix products are chosen by timing them, as SGLang has it; to record steps is left to `step_graphs`.
     """
-    torch._dynamo.disallow_in_graph(torch.ops.mkldnn._linear_pointwise)  # Inductor takes packed weights as constants
+    if device.type == "cpu":  # Inductor wants packed weights as constants
+        torch._dynamo.disallow_in_graph([torch.ops.mkldnn._linear_pointwise, torch.ops.onednn.qlinear_pointwise])
     mode = "max-autotune-no-cudagraphs" if device.type == "cuda" else "default"
 
     def few_rows(part: Callable) -> FewRows:
-        return FewRows(part, torch.compile(part, dynamic=True, mode=mode), most_rows)
+        # dynamic=False: all sizes are as they are, but for the number of rows, which is marked
+        return FewRows(part, torch.compile(part, dynamic=False, mode=mode), most_rows)
 
     _replace_parts(network, few_rows)
 
@@ -45,22 +50,11 @@ def _replace_parts(block: object, few_rows: Callable[[Callable], FewRows]) -> No
     for name, value in list(vars(block).items()):
         for each in value if isinstance(value, list) else [value]:
             if isinstance(each, GatedMLP):
-                _fix_sizes(each)
                 setattr(block, name, few_rows(each.__call__))
             elif isinstance(each, Attention):
-                _fix_sizes(each)
                 each.project = few_rows(each.project)
             elif _is_ours(each):
                 _replace_parts(each, few_rows)
-
-
-def _fix_sizes(block: object) -> None:
-    """Mark the weights as of sizes that do not change, unlike those of all other tensors."""
-    for value in vars(block).values():
-        if isinstance(value, torch.Tensor):
-            torch._dynamo.mark_static(value)
-        elif _is_ours(value):
-            _fix_sizes(value)
 
 
 def _is_ours(value: object) -> bool:
