@@ -7,6 +7,7 @@ import signal
 import subprocess
 import tempfile
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from peers.worker import Answers, Prompts
@@ -46,7 +47,8 @@ class PeerProcess:
 
     def __exit__(self, *error: object) -> None:
         self._process.send_signal(signal.SIGCONT)
-        self._process.stdin.close()
+        with suppress(BrokenPipeError):  # it is dead, and its last request still in the buffer
+            self._process.stdin.close()
         try:
             self._process.wait(EXIT_S)
         except subprocess.TimeoutExpired:

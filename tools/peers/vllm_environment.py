@@ -5,11 +5,9 @@ import subprocess
 import sys
 from ctypes.util import find_library
 from importlib.metadata import distributions
-from pathlib import Path
-
-from packaging.requirements import Requirement
 
 import setup_env
+from packaging.requirements import Requirement
 
 FOLDER = setup_env.ROOT / "build" / "vllm"
 PYTHON = FOLDER / "venv" / "bin" / "python"

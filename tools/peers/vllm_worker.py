@@ -22,22 +22,23 @@ def load(settings: dict) -> Contestant:
     if speculative and speculative["method"] == "eagle":
         speculative["model"] = eagle_head(Path(speculative["model"]))
     llm = LLM(**settings, disable_log_stats=False)
+
+    def greedy(prompts: Prompts, max_new_tokens: int) -> list[list[int]]:
+        inputs = [{"prompt_token_ids": prompt} for prompt in prompts]
+        params = SamplingParams(temperature=0, max_tokens=max_new_tokens, detokenize=False)
+        return [list(output.outputs[0].token_ids) for output in llm.generate(inputs, params, use_tqdm=False)]
+
+    if not speculative:
+        return lambda prompts, max_new_tokens: Answers(greedy(prompts, max_new_tokens))
     drafts, accepted = counter(DRAFTS), counter(ACCEPTED)
 
-    def generate(prompts: Prompts, max_new_tokens: int) -> Answers:
-        drafts_before, accepted_before = drafts(), accepted()
-        outputs = llm.generate(
-            [{"prompt_token_ids": prompt} for prompt in prompts],
-            SamplingParams(temperature=0, max_tokens=max_new_tokens, detokenize=False),
-            use_tqdm=False,
-        )
-        output_ids = [list(output.outputs[0].token_ids) for output in outputs]
-        if speculative is None:
-            return Answers(output_ids)
-        steps = int(drafts() - drafts_before)
-        return Answers(output_ids, steps, steps + int(accepted() - accepted_before))
+    def counted(prompts: Prompts, max_new_tokens: int) -> Answers:
+        before = drafts(), accepted()
+        output_ids = greedy(prompts, max_new_tokens)
+        steps = int(drafts() - before[0])
+        return Answers(output_ids, steps, steps + int(accepted() - before[1]))
 
-    return generate
+    return counted
 
 
 def counter(name: str) -> Callable[[], float]:
