@@ -2,7 +2,7 @@
 
 import json
 import os
-import tempfile
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -55,17 +55,20 @@ def counter(name: str) -> Callable[[], float]:
 def eagle_head(folder: Path) -> str:
     """The same head as vLLM wants it: under its authors' name of the architecture, where others write their own.
 
-    vLLM's EAGLE leaves out the bias that heads of Llama 2 and Vicuna have; it gets it here.
+    `bias` is one of `fc`, which vLLM takes for one of the attention, so that heads with it draft nothing right. The
+    place is always the same, for what vLLM compiles it keeps by that.
     """
     config = json.loads((folder / "config.json").read_text())
     if config.get("bias"):
         llama_eagle.ReplicatedLinear = _with_bias
-    link = Path(tempfile.mkdtemp(prefix="eagle_head_"))
+    copy = Path(os.environ["VLLM_CACHE_ROOT"]) / "heads" / folder.resolve().relative_to("/")
+    shutil.rmtree(copy, ignore_errors=True)
+    copy.mkdir(parents=True)
     for path in folder.iterdir():
-        os.symlink(path.resolve(), link / path.name)
-    (link / "config.json").unlink()
-    (link / "config.json").write_text(json.dumps(config | {"architectures": ["LlamaForCausalLM"]}))
-    return str(link)
+        (copy / path.name).symlink_to(path.resolve())
+    (copy / "config.json").unlink()
+    (copy / "config.json").write_text(json.dumps(config | {"architectures": ["LlamaForCausalLM"], "bias": False}))
+    return str(copy)
 
 
 def _with_bias(*args, **options) -> ReplicatedLinear:
