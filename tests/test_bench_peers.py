@@ -26,7 +26,7 @@ def load(settings):
         raise ValueError("no such head")
 
     def generate(prompts, max_new_tokens):
-        if max_new_tokens == 13:
+        if max_new_tokens == 13 and len(prompts) == 2:
             os._exit(3)
         time.sleep(0.01)
         return Answers([[7, max_new_tokens] for _ in prompts], steps=2, step_tokens=5)
@@ -100,9 +100,13 @@ def test_no_environment_is_a_reason(bench, tmp_path, monkeypatch):
 
 
 def test_who_dies_is_out(bench, tmp_path):
-    bench("--peers", "vllm", "--num-prompts", 1, "--max-new-tokens", 13, "--json", tmp_path / "figures.json")
+    """But what it did before counts."""
+    flags = ("--peers", "vllm", "--num-prompts", 2, "--batch-sizes", 1, 2, "--max-new-tokens", 13)
+    bench(*flags, "--json", tmp_path / "figures.json")
     figures = json.loads((tmp_path / "figures.json").read_text())
-    assert figures["rows"] == []
+    assert [(row["algorithm"], row["batch_size"]) for row in figures["rows"]] == [
+        (algorithm, 1) for algorithm in ("plain", "eagle", "ngram")
+    ]
     assert figures["skipped"]["vllm plain"].startswith("ended with code 3")
     assert figures["skipped"].keys() == {"vllm plain", "vllm eagle", "vllm eagle3", "vllm ngram"}
 

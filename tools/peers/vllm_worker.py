@@ -33,6 +33,7 @@ def load(settings: dict) -> Contestant:
     drafts, accepted = counter(DRAFTS), counter(ACCEPTED)
 
     def counted(prompts: Prompts, max_new_tokens: int) -> Answers:
+        """Counts as vLLM does: steps that draft nothing are none, and what is accepted behind an answer's end is."""
         before = drafts(), accepted()
         output_ids = greedy(prompts, max_new_tokens)
         steps = int(drafts() - before[0])
