@@ -1,4 +1,4 @@
-"""top_k and top_p jointly, without sorting: the smallest logit that stays is found by bisection.
+"""The smallest logit that top_k and top_p jointly let stay, found without sorting, by bisection.
 
 A token stays if fewer than top_k tokens, and less than top_p of the probability, are above it. Both only grow on the
 way down, so what stays is all from some value up, and equal logits stay or go together. Distances from the best are
@@ -14,14 +14,15 @@ import triton
 import triton.language as tl
 
 
-def limit_logits_ref_(scaled_RV: torch.Tensor, top_k_B: torch.Tensor, top_p_B: torch.Tensor) -> torch.Tensor:
+def limit_threshold_ref(scaled_RV: torch.Tensor, top_k_B: torch.Tensor, top_p_B: torch.Tensor) -> torch.Tensor:
     top_k_R1, top_p_R1 = (each.repeat_interleave(len(scaled_RV) // len(each))[:, None] for each in (top_k_B, top_p_B))
     best_RV = scaled_RV.sort(dim=1, descending=True).values
-    mass_RV = best_RV.double().exp().cumsum(dim=1)
-    first_RV = torch.searchsorted(-best_RV, -scaled_RV)  # how many are above it
-    above_RV = torch.cat([torch.zeros_like(mass_RV[:, :1]), mass_RV], dim=1).gather(1, first_RV)
-    stays_RV = (first_RV < top_k_R1) & (above_RV < top_p_R1 * mass_RV[:, -1:])
-    return scaled_RV.masked_fill_(~stays_RV, -torch.inf)
+    mass_RV = torch.nn.functional.pad(best_RV.double().exp().cumsum(dim=1), (1, 0))
+    above_RV = torch.searchsorted(-best_RV, -best_RV)  # how many are larger
+    stays_RV = (above_RV < top_k_R1) & (mass_RV.gather(1, above_RV) < top_p_R1 * mass_RV[:, -1:]) & best_RV.isfinite()
+    threshold_R = best_RV.masked_fill(~stays_RV, torch.inf).amin(dim=1)
+    is_limited_R1 = (top_k_R1 < scaled_RV.shape[1]) | (top_p_R1 < 1)
+    return threshold_R.where(is_limited_R1[:, 0], -torch.inf)
 
 
 @triton.jit
@@ -41,10 +42,11 @@ def _measure(scaled_ptr, V, pivot, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _limit_kernel(
-    scaled_ptr,  # [R, V] in and out
+def _threshold_kernel(
+    scaled_ptr,  # [R, V]
     top_k_ptr,  # [B]
     top_p_ptr,  # [B]
+    threshold_ptr,  # [R] out
     V,
     N,
     BLOCK: tl.constexpr,
@@ -52,31 +54,28 @@ def _limit_kernel(
     r = tl.program_id(0).to(tl.int64)
     scaled_ptr += r * V
     top_k, top_p = tl.load(top_k_ptr + r // N), tl.load(top_p_ptr + r // N)
+    threshold = -float("inf")
     if (top_k < V) | (top_p < 1.0):
         _, total, last, _ = _measure(scaled_ptr, V, float("inf"), BLOCK)
-        # What is as far from the best as `stays` stays; what is as far as `goes` goes, or there is no such token.
-        stays = tl.zeros([], tl.int32)
-        goes = last.to(tl.int32, bitcast=True) + 1
+        stays = tl.zeros([], tl.int32)  # the farthest known to stay: at first the best
+        goes = last.to(tl.int32, bitcast=True) + 1  # nothing from here on stays
         while goes - stays > 1:
             pivot = stays + (goes - stays) // 2
             count, mass, last, next = _measure(scaled_ptr, V, pivot.to(tl.float32, bitcast=True), BLOCK)
             # What is true of the pivot is true from behind the last token before it to the next one.
             if (count < top_k) & (mass < top_p * total):
-                stays = tl.minimum(next.to(tl.int32, bitcast=True), goes - 1)
+                stays = next.to(tl.int32, bitcast=True)
             else:
                 goes = last.to(tl.int32, bitcast=True) + 1
-        farthest = stays.to(tl.float32, bitcast=True)
-        for start in range(0, V, BLOCK):
-            v = start + tl.arange(0, BLOCK)
-            distance = tl.abs(tl.load(scaled_ptr + v, mask=v < V, other=0.0))
-            tl.store(scaled_ptr + v, float("-inf"), mask=(v < V) & (distance > farthest))
+        threshold = -stays.to(tl.float32, bitcast=True)
+    tl.store(threshold_ptr + r, threshold)
 
 
-def limit_logits_(scaled_RV: torch.Tensor, top_k_B: torch.Tensor, top_p_B: torch.Tensor) -> torch.Tensor:
-    """Set to -inf, in place, all but the top_k largest and those with less than top_p of the softmax above them.
+def limit_threshold(scaled_RV: torch.Tensor, top_k_B: torch.Tensor, top_p_B: torch.Tensor) -> torch.Tensor:
+    """Return the smallest logit in each row that is above -inf and stays, float32 [R]; -inf in rows without limits.
 
-    Returns its argument. Logits equal to one that stays stay too, so more than top_k may. Sums are of float32: where
-    the probability above a token is within a millionth of top_p, it is rounding that says whether the token stays.
+    Those stay that are among the top_k largest and have less than top_p of the softmax above. Sums are of float32:
+    where the probability above a logit is within a millionth of top_p, it is rounding that says whether it stays.
     A row's result does not depend on the other rows, to the bit.
 
     scaled_RV: float32, contiguous, the best of each row 0, -inf allowed. top_k_B: int64, at least 1; V or more: all.
@@ -86,9 +85,12 @@ def limit_logits_(scaled_RV: torch.Tensor, top_k_B: torch.Tensor, top_p_B: torch
     assert scaled_RV.dtype == torch.float32 and scaled_RV.is_contiguous() and R % B == 0
     assert top_k_B.dtype == torch.int64 and top_k_B.is_contiguous()
     assert top_p_B.dtype == torch.float64 and top_p_B.is_contiguous() and top_p_B.shape == (B,)
+    threshold_R = torch.empty(R, dtype=torch.float32, device=scaled_RV.device)
     BLOCK = min(8192, max(128, triton.next_power_of_2(V)))
-    _limit_kernel[(R,)](scaled_RV, top_k_B, top_p_B, V, R // B, BLOCK=BLOCK, num_warps=max(1, BLOCK // 256))
-    return scaled_RV
+    _threshold_kernel[(R,)](
+        scaled_RV, top_k_B, top_p_B, threshold_R, V, R // B, BLOCK=BLOCK, num_warps=max(1, BLOCK // 256)
+    )
+    return threshold_R
 
 
 def example_inputs(R: int, V: int, B: int | None = None, device="cpu", seed: int = 0) -> dict:
@@ -105,4 +107,4 @@ def example_inputs(R: int, V: int, B: int | None = None, device="cpu", seed: int
     }
 
 
-VARIANTS = [(limit_logits_, partial(example_inputs, R=8, V=128256, B=1))]
+VARIANTS = [(limit_threshold, partial(example_inputs, R=8, V=128256, B=1))]
