@@ -162,7 +162,7 @@ def linear_small_m(
     assert residual_TE is None or residual_TE.stride(1) == 1, "outputs are adjacent"
 
     split = split or choose_split(E, D)
-    block_t = max(16, triton.next_power_of_2(T))
+    block_t = 16 if T <= 16 else 32 if T <= 32 else 64
     epilogue = {"BIAS": bias_E is not None, "RESIDUAL": residual_TE is not None}
     s_residual = 0 if residual_TE is None else residual_TE.stride(0)
     y_TE = torch.empty(T, E, dtype=x_TD.dtype, device=x_TD.device)
