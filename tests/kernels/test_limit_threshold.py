@@ -55,6 +55,15 @@ def test_exact_cases(device):
     assert kept(scaled_V, 3, 0.51, device) == [1, 2]
 
 
+def test_neighbouring_floats(device):
+    """Bisection is down to the last bit."""
+    bits = torch.tensor(1.0).view(torch.int32) + torch.arange(5, dtype=torch.int32)
+    scaled_V = [0.0, *(-bits.view(torch.float32)).tolist(), -9.0]
+    for top_k in range(1, 7):
+        assert kept(scaled_V, top_k, INF, device) == list(range(top_k))
+    assert kept([0.0, -1e-45, -INF], 2, INF, device) == [0, 1], "the least number that is not 0"
+
+
 def test_the_best_is_not_alone(device):
     assert kept([0.0, -0.0, -1.0, 0.0], 1, 1e-30, device) == [0, 1, 3]
     assert kept([0.0] * 5, 2, 0.5, device) == [0, 1, 2, 3, 4]
