@@ -33,13 +33,19 @@ def load(settings: dict) -> Contestant:
     drafts, accepted = counter(DRAFTS), counter(ACCEPTED)
 
     def counted(prompts: Prompts, max_new_tokens: int) -> Answers:
-        """Counts as vLLM does: steps that draft nothing are none, and what is accepted behind an answer's end is."""
         before = drafts(), accepted()
         output_ids = greedy(prompts, max_new_tokens)
-        steps = int(drafts() - before[0])
-        return Answers(output_ids, steps, steps + int(accepted() - before[1]))
+        step_tokens = sum(map(len, output_ids)) - len(prompts)  # the first ones are no step's
+        return Answers(output_ids, num_steps(step_tokens, drafts() - before[0], accepted() - before[1]), step_tokens)
 
     return counted
+
+
+def num_steps(step_tokens: int, drafts: float, accepted: float) -> int:
+    """vLLM counts those with a draft. Others, which ngram has, yield a token each that no draft foresaw; what is
+    accepted behind an answer's end can make these seem fewer than the drafts.
+    """
+    return int(max(drafts, step_tokens - accepted))
 
 
 def counter(name: str) -> Callable[[], float]:

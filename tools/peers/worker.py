@@ -20,11 +20,11 @@ Prompts = list[list[int]]
 
 @dataclass
 class Answers:
-    """To a batch, greedy. `steps` are forwards of the target over drafted tokens, of each request; None: not told."""
+    """To a batch, greedy."""
 
     output_ids: list[list[int]]
-    steps: int | None = None
-    step_tokens: int = 0  # tokens that these steps yielded
+    steps: int | None = None  # of decoding, summed over the requests; None: the peer does not tell
+    step_tokens: int = 0  # what they yielded: all tokens but those that the prompts yield
     seconds: float = 0.0  # filled in by the worker
 
 
