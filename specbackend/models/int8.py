@@ -14,8 +14,8 @@ NUM_DIGITS = {torch.float32: 3}  # 2 for the 16-bit ones
 class Int8Linear(Linear):
     """A Linear whose weight is rounded to int8, by a scale per output.
 
-    CPUs have no fast product of float and int8, so x is written as several int8 digits, as many as its dtype is precise.
-    To round x itself to one would be less exact, and make of a float's last bit a visible step: speculation
+    CPUs have no fast product of float and int8, so x is written as several int8 digits, as many as its dtype is
+    precise. To round x itself to one would be less exact, and make of a float's last bit a visible step: speculation
     would no longer give the text of plain decoding. Products are added as integers, exactly: a row of the result does
     not depend on the rows it is computed with.
     """
