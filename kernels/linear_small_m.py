@@ -72,15 +72,15 @@ def _linear_small_m_kernel(
     split = tl.program_id(1)
     t = tl.arange(0, BLOCK_T)
     d = tl.arange(0, BLOCK_D)
-    # rows that do not exist repeat the last one: no mask to compute, and nothing of them is stored
+    # outputs that do not exist repeat the last one: no mask to compute, and nothing of them is stored
     weight_row = weight_ptr + tl.minimum(e, E - 1).to(tl.int64) * s_weight
-    x_row = x_ptr + tl.minimum(t, T - 1) * s_x
+    x_row = x_ptr + t * s_x
 
     y_ET = tl.zeros([BLOCK_E, BLOCK_T], tl.float32)
     for start in range(split * part, tl.minimum((split + 1) * part, D), BLOCK_D):
         inside = start + d < D
         weight_ED = tl.load(weight_row[:, None] + (start + d)[None, :], mask=inside[None, :], other=0.0)
-        x_TD = tl.load(x_row[:, None] + (start + d)[None, :], mask=inside[None, :], other=0.0)
+        x_TD = tl.load(x_row[:, None] + (start + d)[None, :], mask=(t < T)[:, None] & inside[None, :], other=0.0)
         y_ET = tl.dot(weight_ED, tl.trans(x_TD), y_ET, input_precision="ieee")
 
     if SPLIT:
@@ -121,13 +121,16 @@ class Split:
     part: int
 
 
+def make_split(D: int, block_e: int, num_splits: int) -> Split:
+    """As near to num_splits parts as whole blocks of inputs allow."""
+    part_blocks = triton.cdiv(triton.cdiv(D, BLOCK_D), num_splits)
+    return Split(block_e, triton.cdiv(triton.cdiv(D, BLOCK_D), part_blocks), part_blocks * BLOCK_D)
+
+
 def choose_split(E: int, D: int) -> Split:
     """64 outputs are the height of Hopper's tensor cores; where that gives less than a tile an SM, it is 32."""
     block_e = 64 if E >= 64 * NUM_SMS else 32
-    blocks_d = triton.cdiv(D, BLOCK_D)
-    wanted = max(1, min(NUM_SMS // triton.cdiv(E, block_e), blocks_d // 4))
-    part_blocks = triton.cdiv(blocks_d, wanted)
-    return Split(block_e, triton.cdiv(blocks_d, part_blocks), part_blocks * BLOCK_D)
+    return make_split(D, block_e, max(1, min(NUM_SMS // triton.cdiv(E, block_e), triton.cdiv(D, BLOCK_D) // 4)))
 
 
 def choose_num_stages(block_e: int, block_t: int, itemsize: int) -> int:
@@ -139,15 +142,16 @@ def linear_small_m(
     weight_ED: torch.Tensor,
     bias_E: torch.Tensor | None = None,
     residual_TE: torch.Tensor | None = None,
+    split: Split | None = None,
 ) -> torch.Tensor:
     """x @ weight.T + bias + residual, summed in float32 and rounded once.
 
     x_TD: [T, D], T from 1 to 64, float16, bfloat16 or float32. weight_ED: [E, D] of x's dtype. Unit stride along D.
-    bias_E: [E]; residual_TE: [T, E] with unit stride along E.
+    bias_E: [E]; residual_TE: [T, E] with unit stride along E. split: chosen from the weight's shape if not given.
 
     Returns [T, E] of x's dtype. Each row has the same bits whatever the other rows are and whatever their number within
-    1 to 16, 17 to 32 or 33 to 64: inputs are added in an order that depends on the weight's shape only. (Between these
-    ranges only the tensor core instruction's width differs.)
+    1 to 16, 17 to 32 or 33 to 64: inputs are added in an order that depends on the split only. (Between these ranges
+    only the tensor core instruction's width differs.)
     """
     T, D = x_TD.shape
     E = weight_ED.shape[0]
@@ -157,7 +161,7 @@ def linear_small_m(
     assert x_TD.stride(1) == weight_ED.stride(1) == 1, "inputs are adjacent"
     assert residual_TE is None or residual_TE.stride(1) == 1, "outputs are adjacent"
 
-    split = choose_split(E, D)
+    split = split or choose_split(E, D)
     block_t = max(16, triton.next_power_of_2(T))
     epilogue = {"BIAS": bias_E is not None, "RESIDUAL": residual_TE is not None}
     s_residual = 0 if residual_TE is None else residual_TE.stride(0)

@@ -9,9 +9,6 @@ from pathlib import Path
 
 from specbackend.errors import ConfigError
 
-# Parameters of SGLang's page whose code is not here yet: accepted at the value that changes nothing, refused otherwise.
-NOT_SERVED = {"tp_size": 1}
-
 PATHS = ("model_path", "speculative_draft_model_path", "speculative_token_map")
 TREE = ("speculative_num_steps", "speculative_eagle_topk", "speculative_num_draft_tokens")
 
@@ -48,6 +45,11 @@ class TreeShape:
     topk: int  # branches per node
     num_nodes: int  # verified per step, root included
 
+    @property
+    def longest_path(self) -> int:
+        """Nodes, root included."""
+        return min(self.num_steps + 1, self.num_nodes)
+
 
 @dataclass(frozen=True)
 class EngineConfig:
@@ -81,9 +83,10 @@ class EngineConfig:
     enable_torch_compile: bool = False  # of decode steps
     torch_compile_max_bs: int = 32  # largest batch whose decode step is compiled
     stream_interval: int = 1  # decode steps between two responses of one request
+    tp_size: int = 1  # processes that share the layers; on GPUs each has one
     random_seed: int = 0
     logits_processors: str | None = None  # the server's own: module:function, separated by commas; see sampling.custom
-    num_threads: int | None = None  # CPU threads of the engine; None: torch's default, less one beside tritonserver
+    num_threads: int | None = None  # CPU threads of each rank; None: torch's default, less one beside tritonserver
     watchdog_timeout: float = 300.0  # seconds one step may take before the engine is restarted
     shadow_fraction: float = 0.0  # of speculative answers, decoded again without speculation and compared
 
@@ -91,6 +94,9 @@ class EngineConfig:
         self._default("speculative_algorithm", ALIASES.get(self.speculative_algorithm, self.speculative_algorithm))
         self._check_choices()
         self._check_ranges()
+        if self.tp_size > 1 and (self.quantization or self.enable_torch_compile):
+            name = "quantization" if self.quantization else "enable_torch_compile"
+            raise ConfigError(f"{name}: is served on one rank only, tp_size is {self.tp_size}")
         if self.speculative_algorithm is None:
             self._refuse_speculative("speculative_", "speculative_algorithm is not")
             if self.shadow_fraction:
@@ -108,17 +114,11 @@ class EngineConfig:
     def from_params(cls, params: Mapping[str, object]) -> EngineConfig:
         """Build from keyword arguments or config.pbtxt strings; unknown and contradictory ones raise ConfigError."""
         types = {f.name: f.type for f in fields(cls)}
-        unknown = sorted(set(params) - set(types) - set(NOT_SERVED))
-        if unknown:
-            raise ConfigError(
-                f"unknown parameter {', '.join(unknown)}; known: {', '.join(sorted({*types, *NOT_SERVED}))}"
-            )
-        for name, neutral in NOT_SERVED.items():
-            if name in params and _parse(name, params[name], type(neutral).__name__) != neutral:
-                raise ConfigError(f"{name}: only {neutral!r} is served, got {params[name]!r}")
+        if unknown := sorted(set(params) - set(types)):
+            raise ConfigError(f"unknown parameter {', '.join(unknown)}; known: {', '.join(sorted(types))}")
         if not params.get("model_path"):
             raise ConfigError("model_path: is required")
-        return cls(**{name: _parse(name, value, types[name]) for name, value in params.items() if name in types})
+        return cls(**{name: _parse(name, value, types[name]) for name, value in params.items()})
 
     @property
     def tree(self) -> TreeShape | None:
@@ -146,7 +146,7 @@ class EngineConfig:
         _one_of("page_size", self.page_size, (1,))
 
     def _check_ranges(self) -> None:
-        for name in ("max_running_requests", "max_queued_requests", "max_prefill_tokens", "stream_interval"):
+        for name in ("max_running_requests", "max_queued_requests", "max_prefill_tokens", "stream_interval", "tp_size"):
             _at_least(name, getattr(self, name), 1)
         _at_least("torch_compile_max_bs", self.torch_compile_max_bs, 1)
         for name in ("context_length", "max_total_tokens", "num_threads"):

@@ -1,6 +1,12 @@
 """The engine: schedule -> decode -> commit -> emit.
 
 In-process for offline use and tests, in a process of its own behind Triton; the same class.
+
+With tp_size > 1 it is one of several that do the same in lockstep, each in its own process with a part of the layers.
+The one that the user has leads: it tells the others (`followers`) every call that changes what comes next, and they
+make it on their own engine. Nothing else need be told, as the same calls have the same effects: all that decides over a
+request is a function of the logits, which are equal on all ranks to the bit, and of seeds. So scheduler, decoders,
+drafts, grammars and caches know nothing of ranks.
 """
 
 import random
@@ -10,13 +16,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 
 from specbackend.attention.registry import attention_backend
 from specbackend.batch import DecodeBatch, ExtendBatch
 from specbackend.cache.kv_pool import KVPool, RequestTable
 from specbackend.cache.slots import SlotManager
-from specbackend.config import EngineConfig, TreeShape
+from specbackend.config import EngineConfig
+from specbackend.cuda_graphs import Recorder, graph_batch_sizes, graph_recorder
 from specbackend.errors import ConfigError, InvalidRequest
+from specbackend.followers import Followers, exit_after
 from specbackend.grammar import GrammarCompiler
 from specbackend.models.compiled import compile_steps
 from specbackend.models.draft import DraftModel
@@ -25,6 +34,7 @@ from specbackend.models.llama import LlamaModel
 from specbackend.models.model_config import ModelConfig
 from specbackend.models.registry import load_draft
 from specbackend.offline import OfflineAnswer, Question, read_questions
+from specbackend.ranks import ONE_RANK, Ranks, Seat, join_ranks
 from specbackend.request import Request, Update
 from specbackend.runner import TargetRunner
 from specbackend.sampling.custom import load_processors
@@ -40,7 +50,7 @@ from specbackend.speculative.standalone import StandaloneDrafter
 from specbackend.speculative.tree_decoder import TreeDecoder
 from specbackend.speculative.tree_growth import TreeGrower, num_scratch_slots
 from specbackend.speculative.tree_shapes import tree_of
-from specbackend.step_graphs import RecordedDecoder, graph_batch_sizes, graph_recorder
+from specbackend.step_graphs import RecordedDecoder
 from specbackend.tokenizer import Tokenizer
 
 DEFAULT_GRAPH_MAX_BS = 32
@@ -68,17 +78,17 @@ class Engine:
     """Serves one target checkpoint, with a draft or without.
 
     Keyword arguments are the server parameters of EngineConfig. Raises ConfigError for a parameter or checkpoint it
-    cannot serve. Not thread-safe: one thread owns it.
+    cannot serve, RankError if another rank has ended. Not thread-safe: one thread owns it.
     """
 
-    def __init__(self, **params):
+    def __init__(self, *, seat: Seat | None = None, **params):
+        """seat: of a rank that follows; users have none, and lead."""
         config = EngineConfig.from_params(params)
-        if config.num_threads:
-            torch.set_num_threads(config.num_threads)
+        torch.set_num_threads(_num_threads(config))
         self.config = config
-        self.device = _device(config)
+        self.device = _device(config, rank=seat.rank if seat else 0)
         target_path = Path(config.model_path)
-        self.model_config = ModelConfig.read(target_path)
+        self.model_config = ModelConfig.read(target_path).part(target_path, config.tp_size)
         self.dtype = _dtype(config, self.model_config)
         self.context_length = _context_length(config, self.model_config)
         self._seeds = random.Random(config.random_seed)
@@ -86,15 +96,34 @@ class Engine:
         self._tokenizer: Tokenizer | None = None
         self._processors = load_processors(config.logits_processors) if config.logits_processors else ()
         self._compiler: GrammarCompiler | None = None
-        with torch.inference_mode():
-            self._load(target_path)
+        self._followers: Followers | None = None
+        if config.tp_size == 1:
+            self._load(target_path, ONE_RANK)
+        elif seat:
+            self._load(target_path, self._join(seat))
+        else:
+            self._lead(target_path)
 
-    def _load(self, target_path: Path) -> None:
+    def _join(self, seat: Seat) -> Ranks:
+        return join_ranks(seat, self.config.tp_size, self.device, self.config.watchdog_timeout)
+
+    def _lead(self, target_path: Path) -> None:
+        """Start the other ranks and load, together with them."""
+        if dist.is_initialized():
+            raise ConfigError("tp_size: this process is in a torch.distributed group already, which may not be shared")
+        params = {**self.config.to_params(), "num_threads": torch.get_num_threads()}
+        self._followers = Followers(self.config.tp_size, params)
+        with self._followers.lockstep():
+            self._followers.wait_for_start()
+            self._load(target_path, self._join(self._followers.leaders_seat))
+
+    @torch.inference_mode()
+    def _load(self, target_path: Path, ranks: Ranks) -> None:
         config, context = self.config, self.context_length
         num_nodes = config.speculative_num_draft_tokens or 1
         # a tree may reach past the last token that counts, and drafting deeper than the tree that is kept of it
         num_positions = context + max(num_nodes, (config.speculative_num_steps or 0) + 1)
-        model = LlamaModel(target_path, self.model_config, self.dtype, self.device, num_positions)
+        model = LlamaModel(target_path, self.model_config, self.dtype, self.device, num_positions, ranks)
         if config.quantization:
             quantize(model)
         draft = load_draft(config, model, self.dtype, self.device, num_positions)
@@ -107,14 +136,15 @@ class Engine:
         head_dims = {each.config.head_dim for each in (model, draft) if each}
         attention = attention_backend(config.attention_backend, self.device, self.dtype, head_dims)
         runner = TargetRunner(model, _kv_pool(model, num_slots + 1, self.dtype, self.device), table, attention)
-        self.plain = _recorded(config, PlainDecoder(runner), tree=None)
-        self.decoder: Decoder = self.plain
-        cache_rule = CacheRule()
+        self.plain: Decoder = PlainDecoder(runner)
+        self.decoder = self.plain
+        drafter, cache_rule = None, CacheRule()
         if config.speculative_algorithm:
             drafter = _drafter(config, draft, table, attention, num_slots)
             cache_rule = drafter.cache_rule
-            tree = tree_of(SamplingParams(), config)
-            self.decoder = _recorded(config, TreeDecoder(runner, drafter, num_nodes), tree)
+            self.decoder = TreeDecoder(runner, drafter, num_nodes)
+        if attention.is_on_device and (record := graph_recorder(self.device)):
+            self._record(runner, drafter, record)
         self.slots = SlotManager(num_slots, cache_rule.successor_keys, cache_prefixes=not config.disable_radix_cache)
         self.scheduler = Scheduler(
             config,
@@ -125,7 +155,22 @@ class Engine:
             frozenset(self.model_config.eos_token_ids),
             cache_rule,
         )
-        self.shadows = ShadowRuns(config.shadow_fraction, self.scheduler, self.submit)
+        self.shadows = ShadowRuns(config.shadow_fraction, self.scheduler, self._queue)
+        ranks.least(0, self.device)  # wait for the last
+
+    def _record(self, runner: TargetRunner, drafter: Drafter | None, record: Recorder) -> None:
+        """Decode steps as graphs. Whole ones first: for these, forwards must not be recordings themselves."""
+        batch_sizes, tree = _graph_batch_sizes(self.config), tree_of(SamplingParams(), self.config)
+        if not batch_sizes:
+            return
+        plain, decoder = self.plain, self.decoder
+        self.plain = self.decoder = RecordedDecoder(plain, None, batch_sizes, record)
+        if drafter is None:
+            runner.record_forwards(record, batch_sizes, {1})
+            return
+        self.decoder = RecordedDecoder(decoder, tree, batch_sizes, record) if drafter.is_on_device else decoder
+        runner.record_forwards(record, batch_sizes, {1, tree.num_nodes})
+        drafter.record_forwards(record, batch_sizes, runner.table.slots.shape[1], tree)
 
     @property
     def has_work(self) -> bool:
@@ -137,8 +182,17 @@ class Engine:
             self._tokenizer = Tokenizer(self.config.model_path)
         return self._tokenizer
 
+    @property
+    def follower_pids(self) -> list[int]:
+        """The processes of the other ranks."""
+        return self._followers.pids if self._followers else []
+
     def submit(self, request: Request) -> None:
         """Queue a request. Raises InvalidRequest, naming the field, or QueueFull."""
+        self._tell("submit", request)
+        self._queue(request)
+
+    def _queue(self, request: Request) -> None:
         self._check(request)
         params = request.params
         request.tree = tree_of(params, self.config)
@@ -150,9 +204,13 @@ class Engine:
             request.grammar = self._grammars(params.guide).start(*params.guide)
         self.scheduler.add(request)
 
-    @torch.inference_mode()
     def cancel(self, request_id: str) -> None:
         """Drop a request; no update of it follows. Unknown ids are ignored."""
+        self._tell("cancel", request_id)
+        self._drop(request_id)
+
+    @torch.inference_mode()
+    def _drop(self, request_id: str) -> None:
         request = self.scheduler.cancel(request_id)
         if request and request.params.stop:  # this is how a stop string ends an answer
             self.shadows.offer(request)
@@ -160,6 +218,13 @@ class Engine:
     @torch.inference_mode()
     def step(self) -> list[Update]:
         """One scheduling decision and one forward of what it chose; [] when there is nothing to do."""
+        if self._followers is None:
+            return self._step()
+        with self._followers.lockstep(), exit_after(2 * self.config.watchdog_timeout):
+            self._followers.tell("step")
+            return self._followers.compare(self._step())
+
+    def _step(self) -> list[Update]:
         self.shadows.start()
         batch = self.scheduler.schedule()
         if batch is None:
@@ -230,10 +295,18 @@ class Engine:
         return answers[0] if single and len(answers) == 1 else answers
 
     def shutdown(self) -> None:
-        """Drop all requests. The tensors go with the object."""
+        """Drop all requests and end the processes of other ranks. The tensors go with the object."""
+        self.drop_requests()
+        if self._followers:
+            self._followers.stop()
+
+    @torch.inference_mode()
+    def drop_requests(self) -> None:
+        """Cancel all, shadows too."""
+        self._tell("drop_requests")
         for queue in (self.scheduler.waiting, self.scheduler.prefilling, self.scheduler.running):
             for request in list(queue):
-                self.cancel(request.request_id)
+                self._drop(request.request_id)
         self.shadows.drop()
 
     def _generate(self, questions: list[Question], with_texts: bool) -> Iterator[OfflineAnswer]:
@@ -258,7 +331,11 @@ class Engine:
                         self.cancel(update.request_id)
                     yield answer
         finally:  # a prompt was refused, or the caller has left the stream
-            self.shutdown()
+            self.drop_requests()
+
+    def _tell(self, method: str, *arguments) -> None:
+        if self._followers:
+            self._followers.tell(method, *arguments)
 
     def _check(self, request: Request) -> None:
         ids, vocab = request.input_ids, self.model_config.vocab_size
@@ -298,21 +375,33 @@ class Engine:
 
 def serving_engine(**params) -> Engine:
     """An Engine beside a tritonserver on the same machine: unless told otherwise, it leaves one core to that."""
-    engine_threads = max(1, torch.get_num_threads() - 1)
-    return Engine(**{**params, "num_threads": params.get("num_threads") or engine_threads})
+    torch.set_num_threads(max(1, torch.get_num_threads() - 1))
+    return Engine(**params)
 
 
 def _listed(value, single: bool) -> list:
     return [value] if single else list(value or [])
 
 
-def _device(config: EngineConfig) -> torch.device:
-    if config.device != "auto":
-        try:
-            return torch.device(config.device)
-        except RuntimeError as error:
-            raise ConfigError(f"device: {config.device!r} is not a device of torch") from error
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+def _num_threads(config: EngineConfig) -> int:
+    """Of this rank. All are on one machine."""
+    return config.num_threads or max(1, torch.get_num_threads() // config.tp_size)
+
+
+def _device(config: EngineConfig, rank: int) -> torch.device:
+    """Ranks on GPUs have one each, from the configured one on."""
+    name = config.device if config.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ConfigError(f"device: {config.device!r} is not a device of torch") from error
+    if device.type == "cpu" or config.tp_size == 1:
+        return device
+    first, count = device.index or 0, torch.cuda.device_count()
+    if first + config.tp_size > count:
+        raise ConfigError(f"tp_size: {config.tp_size} ranks from {device.type}:{first} on need more than {count} GPUs")
+    torch.cuda.set_device(first + rank)
+    return torch.device("cuda", first + rank)
 
 
 def _dtype(config: EngineConfig, model_config: ModelConfig) -> torch.dtype:
@@ -330,7 +419,10 @@ def _context_length(config: EngineConfig, model_config: ModelConfig) -> int:
 
 
 def _num_slots(config: EngineConfig, model: LlamaModel, draft: DraftModel | None, context: int, num_nodes: int) -> int:
-    """Size of the KV pool: as asked for, or what fits into mem_fraction_static, but no more than can be used."""
+    """Size of the KV pool: as asked for, or what fits into mem_fraction_static, but no more than can be used.
+
+    All ranks have as many.
+    """
     smallest = context + num_nodes  # one request of full length always runs
     if config.max_total_tokens is not None:
         if config.max_total_tokens < smallest:
@@ -339,9 +431,10 @@ def _num_slots(config: EngineConfig, model: LlamaModel, draft: DraftModel | None
                 f"and its tree of {num_nodes}"
             )
         return config.max_total_tokens
-    dtype = model.lm_head.dtype
+    dtype, device = model.lm_head.dtype, model.lm_head.device
     per_slot = sum(_bytes_per_slot(each, dtype) for each in (model, draft) if each)
-    fits = int(config.mem_fraction_static * _free_memory(model.lm_head.device)) // per_slot
+    sharing = config.tp_size if device.type == "cpu" else 1
+    fits = model.ranks.least(int(config.mem_fraction_static * _free_memory(device)) // (sharing * per_slot), device)
     if fits < smallest:
         raise ConfigError(
             f"mem_fraction_static: {config.mem_fraction_static} leaves {fits} slots, {smallest} are needed"
@@ -378,14 +471,11 @@ def _compile_steps(config: EngineConfig, model: LlamaModel, draft: DraftModel | 
         compile_steps(draft, most * max(tree.num_steps + 1, tree.topk), device)
 
 
-def _recorded(config: EngineConfig, decoder: PlainDecoder | TreeDecoder, tree: TreeShape | None) -> Decoder:
-    """The decoder with its steps as graphs, where there are any to be had. tree: what requests have unless they ask."""
+def _graph_batch_sizes(config: EngineConfig) -> list[int]:
+    """Of the decode steps to record, if the device can."""
     most = DEFAULT_GRAPH_MAX_BS if config.cuda_graph_max_bs is None else config.cuda_graph_max_bs
     most = 0 if config.disable_cuda_graph else min(most, config.max_running_requests)
-    record = graph_recorder(decoder.runner.device)
-    if not (record and most and decoder.is_on_device and decoder.runner.attention.is_on_device):
-        return decoder
-    return RecordedDecoder(decoder, tree, graph_batch_sizes(most), record)
+    return graph_batch_sizes(most) if most else []
 
 
 def _drafter(config: EngineConfig, draft: DraftModel | None, table: RequestTable, attention, num_slots: int) -> Drafter:

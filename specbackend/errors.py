@@ -17,5 +17,9 @@ class InvalidRequest(ValueError):
         return InvalidRequest, (self.field, self.message)
 
 
+class RankError(RuntimeError):
+    """A process of an engine with tp_size > 1 has ended, and the engine with it."""
+
+
 class QueueFull(RuntimeError):
     """More requests wait than `max_queued_requests` allows."""

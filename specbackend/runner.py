@@ -6,6 +6,8 @@ from specbackend.attention.base import AttentionBackend
 from specbackend.batch import ExtendBatch, ForwardBatch, Sequences
 from specbackend.cache.kv_pool import KVPool, RequestTable
 from specbackend.cache.slots import DUMMY_SLOT
+from specbackend.cuda_graphs import Recorder
+from specbackend.forward_graphs import ForwardGraphs, Forwards
 from specbackend.models.llama import LlamaModel, TargetOutput
 from specbackend.request import Request
 
@@ -17,9 +19,21 @@ class TargetRunner:
         self.model, self.kv_pool, self.table, self.attention = model, kv_pool, table, attention
         self.dtype = model.lm_head.dtype
         self.device = model.lm_head.device
+        self._run: Forwards = self._run_eagerly
 
     def forward(self, batch: ForwardBatch) -> TargetOutput:
-        return self.model.forward(batch, self.attention.plan(batch, self.dtype), self.kv_pool)
+        return TargetOutput(*self._run(batch, None))
+
+    def record_forwards(self, record: Recorder, batch_sizes: list[int], widths: set[int]) -> None:
+        """From now on replay forwards of so many rows per sequence, which are the window too."""
+        graphs = ForwardGraphs(self._run_eagerly, self.table.slots.shape[1], None, self.dtype, self.device, record)
+        for width in widths:
+            graphs.record(batch_sizes, width, width)
+        self._run = graphs
+
+    def _run_eagerly(self, batch: ForwardBatch, _: None) -> tuple[torch.Tensor, torch.Tensor]:
+        output = self.model.forward(batch, self.attention.plan(batch, self.dtype), self.kv_pool)
+        return output.hidden_TD, output.feature_TF
 
     def sequences(self, requests: list[Request]) -> Sequences:
         row_B = self.rows(requests)

@@ -5,14 +5,17 @@ each other at the speed of the device. A recording is of one batch size and read
 there is one for each of several sizes, and a batch takes the next larger one: the rows it lacks are the padding row's.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
 from enum import Enum
+from functools import partial
 
+import numpy as np
 import torch
 
 from specbackend.batch import Accepted, DecodeBatch, Sequences
+from specbackend.cache.kv_pool import RequestTable
+from specbackend.cache.slots import DUMMY_SLOT
 from specbackend.config import TreeShape
+from specbackend.cuda_graphs import Compute, Recorder
 from specbackend.request import Request
 from specbackend.sampling import SamplingBatch
 from specbackend.sampling.pick import signed
@@ -31,38 +34,51 @@ class Sampling(Enum):
     LIMITED = 2  # top_k, top_p, min_p too
 
 
-@dataclass(frozen=True)
-class Recording:
-    """`replay` computes what was recorded from what the buffers hold by then, and leaves it in `accepted`."""
-
-    replay: Callable[[], object]
-    accepted: Accepted
-
-
-Recorder = Callable[[Callable[[], Accepted]], Recording]
-
-
-@dataclass(frozen=True)
 class StepBuffers:
-    """What a recorded step reads of its B requests; see `_integers` and `_floats` for the rows."""
+    """What a recorded step reads of its B requests and what it says of them, on the device and on the host.
 
-    integer_5B: torch.Tensor  # int64
-    float_3B: torch.Tensor  # float64
+    `_integers` and `_floats` tell the rows of the inputs. Copies between the two sides are part of the recording.
+    """
 
-    @classmethod
-    def of(cls, B: int, device: torch.device) -> "StepBuffers":
-        return cls(
-            torch.empty(5, B, dtype=torch.int64, device=device), torch.empty(3, B, dtype=torch.float64, device=device)
-        )
+    def __init__(self, B: int, longest_path: int, device: torch.device):
+        def pair(*shape: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+            on_host = torch.zeros(shape, dtype=dtype, pin_memory=device.type == "cuda")
+            return on_host, torch.zeros(shape, dtype=dtype, device=device)
 
-    def fill(self, requests: list[Request], padding_row: int) -> None:
-        """Bring the requests to the device; the rest are nobody's: empty and greedy."""
-        missing = self.float_3B.shape[1] - len(requests)
-        integers = [_integers(request) for request in requests] + [(padding_row, 0, 0, 0, UNLIMITED)] * missing
-        floats = [_floats(request.params) for request in requests] + [(0.0, torch.inf, 0.0)] * missing
-        for buffer, columns in ((self.integer_5B, integers), (self.float_3B, floats)):
-            on_host = torch.tensor(columns, dtype=buffer.dtype, pin_memory=buffer.is_cuda)
-            buffer.copy_(on_host.t(), non_blocking=True)
+        self.host_integer_5B, self.integer_5B = pair(5, B, dtype=torch.int64)
+        self.host_float_3B, self.float_3B = pair(3, B, dtype=torch.float64)
+        self.host_write_3M, self.write_3M = pair(3, B * longest_path, dtype=torch.int64)
+        self.host_accepted_BP, self.accepted_BP = pair(B, 1 + longest_path, dtype=torch.int64)
+        self._host_inputs = self.host_integer_5B.numpy(), self.host_float_3B.numpy(), self.host_write_3M.numpy()
+
+    def fill(self, requests: list[Request], table: RequestTable) -> None:
+        """Lay out the requests, and what is new in their table; the rest are nobody's: empty and greedy."""
+        integers, floats, writes = self._host_inputs
+        padding_row = table.padding_row
+        for b, request in enumerate(requests):
+            integers[:, b], floats[:, b] = _integers(request), _floats(request.params)
+        missing = slice(len(requests), None)
+        integers[:, missing] = ((padding_row,), (0,), (0,), (0,), (UNLIMITED,))
+        floats[:, missing] = np.array(GREEDY_FLOATS)[:, None]
+        if table.num_unwritten > writes.shape[1]:
+            table.flush()
+        unwritten = table.take_unwritten()
+        writes[:, : len(unwritten)] = np.array(unwritten).reshape(-1, 3).T
+        writes[:, len(unwritten) :] = ((padding_row,), (0,), (DUMMY_SLOT,))
+
+    def upload(self) -> None:
+        self.integer_5B.copy_(self.host_integer_5B, non_blocking=True)
+        self.float_3B.copy_(self.host_float_3B, non_blocking=True)
+        self.write_3M.copy_(self.host_write_3M, non_blocking=True)
+
+    def download(self, accepted: Accepted) -> None:
+        self.accepted_BP[:, 0] = accepted.count_B
+        self.accepted_BP[:, 1:] = accepted.token_BP
+        self.host_accepted_BP.copy_(self.accepted_BP, non_blocking=True)
+
+    def accepted(self, count: int) -> Accepted:
+        """What a replay said of the first `count` requests, on the host."""
+        return Accepted(self.host_accepted_BP[:count, 1:], self.host_accepted_BP[:count, 0])
 
     def sequences(self, slots_RC: torch.Tensor) -> Sequences:
         row_B, length_B, root_B = self.integer_5B[:3].unbind()
@@ -79,14 +95,18 @@ class StepBuffers:
 
 
 UNLIMITED = torch.iinfo(torch.int64).max
+GREEDY_FLOATS = (0.0, torch.inf, 0.0)  # limits are of sampled requests alone: they would narrow a greedy one's drafts
 
 
 def _integers(request: Request) -> tuple[int, ...]:
-    top_k = UNLIMITED if request.params.top_k == -1 else request.params.top_k
+    params = request.params
+    top_k = params.top_k if params.temperature and params.top_k != -1 else UNLIMITED
     return request.row, request.num_computed, request.output_ids[-1], signed(request.seed), top_k
 
 
 def _floats(params: SamplingParams) -> tuple[float, ...]:
+    if not params.temperature:
+        return GREEDY_FLOATS
     return params.temperature, torch.inf if params.top_p == 1 else params.top_p, params.min_p
 
 
@@ -103,13 +123,15 @@ class RecordedDecoder:
         self.num_nodes, self.extend = decoder.num_nodes, decoder.extend
         self._decoder, self._tree, self._batch_sizes = decoder, tree, batch_sizes
         self._table, device = decoder.runner.table, decoder.runner.device
-        self._buffers = {B: StepBuffers.of(B, device) for B in batch_sizes}
         self._shapes = {B: TreeShapes.of([tree] * B, device) if tree else None for B in batch_sizes}
-        self._recordings: dict[tuple[int, Sampling], Recording] = {}
+        self._buffers: dict[int, StepBuffers] = {}
+        self._replays: dict[tuple[int, Sampling], Compute] = {}
         for B in reversed(batch_sizes):  # the largest first: the others fit into its memory
-            self._buffers[B].fill([], self._table.padding_row)
+            longest_path = self._shapes[B].longest_path if tree else 1
+            buffers = self._buffers[B] = StepBuffers(B, longest_path, device)
+            buffers.fill([], self._table)
             for most in Sampling:
-                self._recordings[B, most] = record(lambda B=B, most=most: self._run(B, most))
+                self._replays[B, most] = record(partial(self._run, B, most))
 
     def decode(self, batch: DecodeBatch) -> Accepted:
         """What it returns lasts until the next step."""
@@ -117,11 +139,12 @@ class RecordedDecoder:
         if not self._is_recorded(requests):
             return self._decoder.decode(batch)
         B = next(size for size in self._batch_sizes if size >= len(requests))
-        self._buffers[B].fill(requests, self._table.padding_row)
-        recording = self._recordings[B, _most(requests)]
-        recording.replay()
-        accepted = recording.accepted
-        return Accepted(accepted.token_BP[: len(requests)], accepted.count_B[: len(requests)])
+        buffers = self._buffers[B]
+        buffers.fill(requests, self._table)
+        self._replays[B, _most(requests)]()
+        if buffers.accepted_BP.is_cuda:
+            torch.cuda.current_stream().synchronize()
+        return buffers.accepted(len(requests))
 
     def _is_recorded(self, requests: list[Request]) -> bool:
         if len(requests) > self._batch_sizes[-1]:
@@ -129,41 +152,15 @@ class RecordedDecoder:
         others = any(request.tree != self._tree or request.params.logprobs is not None for request in requests)
         return not others and not processors_of(BEFORE_TEMPERATURE, requests, "cpu")
 
-    def _run(self, B: int, most: Sampling) -> Accepted:
+    def _run(self, B: int, most: Sampling) -> None:
         buffers = self._buffers[B]
-        return self._decoder.step(buffers.sequences(self._table.slots), buffers.sampling(most), self._shapes[B])
+        buffers.upload()
+        self._table.put(buffers.write_3M)
+        at, sampling = buffers.sequences(self._table.slots), buffers.sampling(most)
+        buffers.download(self._decoder.step(at, sampling, self._shapes[B]))
 
 
 def _most(requests: list[Request]) -> Sampling:
     if not any(request.params.temperature for request in requests):
         return Sampling.GREEDY
     return Sampling.LIMITED if processors_of(AFTER_TEMPERATURE, requests, "cpu") else Sampling.SAMPLED
-
-
-def graph_batch_sizes(most: int) -> list[int]:
-    """1, 2, 4, 8, then steps of 8, `most` included: a padded row costs little, but a quarter of the batch shows."""
-    return sorted({*(size for size in (1, 2, 4) if size < most), *range(8, most, 8), most})
-
-
-def graph_recorder(device: torch.device) -> Recorder | None:
-    """None for a device that has no graphs."""
-    return _cuda_recorder() if device.type == "cuda" else None
-
-
-def _cuda_recorder() -> Recorder:
-    """Its graphs share their memory: they never run at the same time, and their results are read in between."""
-    pool = torch.cuda.graph_pool_handle()
-    stream = torch.cuda.Stream()
-
-    def record(run: Callable[[], Accepted]) -> Recording:
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            for _ in range(2):  # kernels are compiled and libraries set up outside of the recording
-                run()
-        torch.cuda.current_stream().wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=pool, stream=stream):
-            accepted = run()
-        return Recording(graph.replay, accepted)
-
-    return record

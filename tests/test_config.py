@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from specbackend.config import NOT_SERVED, EngineConfig, check_tree
+from specbackend.config import EngineConfig, check_tree
 from specbackend.errors import ConfigError
 
 BASE = {"model_path": "/models/target"}
@@ -96,7 +96,8 @@ REFUSED = [
     ("disable_radix_cache", "yes"),
     ("disable_radix_cache", None),
     ("random_seed", "x"),
-    ("tp_size", 2),
+    ("tp_size", 0),
+    ("tp_size", "two"),
     ("enable_torch_compile", "yes"),
     ("torch_compile_max_bs", 0),
     ("cuda_graph_max_bs", -1),
@@ -118,12 +119,19 @@ def test_speculative_parameters_without_an_algorithm(name):
         EngineConfig.from_params({**BASE, name: "3"})
 
 
+@pytest.mark.parametrize("name, value", [("quantization", "w8a8_int8"), ("enable_torch_compile", "true")])
+def test_what_is_not_served_on_several_ranks(name, value):
+    EngineConfig.from_params({**BASE, name: value})
+    with pytest.raises(ConfigError, match=rf"^{name}: .*tp_size is 2"):
+        EngineConfig.from_params({**BASE, name: value, "tp_size": 2})
+
+
 def test_unknown_parameters_are_named_and_the_known_listed():
     with pytest.raises(ConfigError) as refusal:
         EngineConfig.from_params({**BASE, "speculative_topk": 4, "max_batch": 1, "dtype": "float32"})
     complaint, known = str(refusal.value).split("; known: ")
     assert complaint == "unknown parameter max_batch, speculative_topk"
-    assert set(known.split(", ")) == {f.name for f in fields(EngineConfig)} | set(NOT_SERVED)
+    assert set(known.split(", ")) == {f.name for f in fields(EngineConfig)}
 
 
 @pytest.mark.parametrize(

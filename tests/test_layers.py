@@ -9,18 +9,20 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 
+NO_TORCH_NOUNS = [
+    f"specbackend.{noun}"
+    for noun in ("config", "request", "sampling_params", "errors", "text", "tokenizer", "words", "grammar")
+]
 LAYERS = [  # top to bottom
     ["model_repository"],
     ["specbackend.serving"],
+    ["specbackend.follow"],
     ["specbackend.engine", "specbackend.Engine", "specbackend.offline"],
-    ["specbackend.shadow", "specbackend.step_graphs"],
-    ["specbackend.scheduler", "specbackend.speculative", "specbackend.runner"],
+    ["specbackend.shadow", "specbackend.step_graphs", "specbackend.followers"],
+    ["specbackend.scheduler", "specbackend.speculative", "specbackend.runner", "specbackend.forward_graphs"],
     ["specbackend.models", "specbackend.attention", "specbackend.sampling"],
-    ["specbackend.cache"],
-    [
-        f"specbackend.{noun}"
-        for noun in ("config", "request", "sampling_params", "batch", "errors", "text", "tokenizer", "words", "grammar")
-    ],
+    ["specbackend.cache", "specbackend.cuda_graphs"],
+    [*NO_TORCH_NOUNS, "specbackend.batch", "specbackend.ranks"],
     ["specbackend.kernels"],
 ]
 ONLY_IN = {  # a third-party package and the one place that may import it
@@ -29,10 +31,6 @@ ONLY_IN = {  # a third-party package and the one place that may import it
     "transformers": "specbackend.tokenizer",
 }
 INTEGERS_ONLY = ["specbackend.cache.radix_tree", "specbackend.cache.slots"]
-NO_TORCH_NOUNS = [
-    f"specbackend.{noun}"
-    for noun in ("config", "request", "sampling_params", "errors", "text", "tokenizer", "words", "grammar")
-]
 
 
 def is_or_in(module: str, package: str) -> bool:

@@ -1,10 +1,14 @@
 """Recorded steps: batches of fixed size, padded, give what the decoders give; and steps leave the host alone."""
 
+from collections import Counter
+
 import pytest
 
 from specbackend import Engine
-from specbackend.step_graphs import Recording, graph_batch_sizes
-from tests.conftest import DEMOS
+from specbackend.cuda_graphs import graph_batch_sizes
+from specbackend.forward_graphs import Inputs
+from specbackend.step_graphs import StepBuffers
+from tests.conftest import DEMO_TARGET, DEMOS
 from tests.test_equivalence import GREEDY, make_engine
 
 TREES = {"plain": None, "5-4-8": (5, 4, 8), "5-1-6": (5, 1, 6), "5-4-4": (5, 4, 4)}
@@ -31,26 +35,42 @@ def tree(request):
 
 @pytest.fixture
 def replays(monkeypatch) -> list[int]:
-    """Steps are recorded on the CPU too, as what runs again on the same buffers; the sizes of those that ran."""
-    sizes = []
+    """What is recorded runs again, on the CPU, from and to the same buffers. The sizes of the steps that ran so."""
+    sizes, fill = [], StepBuffers.fill
 
-    def record(run) -> Recording:
-        accepted = run()
+    def noted(buffers: StepBuffers, requests, table) -> None:
+        if requests:
+            sizes.append(len(buffers.accepted_BP))
+        fill(buffers, requests, table)
 
-        def replay() -> None:
-            again = run()
-            accepted.token_BP.copy_(again.token_BP)
-            accepted.count_B.copy_(again.count_B)
-            sizes.append(len(again.count_B))
-
-        return Recording(replay, accepted)
+    def record(compute):
+        compute()
+        return compute
 
     monkeypatch.setattr("specbackend.engine.graph_recorder", lambda device: record)
+    monkeypatch.setattr(StepBuffers, "fill", noted)
     return sizes
+
+
+@pytest.fixture
+def forwards(monkeypatch) -> Counter:
+    """How often forwards of Q rows over a window of W were replayed."""
+    counts, take = Counter(), Inputs.take
+
+    def noted(inputs: Inputs, batch, hidden_TD) -> None:
+        counts[tuple(inputs.batch.window_mask_BQW.shape[1:])] += 1
+        take(inputs, batch, hidden_TD)
+
+    monkeypatch.setattr(Inputs, "take", noted)
+    return counts
 
 
 def output_ids(answers: list[dict]) -> list[list[int]]:
     return [answer["output_ids"] for answer in answers]
+
+
+def num_steps(answers: list[dict]) -> list[int]:
+    return [answer["meta_info"]["spec_verify_ct"] for answer in answers]
 
 
 def test_recorded_steps_equal_hf_generate(tree, replays, demo_prompts, expected):
@@ -66,7 +86,7 @@ def test_recorded_steps_equal_hf_generate(tree, replays, demo_prompts, expected)
 def test_accept_length_is_that_of_unrecorded_steps(replays, demo_prompts):
     def steps(**params) -> list[int]:
         answers = make_engine((5, 4, 8), **params).generate(input_ids=demo_prompts[:3], sampling_params=GREEDY)
-        return [answer["meta_info"]["spec_verify_ct"] for answer in answers]
+        return num_steps(answers)
 
     assert steps(cuda_graph_max_bs=4) == steps(disable_cuda_graph=True)
     assert replays
@@ -81,27 +101,53 @@ def test_sampled_requests_are_recorded_and_equal(tree, replays, demo_prompts):
     unrecorded = make_engine(tree, cuda_graph_max_bs=0).generate(input_ids=prompts, sampling_params=params)
     assert not replays
     assert output_ids(recorded) == output_ids(unrecorded)
+    assert num_steps(recorded) == num_steps(unrecorded)
+
+
+def test_limits_do_not_narrow_the_drafts_of_greedy_requests(replays, demo_prompts):
+    """A recording that has room for limits holds them all the same."""
+    params = [GREEDY | {"top_k": 1}] * 5 + [{"temperature": 1.0, "top_k": 5, "max_new_tokens": 60, "ignore_eos": True}]
+    engine = make_engine((5, 4, 8))
+    steps = num_steps(engine.generate(input_ids=demo_prompts[:6], sampling_params=params))
+    assert replays
+    assert steps[:5] == num_steps(engine.generate(input_ids=demo_prompts[:5], sampling_params=GREEDY))
 
 
 @pytest.mark.parametrize("params", LEFT_TO_THE_DECODER, ids=str)
-def test_what_no_recording_holds_is_left_to_the_decoder(params, replays, demo_prompts):
-    params = GREEDY | params
-    answer = make_engine((5, 4, 8)).generate(input_ids=demo_prompts[0], sampling_params=params)
+def test_what_no_step_records_has_its_forwards_recorded(params, replays, forwards, demo_prompts):
+    """Beside two other requests, of which one ends first: three sequences in graphs of four, then two."""
+    several = [GREEDY | params | {"max_new_tokens": count} for count in (20, 9, 20)]
+    engine = make_engine((5, 4, 8), cuda_graph_max_bs=4)
+    answers = engine.generate(input_ids=demo_prompts[:3], sampling_params=several)
     assert not replays
-    assert (
-        answer["output_ids"]
-        == make_engine(None).generate(
-            input_ids=demo_prompts[0],
-            sampling_params={name: value for name, value in params.items() if "speculative" not in name},
-        )["output_ids"]
-    )
+    if "speculative_num_steps" not in params:
+        verified = forwards[8, 8]
+        assert verified > 3
+        assert forwards[6, 6] == verified  # what was accepted, fed to the draft
+        assert forwards[4, 16] == 4 * verified  # the levels of a tree
+    unrecorded = make_engine((5, 4, 8), disable_cuda_graph=True)
+    again = unrecorded.generate(input_ids=demo_prompts[:3], sampling_params=several)
+    assert output_ids(answers) == output_ids(again)
+    steps = [[answer["meta_info"]["spec_verify_ct"] for answer in each] for each in (answers, again)]
+    assert steps[0] == steps[1]
 
 
-def test_drafters_that_need_the_host_are_not_recorded(replays, demo_prompts, expected):
-    engine = make_engine(None, speculative_algorithm="NGRAM")
+def test_plain_forwards_are_recorded(replays, forwards, demo_prompts):
+    params = GREEDY | {"logprobs": 1, "max_new_tokens": 8}
+    answers = make_engine(None).generate(input_ids=demo_prompts[:3], sampling_params=params)
+    assert not replays and forwards == {(1, 1): 7}
+    unrecorded = make_engine(None, disable_cuda_graph=True).generate(input_ids=demo_prompts[:3], sampling_params=params)
+    assert output_ids(answers) == output_ids(unrecorded)
+
+
+@pytest.mark.parametrize("kind", ["NGRAM", "STANDALONE"])
+def test_drafters_that_need_the_host_have_their_forwards_recorded(kind, replays, forwards, demo_prompts, expected):
+    draft = {"speculative_draft_model_path": str(DEMO_TARGET)} if kind == "STANDALONE" else {}
+    engine = make_engine(None, speculative_algorithm=kind, **draft)
     answers = engine.generate(input_ids=demo_prompts[:2], sampling_params=GREEDY)
     assert output_ids(answers) == expected[:2]
     assert not replays
+    assert set(forwards) == ({(12, 12)} if kind == "NGRAM" else {(4, 4), (1, 2)})  # verified and read alike; levels
 
 
 def test_batch_sizes():
@@ -114,16 +160,16 @@ def test_batch_sizes():
 @pytest.mark.parametrize("kind", [None, "EAGLE", "NEXTN"])
 def test_steps_leave_the_host_alone(kind, monkeypatch):
     """The meta device has no values: whatever a step would read on the host, or bring from it, is an error there."""
-    runs = []
+    accepted = []
 
-    def record(run) -> Recording:
-        runs.append(run())
-        return Recording(lambda: None, runs[-1])
+    def record(compute):
+        compute()
 
     monkeypatch.setattr("specbackend.engine.graph_recorder", lambda device: record)
+    monkeypatch.setattr(StepBuffers, "download", lambda buffers, found: accepted.append(found))
     paths = {"model_path": str(DEMOS / ("mimo-gsm8k" if kind == "NEXTN" else "llama-gsm8k"))}
     if kind == "EAGLE":
         paths["speculative_draft_model_path"] = str(DEMOS / "llama-gsm8k-eagle")
     Engine(**paths, speculative_algorithm=kind, device="meta", cuda_graph_max_bs=2, max_total_tokens=2048)
-    assert len(runs) == 3 * 2 * (2 if kind else 1)  # kinds of sampling, batch sizes, decoders
-    assert all(accepted.token_BP.is_meta for accepted in runs)
+    assert len(accepted) == 3 * 2 * (2 if kind else 1)  # kinds of sampling, batch sizes, decoders
+    assert all(found.token_BP.is_meta for found in accepted)

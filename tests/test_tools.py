@@ -89,7 +89,7 @@ def test_repository_has_the_parameters(serve, tmp_path, monkeypatch, capsys):
     [
         (["--speculative-num-steps", "3"], "speculative_num_steps: is set, but speculative_algorithm is not"),
         (["--page-size", "16"], "page_size"),
-        (["--tp-size", "2"], "tp_size"),
+        (["--tp-size", "0"], "tp_size"),
         (["--no-such-flag", "1"], "--no-such-flag"),
     ],
 )

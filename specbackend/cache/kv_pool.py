@@ -25,10 +25,12 @@ class RequestTable:
     """Row = request, column = position in its sequence, value = slot. `slots` is [R + 1, C] int64 on the device.
 
     The last row is nobody's: it stands for the requests that a batch of fixed size lacks, and holds DUMMY_SLOT only.
+    What is written waits on the host until somebody looks at `slots`, or brings it to the device by other means.
     """
 
     def __init__(self, num_rows: int, num_columns: int, device):
-        self.slots = torch.full((num_rows + 1, num_columns), DUMMY_SLOT, dtype=torch.int64, device=device)
+        self._slots = torch.full((num_rows + 1, num_columns), DUMMY_SLOT, dtype=torch.int64, device=device)
+        self._unwritten: dict[tuple[int, int], int] = {}  # slots by row and column
         self.padding_row = num_rows
         self._free_rows = list(range(num_rows - 1, -1, -1))
 
@@ -42,10 +44,33 @@ class RequestTable:
     def num_free_rows(self) -> int:
         return len(self._free_rows)
 
+    @property
+    def slots(self) -> torch.Tensor:
+        self.flush()
+        return self._slots
+
+    def flush(self) -> None:
+        """Write what waits, in one go."""
+        if self._unwritten:
+            self.put(torch.tensor(self.take_unwritten(), device=self._slots.device).t())
+
     def write(self, rows: list[int], columns: list[int], slots: list[int]) -> None:
-        """Set slots[i] at (rows[i], columns[i]): one device write for a whole batch."""
-        index = torch.tensor([rows, columns, slots], device=self.slots.device)
-        self.slots[index[0], index[1]] = index[2]
+        """Set slots[i] at (rows[i], columns[i])."""
+        self._unwritten.update(zip(zip(rows, columns, strict=True), slots, strict=True))
+
+    @property
+    def num_unwritten(self) -> int:
+        return len(self._unwritten)
+
+    def take_unwritten(self) -> list[tuple[int, int, int]]:
+        """Row, column and slot of all that waits, for the caller to `put`."""
+        taken = [(*place, slot) for place, slot in self._unwritten.items()]
+        self._unwritten.clear()
+        return taken
+
+    def put(self, write_3M: torch.Tensor) -> None:
+        """Set slots write_3M[2] at rows write_3M[0] and columns write_3M[1]."""
+        self._slots[write_3M[0], write_3M[1]] = write_3M[2]
 
     def read(self, row: int, length: int) -> list[int]:
         """The slots of a request's first `length` tokens. Waits for the device, so it is for starts and ends only."""

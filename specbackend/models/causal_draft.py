@@ -16,11 +16,12 @@ class CausalDraftModel:
     """Row t consumes token x_t, sits at position t and predicts x_{t+1}: the ordinary way, unlike a head's."""
 
     captured_layers = ()
+    is_head = False
 
     def __init__(self, folder: Path, target: LlamaModel, dtype, device, num_positions: int):
-        self.config = ModelConfig.read(folder)
+        self.config = ModelConfig.read(folder).part(folder, target.ranks.size)
         check_pairing(folder, self.config, target.config)
-        self.model = LlamaModel(folder, self.config, dtype, device, num_positions)
+        self.model = LlamaModel(folder, self.config, dtype, device, num_positions, target.ranks)
         self.num_kv_layers = self.model.num_kv_layers
         self.vocabulary = DraftVocabulary.of_target(self.model)
 

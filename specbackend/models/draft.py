@@ -12,10 +12,11 @@ from specbackend.attention.base import AttentionPlan
 from specbackend.batch import ForwardBatch
 from specbackend.cache.kv_pool import KVPool
 from specbackend.errors import ConfigError
-from specbackend.models.linear import Linear, linear
+from specbackend.models.linear import Linear
 from specbackend.models.llama import LlamaModel
 from specbackend.models.loader import Weights, read_pickle
 from specbackend.models.model_config import ModelConfig
+from specbackend.models.parallel_linear import VocabularyParallelLinear, vocabulary_parallel
 
 log = logging.getLogger(__name__)
 
@@ -24,7 +25,7 @@ log = logging.getLogger(__name__)
 class DraftVocabulary:
     """The draft's LM head over W tokens, and which of the target's ids they are."""
 
-    lm_head: Linear
+    lm_head: Linear | VocabularyParallelLinear
     target_id_W: torch.Tensor  # int64, distinct
 
     @classmethod
@@ -34,7 +35,7 @@ class DraftVocabulary:
         if token_ids is None:
             return cls(target.lm_head, torch.arange(target.config.vocab_size, device=device))
         ids = torch.tensor(token_ids, device=device)
-        return cls(linear(target.lm_head.rows(ids)), ids)
+        return cls(vocabulary_parallel(target.lm_head.rows(ids), target.ranks), ids)
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Of the draft's tokens [..., W] after hidden [..., D]."""
@@ -47,6 +48,7 @@ class DraftModel(Protocol):
     config: ModelConfig
     num_kv_layers: int
     captured_layers: tuple[int, ...]  # of the target, see LlamaModel
+    is_head: bool  # is fed hidden states
     vocabulary: DraftVocabulary
 
     def forward(

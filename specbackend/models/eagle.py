@@ -33,15 +33,16 @@ class EagleModel:
 
     num_kv_layers = 1
     captured_layers = ()
+    is_head = True
 
     def __init__(self, folder: Path, target: LlamaModel, vocabulary: DraftVocabulary, dtype, device, num_positions):
-        config = ModelConfig.read(folder)
+        config = ModelConfig.read(folder).part(folder, target.ranks.size)
         config.check_implemented(folder)
         check_pairing(folder, config, target.config)
         D = config.hidden_size
         if target.config.hidden_size != D:
             raise ConfigError(f"{folder}: the head has width {D}, the target {target.config.hidden_size}")
-        weights = Weights(folder, dtype, device, rename=lambda name: name.removeprefix("model."))
+        weights = Weights(folder, dtype, device, lambda name: name.removeprefix("model."), target.ranks)
         check_one_layer(weights)
         config = shaped_by_file(config, weights, "layers.0")
         self.config, self.vocabulary = config, vocabulary

@@ -28,6 +28,7 @@ from specbackend.models.linear import linear
 from specbackend.models.llama import LlamaModel
 from specbackend.models.loader import Weights
 from specbackend.models.model_config import ModelConfig
+from specbackend.models.parallel_linear import vocabulary_parallel
 
 # Entries of ModelOpt's `eagle_config` that would change the network, with the value that is implemented.
 MODELOPT = {
@@ -73,13 +74,14 @@ class Eagle3Model:
     """`forward` works on hidden states of the head's own width; `fuse` makes them from the target's features."""
 
     num_kv_layers = 1
+    is_head = True
 
     def __init__(self, folder: Path, target: LlamaModel, dtype, device, num_positions: int):
         options = Eagle3Config.read(folder, target.config)
         check_pairing(folder, options.layer, target.config)
-        weights = Weights(folder, dtype, device, rename=canonical_name)
+        weights = Weights(folder, dtype, device, rename=canonical_name, ranks=target.ranks)
         check_one_layer(weights)
-        config = shaped_by_file(options.layer, weights, "midlayer")
+        config = shaped_by_file(options.layer.part(folder, target.ranks.size), weights, "midlayer")
         hidden = config.hidden_size
         self.config, self.captured_layers = config, options.captured_layers
         self.norm_before_residual, self.norm_output = options.norm_before_residual, options.norm_output
@@ -166,7 +168,7 @@ def _load_vocabulary(weights: Weights, options: Eagle3Config, target: LlamaModel
     is_whole = whole.lm_head.shape == (W, D) and target_id_W.equal(whole.target_id_W)
     if is_whole and "lm_head.weight" not in weights:
         return whole
-    return DraftVocabulary(linear(weights.take("lm_head.weight", W, D)), target_id_W)
+    return DraftVocabulary(vocabulary_parallel(weights.take("lm_head.weight", W, D), target.ranks), target_id_W)
 
 
 def captured_layers(folder: Path, raw: dict, num_layers: int) -> tuple[int, ...]:

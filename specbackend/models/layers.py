@@ -2,9 +2,11 @@
 
 Not nn.Modules: there is nothing to train here, and a call that is a plain function costs a decode step less.
 T = rows of the forward, B * Q of them; G = key-value heads.
+A config here is that of one rank's part of the layers (ModelConfig.part): heads and inner width are the rank's own.
 """
 
 import math
+from functools import partial
 
 import torch
 
@@ -13,6 +15,7 @@ from specbackend.models.linear import linear
 from specbackend.models.loader import Weights
 from specbackend.models.model_config import ModelConfig, RopeScaling
 from specbackend.models.operators import operators
+from specbackend.models.parallel_linear import row_parallel
 
 
 def rope_table(config: ModelConfig, num_positions: int, device: torch.device) -> torch.Tensor:
@@ -48,7 +51,7 @@ class Attention:
     def __init__(self, weights: Weights, prefix: str, config: ModelConfig, input_size: int):
         H, G, D = config.num_attention_heads, config.num_key_value_heads, config.head_dim
         self.H, self.G, self.D = H, G, D
-        take = weights.take
+        take = partial(weights.take, split=0)
         q = take(f"{prefix}.q_proj.weight", H * D, input_size)
         k = take(f"{prefix}.k_proj.weight", G * D, input_size)
         v = take(f"{prefix}.v_proj.weight", G * D, input_size)
@@ -58,13 +61,14 @@ class Attention:
             q, k, v = (take(f"{prefix}.{x}_proj.bias", heads * D) for x, heads in (("q", H), ("k", G), ("v", G)))
             qkv_bias = torch.cat([adjacent_pairs(q, D), adjacent_pairs(k, D), v])
         if config.qk_norm:
-            q, k = (adjacent_pairs(take(f"{prefix}.{x}_norm.weight", D), D) for x in ("q", "k"))
+            q, k = (adjacent_pairs(weights.take(f"{prefix}.{x}_norm.weight", D), D) for x in ("q", "k"))
             self.norm = RMSNorm(torch.cat([q.expand(H, D), k.expand(G, D)]), config.rms_norm_eps)
         if config.output_bias:
-            out_bias = take(f"{prefix}.o_proj.bias", config.hidden_size)
+            out_bias = weights.take(f"{prefix}.o_proj.bias", config.hidden_size)
         self._operators = operators(qkv.device)
         self.qkv = linear(qkv, qkv_bias)
-        self.out = linear(take(f"{prefix}.o_proj.weight", config.hidden_size, H * D), out_bias)
+        out = weights.take(f"{prefix}.o_proj.weight", config.hidden_size, H * D, split=1)
+        self.out = row_parallel(out, out_bias, weights.ranks)
 
     def __call__(self, x_TD, residual_TD, rope, slot_T, plan: AttentionPlan, kv_S2GD, shape_BQ) -> torch.Tensor:
         """Write the rows' K and V to their slots, attend; return residual + output, maybe in the residual's place."""
@@ -87,15 +91,17 @@ class GatedMLP:
 
     def __init__(self, weights: Weights, prefix: str, config: ModelConfig):
         hidden, inner = config.hidden_size, config.intermediate_size
-        gate = weights.take(f"{prefix}.gate_proj.weight", inner, hidden)
-        up = weights.take(f"{prefix}.up_proj.weight", inner, hidden)
+        take = partial(weights.take, split=0)
+        gate = take(f"{prefix}.gate_proj.weight", inner, hidden)
+        up = take(f"{prefix}.up_proj.weight", inner, hidden)
         gate_up_bias = down_bias = None
         if config.mlp_bias:
-            gate_up_bias = torch.cat([weights.take(f"{prefix}.{x}_proj.bias", inner) for x in ("gate", "up")])
+            gate_up_bias = torch.cat([take(f"{prefix}.{x}_proj.bias", inner) for x in ("gate", "up")])
             down_bias = weights.take(f"{prefix}.down_proj.bias", hidden)
         self._operators = operators(gate.device)
         self.gate_up = linear(torch.cat([gate, up]), gate_up_bias)
-        self.down = linear(weights.take(f"{prefix}.down_proj.weight", hidden, inner), down_bias)
+        down = weights.take(f"{prefix}.down_proj.weight", hidden, inner, split=1)
+        self.down = row_parallel(down, down_bias, weights.ranks)
 
     def __call__(self, x_TD: torch.Tensor, residual_TD: torch.Tensor) -> torch.Tensor:
         """Return residual + MLP(x), maybe in the residual's place."""

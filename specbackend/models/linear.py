@@ -3,6 +3,8 @@
 import torch
 import torch.nn.functional as F
 
+from specbackend import kernels
+
 # Weights of fewer elements stay as they are: there oneDNN's fixed cost, some 20 us a call, is more than it saves.
 MIN_PACKED_SIZE = 1 << 19
 
@@ -52,7 +54,11 @@ class PackedLinear(Linear):
 
 
 def linear(weight_ED: torch.Tensor, bias_E: torch.Tensor | None = None) -> Linear:
-    """The faster of the two. It keeps the weight in one form only."""
+    """The fastest of them. It keeps the weight in one form only."""
+    if kernels.run_on(weight_ED.device) and weight_ED.dtype in (torch.bfloat16, torch.float16):
+        from specbackend.models.tuned_linear import TunedLinear
+
+        return TunedLinear(weight_ED, bias_E)
     return (PackedLinear if _packing_pays(weight_ED) else Linear)(weight_ED, bias_E)
 
 

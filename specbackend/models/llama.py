@@ -11,9 +11,10 @@ from specbackend.batch import ForwardBatch
 from specbackend.cache.kv_pool import KVPool
 from specbackend.errors import ConfigError
 from specbackend.models.layers import DecoderLayer, RMSNorm, rope_table
-from specbackend.models.linear import linear
 from specbackend.models.loader import Weights
 from specbackend.models.model_config import FAMILIES, ModelConfig
+from specbackend.models.parallel_linear import vocabulary_parallel
+from specbackend.ranks import ONE_RANK, Ranks
 
 MTP_PREFIX = "model.mtp_layers."  # MiMo's own draft layers, which are `models.mtp`'s to load
 
@@ -30,15 +31,17 @@ class LlamaModel:
     """A target network.
 
     A draft's features are the inputs of `captured_layers` side by side, or the final hidden state if it lists none.
+    config: of this rank's part. The layers and the LM head are spread over the ranks; each has the whole embedding, as
+    rows of a part would have to be summed.
     """
 
-    def __init__(self, folder: Path, config: ModelConfig, dtype, device, num_positions: int):
+    def __init__(self, folder: Path, config: ModelConfig, dtype, device, num_positions: int, ranks: Ranks = ONE_RANK):
         config.check_implemented(folder)
         if config.architecture not in FAMILIES:
             known = ", ".join(FAMILIES)
             raise ConfigError(f"{folder}: architecture {config.architecture} is not served; served are {known}")
-        weights = Weights(folder, dtype, device)
-        self.config = config
+        weights = Weights(folder, dtype, device, ranks=ranks)
+        self.config, self.ranks = config, ranks
         self.num_kv_layers = config.num_hidden_layers
         self.captured_layers: tuple[int, ...] = ()
         self.embed_tokens = weights.take("model.embed_tokens.weight", config.vocab_size, config.hidden_size)
@@ -46,9 +49,10 @@ class LlamaModel:
         self.norm = RMSNorm.take(weights, "model.norm", config)
         if config.tie_word_embeddings:
             weights.discard("lm_head.weight")
-            self.lm_head = linear(self.embed_tokens)  # if packed a second copy, as embedding takes rows of the first
+            lm_head = self.embed_tokens  # if packed a second copy, as embedding takes rows of the first
         else:
-            self.lm_head = linear(weights.take("lm_head.weight", config.vocab_size, config.hidden_size))
+            lm_head = weights.take("lm_head.weight", config.vocab_size, config.hidden_size)
+        self.lm_head = vocabulary_parallel(lm_head, ranks)
         weights.discard_prefix(MTP_PREFIX)
         weights.finish()  # a tensor that nobody takes, such as a bias, would change what the model says
         self.rope = rope_table(config, num_positions, device)

@@ -9,6 +9,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from specbackend.errors import ConfigError
+from specbackend.ranks import ONE_RANK, Ranks
 
 IGNORED_SUFFIXES = ("rotary_emb.inv_freq",)  # old exports carry what every engine computes itself
 
@@ -20,12 +21,18 @@ class Weights:
 
     What is missing or of another shape is an error; what is left over is the caller's to judge (`remaining`, `finish`).
     `rename` maps the names in the file to those used here, for checkpoints that exist under several conventions.
+    `ranks` share the tensors that are taken with `split`.
     """
 
     def __init__(
-        self, folder: Path, dtype: torch.dtype, device: torch.device, rename: Callable[[str], str] = lambda name: name
+        self,
+        folder: Path,
+        dtype: torch.dtype,
+        device: torch.device,
+        rename: Callable[[str], str] = lambda name: name,
+        ranks: Ranks = ONE_RANK,
     ):
-        self.folder, self._dtype, self._device = folder, dtype, device
+        self.folder, self.ranks, self._dtype, self._device = folder, ranks, dtype, device
         self._readers = {
             rename(name): read for name, read in _readers(folder).items() if not name.endswith(IGNORED_SUFFIXES)
         }
@@ -34,18 +41,23 @@ class Weights:
     def __contains__(self, name: str) -> bool:
         return name in self._readers
 
-    def take(self, name: str, *shape: int) -> torch.Tensor:
+    def take(self, name: str, *shape: int, split: int | None = None) -> torch.Tensor:
         """Remove and return a tensor of this shape: floating ones in the engine's dtype, others as stored.
 
+        split: the dimension of which each rank takes its part; `shape` is that of a part.
         A missing name gives zeros and is reported by `check_complete`, so that one error lists them all.
         """
         read = self._readers.pop(name, None)
         if read is None:
             self._missing.append(name)
             return torch.zeros(shape, dtype=self._dtype, device=self._device)
-        tensor = read()
-        if tuple(tensor.shape) != shape:
-            raise ConfigError(f"{self.folder}: {name} is {list(tensor.shape)}, the config asks for {list(shape)}")
+        tensor, whole = read(), list(shape)
+        if split is not None:
+            whole[split] *= self.ranks.size
+        if list(tensor.shape) != whole:
+            raise ConfigError(f"{self.folder}: {name} is {list(tensor.shape)}, the config asks for {whole}")
+        if split is not None:
+            tensor = self.ranks.part(tensor, split)
         dtype = self._dtype if tensor.is_floating_point() else tensor.dtype
         return tensor.to(self._device, dtype).contiguous()
 

@@ -1,7 +1,7 @@
 """config.json of a checkpoint, read as the networks need it."""
 
 import json
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 from specbackend.errors import ConfigError
@@ -33,6 +33,8 @@ FAMILIES = {
     "Qwen3ForCausalLM": Family(qk_norm=True, head_dim=128),
     "MiMoForCausalLM": Family(qkv_bias=True),
 }
+
+SPLIT = ("num_attention_heads", "num_key_value_heads", "intermediate_size")  # over ranks
 
 
 @dataclass(frozen=True)
@@ -104,6 +106,13 @@ class ModelConfig:
         activation = self.raw.get("hidden_act", "silu")
         if activation != "silu":
             raise ConfigError(f"{folder}: hidden_act={activation!r} is not served, only 'silu' is")
+
+    def part(self, folder: Path, tp_size: int) -> "ModelConfig":
+        """What one of tp_size ranks computes of each layer. Raises ConfigError where that is no whole number."""
+        sizes = {name: getattr(self, name) for name in SPLIT}
+        if broken := [f"{name} {size}" for name, size in sizes.items() if size % tp_size]:
+            raise ConfigError(f"{folder}: tp_size {tp_size} does not divide {', '.join(broken)}")
+        return replace(self, **{name: size // tp_size for name, size in sizes.items()})
 
 
 def read_max_positions(folder: Path) -> int:

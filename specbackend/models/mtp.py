@@ -24,10 +24,11 @@ class MtpModel:
 
     num_kv_layers = 1
     captured_layers = ()
+    is_head = True
 
     def __init__(self, folder: Path, target: LlamaModel, vocabulary: DraftVocabulary, dtype, device):
         config, prefix, D = target.config, f"{MTP_PREFIX}0", target.config.hidden_size
-        weights = Weights(folder, dtype, device)
+        weights = Weights(folder, dtype, device, ranks=target.ranks)
         self.config, self.vocabulary = config, vocabulary
         self.embed_tokens, self.rope = target.embed_tokens, target.rope
         self.token_layernorm = RMSNorm.take(weights, f"{prefix}.token_layernorm", config)

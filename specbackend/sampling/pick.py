@@ -69,17 +69,27 @@ def pick_tokens(logits_BNV: torch.Tensor, nodes: Nodes, sampling: SamplingBatch)
 
 
 def target_logits(logits_BNV: torch.Tensor, nodes: Nodes, sampling: SamplingBatch) -> torch.Tensor:
-    """The distribution that each next token is picked from: sampled requests' tokens follow its softmax."""
-    return _scaled(_adjusted(logits_BNV, nodes, sampling.before_temperature), nodes, sampling)
+    """What each next token is picked from: sampled requests' tokens follow softmax(target logits / temperature)."""
+    return _limited(_adjusted(logits_BNV, nodes, sampling.before_temperature), nodes, sampling)
 
 
 def pick_from(logits_BNV: torch.Tensor, nodes: Nodes, sampling: SamplingBatch) -> torch.Tensor:
     """The second half of `pick_tokens`: what is picked from target logits."""
+    if kernels.run_on(logits_BNV.device):
+        return _pick_by_kernel(logits_BNV, nodes, sampling)
     if sampling.any_sampled:
         token_V = torch.arange(logits_BNV.shape[-1], device=logits_BNV.device)
         noise_BNV = gumbel_noise(sampling.seed_B, nodes.position_BN, token_V)
-        logits_BNV = logits_BNV.where(sampling.greedy_B11, logits_BNV + noise_BNV)
+        logits_BNV = logits_BNV.where(sampling.greedy_B11, scaled(logits_BNV, sampling.temperature_B) + noise_BNV)
     return logits_BNV.argmax(dim=-1)
+
+
+def _pick_by_kernel(logits_BNV: torch.Tensor, nodes: Nodes, sampling: SamplingBatch) -> torch.Tensor:
+    from specbackend.kernels.argmax_pick import argmax_pick
+
+    position_R = nodes.position_BN.flatten().contiguous()
+    picked_R = argmax_pick(logits_BNV.flatten(0, 1), sampling.temperature_B, sampling.seed_B, position_R)
+    return picked_R.view(nodes.position_BN.shape)
 
 
 def picked_logprobs(
@@ -90,7 +100,8 @@ def picked_logprobs(
         return None
     rows = list(sampling.logprob_rows)
     logits_RPV = logits_BNV[torch.tensor(rows, device=logits_BNV.device)[:, None], place_BP[rows]]
-    return logprobs_of(rows, logits_RPV, token_BP[rows], sampling.most_logprobs)
+    scaled_RPV = scaled(logits_RPV, sampling.temperature_B[rows])
+    return logprobs_of(rows, scaled_RPV, token_BP[rows], sampling.most_logprobs)
 
 
 @dataclass(frozen=True)
@@ -110,21 +121,26 @@ def likeliest(
     sampling: SamplingBatch,
 ) -> Likeliest:
     """The K best of `forecast`."""
-    plain_greedy = not sampling.any_sampled and not sampling.before_temperature
-    if plain_greedy and K <= MOST_OF_TOPK_KERNEL and kernels.run_on(draft_logits_BNW.device):
-        return _likeliest_on_gpu(K, draft_logits_BNW)
+    if K <= MOST_OF_TOPK_KERNEL and kernels.run_on(draft_logits_BNW.device):
+        known_BNW = _known_logits(draft_logits_BNW, token_W, vocab_size, nodes, sampling)
+        return _likeliest_by_kernel(K, known_BNW, token_W, nodes, sampling)
     logprob_BNW = forecast(draft_logits_BNW, token_W, vocab_size, nodes, sampling)
     return Likeliest(*logprob_BNW.topk(K, dim=-1))
 
 
-def _likeliest_on_gpu(K: int, draft_logits_BNW: torch.Tensor) -> Likeliest:
-    """Of greedy requests that ask for nothing else."""
-    from specbackend.kernels.topk_logprob import topk_logprob
+def _likeliest_by_kernel(
+    K: int, known_BNW: torch.Tensor, token_W: torch.Tensor, nodes: Nodes, sampling: SamplingBatch
+) -> Likeliest:
+    from specbackend.kernels.topk_logprob import topk_logprob, topk_noisy_logprob
 
-    logits_RW = draft_logits_BNW.flatten(0, 1)
-    scale_R = logits_RW.new_full((len(logits_RW),), 1 / LOWEST_FORECAST_TEMPERATURE, dtype=torch.float32)
-    best = topk_logprob(logits_RW, scale_R, K)
-    shape_BNK = (*draft_logits_BNW.shape[:2], K)
+    logits_RW, position_R = known_BNW.flatten(0, 1), nodes.position_BN.flatten().contiguous()
+    divisor_B = sampling.temperature_B.clamp(min=LOWEST_FORECAST_TEMPERATURE)
+    if sampling.any_sampled:
+        noise = (sampling.temperature_B / divisor_B, sampling.seed_B, position_R, token_W)
+        best = topk_noisy_logprob(logits_RW, divisor_B.reciprocal(), *noise, K)
+    else:
+        best = topk_logprob(logits_RW, divisor_B.reciprocal(), K)
+    shape_BNK = (*nodes.position_BN.shape, K)
     return Likeliest(best.logprob_RK.view(shape_BNK), best.index_RK.view(shape_BNK))
 
 
@@ -140,19 +156,29 @@ def forecast(
 
     Source: Daliri, Musco, Suresh 2024, "Coupling without communication", for drafts that share the target's noise.
     """
+    known_BNW = _known_logits(draft_logits_BNW, token_W, vocab_size, nodes, sampling).float()
+    temperature_B11 = sampling.temperature_B[:, None, None]
+    divisor_B11 = temperature_B11.clamp(min=LOWEST_FORECAST_TEMPERATURE)
+    score_BNW = known_BNW / divisor_B11
+    if sampling.any_sampled:
+        noise_BNW = gumbel_noise(sampling.seed_B, nodes.position_BN, token_W)
+        score_BNW = score_BNW + noise_BNW * (temperature_B11 / divisor_B11)
+    logprob_BNW = torch.log_softmax(score_BNW, dim=-1)
+    if not sampling.before_temperature:
+        return logprob_BNW
+    return logprob_BNW.nan_to_num(nan=BANNED, neginf=BANNED)  # nan: all are forbidden
+
+
+def _known_logits(
+    draft_logits_BNW: torch.Tensor, token_W: torch.Tensor, vocab_size: int, nodes: Nodes, sampling: SamplingBatch
+) -> torch.Tensor:
+    """The draft's logits after what is known of its request to be done to the target's."""
     processors = tuple(p for p in sampling.before_temperature if not isinstance(p, CustomProcessors))
     if processors:
         logits_BNV = draft_logits_BNW.new_full((*nodes.position_BN.shape, vocab_size), BANNED, dtype=torch.float32)
         logits_BNV[:, :, token_W] = draft_logits_BNW.float()
         draft_logits_BNW = _adjusted(logits_BNV, nodes, processors)[:, :, token_W]
-    score_BNW, temperature_B11 = draft_logits_BNW.float(), sampling.temperature_B[:, None, None]
-    if sampling.any_sampled:
-        noise_BNW = gumbel_noise(sampling.seed_B, nodes.position_BN, token_W)
-        sampled_BNW = (_scaled(score_BNW, nodes, sampling) + noise_BNW) * temperature_B11
-        score_BNW = score_BNW.where(sampling.greedy_B11, sampled_BNW)
-    score_BNW = score_BNW / temperature_B11.clamp(min=LOWEST_FORECAST_TEMPERATURE)
-    logprob_BNW = torch.log_softmax(score_BNW, dim=-1)
-    return logprob_BNW.nan_to_num(nan=BANNED, neginf=BANNED) if processors else logprob_BNW  # nan: all are forbidden
+    return _limited(draft_logits_BNW, nodes, sampling)
 
 
 def _adjusted(logits_BNV: torch.Tensor, nodes: Nodes, processors: tuple[Processor, ...]) -> torch.Tensor:
@@ -164,15 +190,21 @@ def _adjusted(logits_BNV: torch.Tensor, nodes: Nodes, processors: tuple[Processo
     return logits_BNV
 
 
-def _scaled(logits_BNV: torch.Tensor, nodes: Nodes, sampling: SamplingBatch) -> torch.Tensor:
-    if not sampling.any_sampled:
+def _limited(logits_BNV: torch.Tensor, nodes: Nodes, sampling: SamplingBatch) -> torch.Tensor:
+    """Forbid what top_k, top_p and min_p leave out; the other logits stay as they are."""
+    if not sampling.after_temperature:
         return logits_BNV
-    logits_BNV = logits_BNV.float()
-    below_best = logits_BNV - logits_BNV.amax(dim=-1, keepdim=True)  # so that a tiny temperature cannot overflow to inf
-    scaled_BNV = below_best / sampling.temperature_B[:, None, None].masked_fill(sampling.greedy_B11, 1.0)
+    scaled_BNV = scaled(logits_BNV, sampling.temperature_B)
     for processor in sampling.after_temperature:
         processor.apply(scaled_BNV, nodes)
-    return scaled_BNV
+    return logits_BNV.masked_fill(scaled_BNV == BANNED, BANNED)
+
+
+def scaled(logits_BNV: torch.Tensor, temperature_B: torch.Tensor) -> torch.Tensor:
+    """float32, the best 0: what sampled requests' tokens follow the softmax of. Of greedy requests at temperature 1."""
+    logits_BNV = logits_BNV.float()
+    below_best = logits_BNV - logits_BNV.amax(dim=-1, keepdim=True)  # so that a tiny temperature cannot overflow to inf
+    return below_best / temperature_B.masked_fill(temperature_B == 0, 1.0)[:, None, None]
 
 
 def gumbel_noise(seed_B: torch.Tensor, position_BN: torch.Tensor, token_V: torch.Tensor) -> torch.Tensor:

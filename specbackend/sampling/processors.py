@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from specbackend import kernels
 from specbackend.grammar import GrammarState
 from specbackend.request import Request
 from specbackend.sampling.custom import CustomProcessors
@@ -249,10 +250,20 @@ class TopKTopP:
 
     def apply(self, scaled_BNV: torch.Tensor, nodes: Nodes) -> None:
         scaled_RNV = scaled_BNV[self.row_R]
+        limit_ = self._limit_by_kernel_ if kernels.run_on(scaled_RNV.device) else self._limit_
+        limit_(scaled_RNV)
+        scaled_BNV[self.row_R] = scaled_RNV
+
+    def _limit_by_kernel_(self, scaled_RNV: torch.Tensor) -> None:
+        from specbackend.kernels.limit_logits import limit_logits_
+
+        limit_logits_(scaled_RNV.flatten(0, 1), self.top_k_R, self.top_p_R)
+
+    def _limit_(self, scaled_RNV: torch.Tensor) -> None:
         best_RNK = scaled_RNV.topk(min(self.most, scaled_RNV.shape[-1])).values
         fewest_RN = torch.minimum(self.top_k_R[:, None], self._nucleus_size(scaled_RNV, best_RNK))
         threshold_RN1 = best_RNK.gather(2, fewest_RN[:, :, None] - 1)
-        scaled_BNV[self.row_R] = scaled_RNV.masked_fill(scaled_RNV < threshold_RN1, BANNED)
+        scaled_RNV.masked_fill_(scaled_RNV < threshold_RN1, BANNED)
 
     def _nucleus_size(self, scaled_RNV: torch.Tensor, best_RNK: torch.Tensor) -> torch.Tensor:
         """How many tokens have less than top_p of the probability before them; at most K."""

@@ -66,7 +66,8 @@ def build_tree(root_token_B: torch.Tensor, candidates: Candidates, num_nodes_B: 
     root_parent = torch.zeros_like(root_token_B)[:, None]
     token_BN = torch.cat([root_token_B[:, None], candidates.token_BC.gather(1, kept)], dim=1)
     parent_BN = torch.cat([root_parent, parent], dim=1)
-    return DraftTree.of(token_BN, parent_BN, torch.cat([torch.ones_like(drafted[:, :1]), drafted], dim=1))
+    drafted_BN = torch.cat([torch.ones_like(root_parent, dtype=torch.bool), drafted], dim=1)
+    return DraftTree.of(token_BN, parent_BN, drafted_BN)
 
 
 def ancestor_mask(parent_BN: torch.Tensor) -> torch.Tensor:

@@ -4,6 +4,8 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from specbackend.batch import Accepted, ExtendBatch, ForwardBatch, Sequences
+from specbackend.config import TreeShape
+from specbackend.cuda_graphs import Recorder
 from specbackend.models.llama import TargetOutput
 from specbackend.sampling import SamplingBatch
 from specbackend.speculative.draft_tree import DraftTree
@@ -40,6 +42,9 @@ class Drafter(Protocol):
         self, batch: ExtendBatch, forward: ForwardBatch, output: TargetOutput, accepted: Accepted
     ) -> None:
         """Take note of prompt chunks that the target has computed."""
+
+    def record_forwards(self, record: Recorder, batch_sizes: list[int], num_columns: int, tree: TreeShape) -> None:
+        """From now on replay the draft's forwards for this tree. num_columns: of the request table."""
 
     def propose(self, at: Sequences, sampling: SamplingBatch, shapes: TreeShapes) -> DraftTree:
         """Draft what may follow each sequence's root, for a target that picks as `sampling` says."""

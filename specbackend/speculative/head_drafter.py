@@ -9,6 +9,8 @@ import torch
 
 from specbackend.batch import Accepted, ExtendBatch, ForwardBatch, Sequences
 from specbackend.cache.slots import DUMMY_SLOT
+from specbackend.config import TreeShape
+from specbackend.cuda_graphs import Recorder
 from specbackend.models.draft import HeadModel
 from specbackend.models.llama import TargetOutput
 from specbackend.runner import causal_mask
@@ -47,6 +49,9 @@ class HeadDrafter:
         token_BQ.scatter_(1, last_B[:, None], tail_B1)
         row_B = torch.tensor([request.row for request in batch.requests], device=self.device)
         self._feed(dataclasses.replace(forward, token_BQ=token_BQ), output.feature_TF, last_B, row_B)
+
+    def record_forwards(self, record: Recorder, batch_sizes: list[int], num_columns: int, tree: TreeShape) -> None:
+        self.grower.record_forwards(record, batch_sizes, num_columns, feed_width=tree.longest_path)
 
     def propose(self, at: Sequences, sampling: SamplingBatch, shapes: TreeShapes) -> DraftTree:
         prefix = DraftPrefix(at.length_B, at.prefix_slot_BL, self._hidden_RD[at.row_B])

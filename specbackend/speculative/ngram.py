@@ -10,6 +10,8 @@ from weakref import WeakKeyDictionary
 import torch
 
 from specbackend.batch import Accepted, ExtendBatch, ForwardBatch, Sequences
+from specbackend.config import TreeShape
+from specbackend.cuda_graphs import Recorder
 from specbackend.models.llama import TargetOutput
 from specbackend.request import Request
 from specbackend.sampling import SamplingBatch
@@ -81,6 +83,9 @@ class NgramDrafter:
         self, batch: ExtendBatch, forward: ForwardBatch, output: TargetOutput, accepted: Accepted
     ) -> None:
         """Nothing to do: texts are read when something is proposed for them."""
+
+    def record_forwards(self, record: Recorder, batch_sizes: list[int], num_columns: int, tree: TreeShape) -> None:
+        """There are none."""
 
     def propose(self, at: Sequences, sampling: SamplingBatch, shapes: TreeShapes) -> DraftTree:
         trees, N = [self._tree(request) for request in at.requests], shapes.most_nodes

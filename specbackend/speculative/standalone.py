@@ -5,6 +5,8 @@ import torch
 from specbackend.batch import Accepted, ExtendBatch, ForwardBatch, Sequences
 from specbackend.cache.kv_pool import RequestTable
 from specbackend.cache.slots import DUMMY_SLOT
+from specbackend.config import TreeShape
+from specbackend.cuda_graphs import Recorder
 from specbackend.models.llama import TargetOutput
 from specbackend.runner import causal_mask
 from specbackend.sampling import SamplingBatch
@@ -33,6 +35,9 @@ class StandaloneDrafter:
     ) -> None:
         last_B = torch.tensor(batch.chunk_lens, device=self.grower.device) - 1
         self.grower.feed(forward, None, last_B)  # for its K and V; what may follow is asked before drafting
+
+    def record_forwards(self, record: Recorder, batch_sizes: list[int], num_columns: int, tree: TreeShape) -> None:
+        self.grower.record_forwards(record, batch_sizes, num_columns, feed_width=len(self._back_P))
 
     def propose(self, at: Sequences, sampling: SamplingBatch, shapes: TreeShapes) -> DraftTree:
         last_B = torch.full_like(at.length_B, len(self._back_P) - 1)

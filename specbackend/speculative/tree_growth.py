@@ -16,6 +16,8 @@ import torch
 from specbackend.attention.base import AttentionBackend, AttentionPlan
 from specbackend.batch import ForwardBatch, Sequences
 from specbackend.cache.kv_pool import KVPool
+from specbackend.cuda_graphs import Recorder
+from specbackend.forward_graphs import ForwardGraphs
 from specbackend.models.draft import DraftModel
 from specbackend.sampling import Nodes, SamplingBatch, likeliest
 from specbackend.speculative.draft_tree import Candidates
@@ -65,6 +67,7 @@ class TreeGrower:
         self.dtype, self.device = model.vocabulary.lm_head.dtype, model.vocabulary.lm_head.device
         W = num_scratch_slots(num_steps, topk)
         self._scratch_RW = first_scratch_slot + torch.arange(num_rows * W, device=self.device).view(num_rows, W)
+        self._graphs: ForwardGraphs | None = None
         self._own_LKW = torch.eye(W, dtype=torch.bool, device=self.device).view(num_steps - 1, topk, W)
 
     def feed(self, batch: ForwardBatch, hidden_TD: torch.Tensor | None, last_B: torch.Tensor) -> torch.Tensor:
@@ -143,8 +146,23 @@ class TreeGrower:
             window_mask_BQW=beam.ancestor_BKW | self._own_LKW[level - 1],
         )
 
+    def record_forwards(self, record: Recorder, batch_sizes: list[int], num_columns: int, feed_width: int) -> None:
+        """From now on replay feeds of so many tokens per sequence, and the levels of growth."""
+        hidden_size = self.model.config.hidden_size if self.model.is_head else None
+        graphs = ForwardGraphs(self._run_eagerly, num_columns, hidden_size, self.dtype, self.device, record)
+        graphs.record(batch_sizes, feed_width, feed_width)
+        if self.num_steps > 1:
+            graphs.record(batch_sizes, self.topk, self._scratch_RW.shape[1])
+        self._graphs = graphs
+
+    def _run_eagerly(self, batch: ForwardBatch, hidden_TD: torch.Tensor | None) -> tuple[torch.Tensor]:
+        return (self.model.forward(batch, hidden_TD, self.attention.plan(batch, self.dtype), self.kv_pool),)
+
     def _forward(self, batch: ForwardBatch, hidden_TD: torch.Tensor | None, plan: AttentionPlan) -> torch.Tensor:
-        hidden_TD = self.model.forward(batch, hidden_TD, plan, self.kv_pool)
+        if self._graphs:
+            (hidden_TD,) = self._graphs(batch, hidden_TD)
+        else:
+            hidden_TD = self.model.forward(batch, hidden_TD, plan, self.kv_pool)
         return hidden_TD.view(*batch.token_BQ.shape, -1)
 
 

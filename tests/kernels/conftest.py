@@ -3,10 +3,22 @@
 import pytest
 import torch
 
+from specbackend import kernels
+from specbackend.models.operators import operators
+
 
 @pytest.fixture(scope="session")
 def device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@pytest.fixture
+def on_kernels(monkeypatch):
+    """The engine uses them here too."""
+    monkeypatch.setattr(kernels, "run_on", lambda device: True)
+    operators.cache_clear()
+    yield
+    operators.cache_clear()
 
 
 def poison(t: torch.Tensor) -> torch.Tensor:

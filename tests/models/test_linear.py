@@ -24,7 +24,9 @@ def test_product_and_residual(kind, weights):
     layer, x_TD, residual_TE = kind(*weights), torch.randn(3, D), torch.randn(3, E)
     exact = F.linear(x_TD.double(), *(w if w is None else w.double() for w in weights))
     torch.testing.assert_close(layer(x_TD).double(), exact, rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(layer.plus_(residual_TE.clone(), x_TD).double(), residual_TE + exact, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(
+        layer.plus_(residual_TE.clone(), x_TD).double(), residual_TE + exact, rtol=1e-5, atol=1e-5
+    )
     assert (layer.shape, layer.dtype, layer.device.type) == ((E, D), torch.float32, "cpu")
 
 

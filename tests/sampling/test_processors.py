@@ -17,7 +17,7 @@ from transformers import (
 
 from specbackend.request import Request
 from specbackend.sampling import Nodes, SamplingBatch
-from specbackend.sampling.pick import pick_tokens, target_logits
+from specbackend.sampling.pick import pick_tokens, scaled, target_logits
 from specbackend.sampling_params import SamplingParams
 from specbackend.speculative.draft_tree import DraftTree
 from tests.sampling.reference import reference_distribution, reference_logits
@@ -87,8 +87,13 @@ def drafted(tree: DraftTree, row: int, node: int) -> list[int]:
     return [int(tree.token_BN[row, n]) for n in path_to(tree.parent_BN[row].tolist(), node)[1:]]
 
 
+def scaled_logits(logits_BNV: torch.Tensor, nodes: Nodes, sampling: SamplingBatch) -> torch.Tensor:
+    """What the softmax is taken of."""
+    return scaled(target_logits(logits_BNV, nodes, sampling), sampling.temperature_B)
+
+
 def tree_logits(requests: list[Request], tree: DraftTree, logits_BNV: torch.Tensor) -> torch.Tensor:
-    return target_logits(logits_BNV, nodes_of(tree, requests), SamplingBatch.of(requests, "cpu"))
+    return scaled_logits(logits_BNV, nodes_of(tree, requests), SamplingBatch.of(requests, "cpu"))
 
 
 def outputs() -> list[list[int]]:
@@ -154,7 +159,7 @@ def test_ties_stay_together():
 
     def kept(**params):
         sampling = SamplingBatch.of([make_request([1], **params)], "cpu")
-        return target_logits(logits_11V, nodes, sampling)[0, 0].isfinite().nonzero()[:, 0].tolist()
+        return scaled_logits(logits_11V, nodes, sampling)[0, 0].isfinite().nonzero()[:, 0].tolist()
 
     assert kept(top_k=1) == [0]
     assert kept(top_k=2) == kept(top_k=4) == kept(top_p=0.4) == [0, 1, 2, 3]
@@ -170,7 +175,7 @@ def test_a_nucleus_that_is_full_takes_no_more():
     nodes = Nodes.roots(torch.tensor([1]), torch.tensor([7]))
     for top_p, size in ((best, 1), (math.nextafter(best, 1), 2)):
         sampling = SamplingBatch.of([make_request([1], top_p=top_p)], "cpu")
-        assert target_logits(logits_11V, nodes, sampling).isfinite().sum() == size
+        assert scaled_logits(logits_11V, nodes, sampling).isfinite().sum() == size
 
 
 def test_top_k_and_top_p_come_from_the_same_distribution():
@@ -178,7 +183,7 @@ def test_top_k_and_top_p_come_from_the_same_distribution():
     logits_11V = torch.full((1, 1, V), -torch.inf)
     logits_11V[0, 0, :4] = torch.tensor([0.4, 0.35, 0.15, 0.1]).log()
     sampling = SamplingBatch.of([make_request([1], top_k=2, top_p=0.5)], "cpu")
-    probability_V = target_logits(logits_11V, Nodes.roots(torch.tensor([1]), torch.tensor([7])), sampling).softmax(-1)
+    probability_V = scaled_logits(logits_11V, Nodes.roots(torch.tensor([1]), torch.tensor([7])), sampling).softmax(-1)
     torch.testing.assert_close(probability_V[0, 0, :4], torch.tensor([0.4, 0.35, 0.0, 0.0]) / 0.75)
 
 
@@ -219,7 +224,7 @@ def test_every_node_of_a_mixed_batch_equals_its_text_alone(params, prompts, outp
             logits_11V = logits_BNV[row, node][None, None]
             assert picked_BN[row, node] == pick_tokens(logits_11V, nodes, sampling)
             if alone.params.temperature:
-                assert torch.equal(result_BNV[row, node], target_logits(logits_11V, nodes, sampling)[0, 0])
+                assert torch.equal(result_BNV[row, node], scaled_logits(logits_11V, nodes, sampling)[0, 0])
 
 
 def test_logits_of_the_caller_stay_as_they_are():
@@ -238,7 +243,7 @@ def test_the_first_token_follows_the_prompt(output):
         request = make_request(output, **params)
         nodes = Nodes.roots(torch.tensor([request.all_ids[-1]]), torch.tensor([request.num_tokens]))
         logits_11V = random_logits(1, 1)
-        result_V = target_logits(logits_11V, nodes, SamplingBatch.of([request], "cpu"))[0, 0].softmax(-1)
+        result_V = scaled_logits(logits_11V, nodes, SamplingBatch.of([request], "cpu"))[0, 0].softmax(-1)
         expected = reference_distribution(logits_11V[0, 0].tolist(), PROMPT, output, request.params, EOS)
         torch.testing.assert_close(result_V, torch.tensor(expected), rtol=1e-4, atol=1e-6)
 

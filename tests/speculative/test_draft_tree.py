@@ -72,6 +72,12 @@ def test_topk_one_is_a_chain():
     assert tree.depth_BN[0].tolist() == [0, 1, 2, 3, 4, 5]
 
 
+def test_a_tree_of_nothing_but_the_root():
+    tree = full_tree(torch.tensor([9, 4]), random_candidates(2, 3, 2, 100, torch.Generator().manual_seed(0)), 1)
+    assert (tree.token_BN.tolist(), tree.parent_BN.tolist()) == ([[9], [4]], [[0], [0]])
+    assert tree.drafted_BN.tolist() == [[True], [True]]
+
+
 def test_all_candidates_kept():
     candidates = random_candidates(2, 3, 3, 100, torch.Generator().manual_seed(0))
     C = candidates.token_BC.shape[1]

@@ -29,6 +29,9 @@ ENGINES = {
 }
 
 
+WITHOUT_GRAPHS = ("EAGLE3 5,4,8", "NEXTN 3,1,4")  # too
+
+
 def check_equality(context: Context, out: dict) -> None:
     """Fills out with a row per engine, whose answers should be those of plain decoding in torch, all in float32."""
     prompts = context.prompts[:8]
@@ -37,7 +40,7 @@ def check_equality(context: Context, out: dict) -> None:
     hf = _hf_answers(context, prompts)
     out["plain without graphs equals transformers"] = [ours == theirs for ours, theirs in zip(greedy, hf, strict=True)]
     for name, params in ENGINES.items():
-        for graphs in (True, False):
+        for graphs in (True, False) if name in WITHOUT_GRAPHS else (True,):
             engine = _engine(context, params | {"disable_cuda_graph": not graphs})
             mine, mine_sampled = _answers(engine, prompts)
             out[f"{name}, graphs {'on' if graphs else 'off'}"] = {

@@ -4,7 +4,6 @@ Nobody can step in there, and minutes count: each step has its own time limit, a
 the findings and the others to go on.
 """
 
-import json
 import os
 import platform
 import shutil
@@ -19,8 +18,9 @@ from itertools import cycle
 from pathlib import Path
 from typing import Any
 
-from gpu_checks.bundle import ROOT, Unpacked, unpack
-from specbackend.config import EngineConfig
+from serving_load import first_token_seconds, greedy_question, make_repository, new_tokens, percentiles_ms, token_ids
+
+from gpu_checks.bundle import Unpacked, unpack
 from specbackend.serving.tritonserver import SHM, TritonServer, check_runnable, processes_of
 
 CONCURRENCIES = (1, 8, 32)
@@ -120,15 +120,6 @@ def _told(error: Exception) -> str:
     return f"{type(error).__name__}: {error}"[:2000]
 
 
-def make_repository(folder: Path, params: Mapping[str, Any]) -> Path:
-    """The shipped model repository with these parameters instead of its own, and the gauges."""
-    shutil.copytree(ROOT / "model_repository", folder, ignore=shutil.ignore_patterns("__pycache__", "model.json"))
-    engine = EngineConfig.from_params(params).resolve_paths(ROOT).to_params()
-    (folder / "llm" / "1" / "model.json").write_text(json.dumps({**engine, "REPORT_CUSTOM_METRICS": True}))
-    (folder / "preprocessing" / "1" / "model.json").write_text(json.dumps({"model_path": engine["model_path"]}))
-    return folder
-
-
 def start_server(case: ServedCase, unpacked: Unpacked, work: Path) -> TritonServer:
     server = TritonServer(
         make_repository(work / "models", case.params),
@@ -178,7 +169,7 @@ def warm_up(server: TritonServer, case: ServedCase) -> None:
 
     for concurrency in CONCURRENCIES:
         prompts = case.prompts[: 2 * concurrency]
-        ask_all(server.grpc_url, "llm", [_question(prompt, 16) for prompt in prompts], concurrency)
+        ask_all(server.grpc_url, "llm", [greedy_question(prompt, 16) for prompt in prompts], concurrency)
 
 
 def compare_answers(server: TritonServer, case: ServedCase, found: Findings) -> None:
@@ -189,7 +180,9 @@ def compare_answers(server: TritonServer, case: ServedCase, found: Findings) -> 
     from specbackend.serving.client import ask_all
 
     asked = case.prompts[: len(case.expected)]
-    answers = ask_all(server.grpc_url, "llm", [_question(prompt, case.max_tokens) for prompt in asked], in_flight=8)
+    answers = ask_all(
+        server.grpc_url, "llm", [greedy_question(prompt, case.max_tokens) for prompt in asked], in_flight=8
+    )
     parted = {}
     for index, (answer, expected) in enumerate(zip(answers, case.expected, strict=True)):
         ids = token_ids(answer)
@@ -211,23 +204,23 @@ def measure_load(server: TritonServer, case: ServedCase, concurrency: int, found
         for prompt in cycle(case.prompts):
             if time.monotonic() > stop:
                 return
-            yield _question(prompt, case.max_tokens)
+            yield greedy_question(prompt, case.max_tokens)
 
     answers = ask_all(server.grpc_url, "llm", questions(), concurrency)
     stop = min(stop, max(answer.times[-1] for answer in answers))
     tokens = sum(
-        len(_listed(response["output_ids"]))
+        len(new_tokens(response))
         for answer in answers
         for response, at in zip(answer.responses, answer.times, strict=True)
         if at <= stop  # later there are fewer streams than `concurrency`
     )
-    firsts = sorted(answer.times[0] - answer.started for answer in answers)
+    firsts = percentiles_ms(first_token_seconds(answers))
     found.update(
         requests=len(answers),
         tokens=tokens,
         tokens_per_s=round(tokens / (stop - start), 1),
-        first_token_p50_ms=round(1000 * statistics.median(firsts), 1),
-        first_token_p99_ms=round(1000 * firsts[int(0.99 * (len(firsts) - 1))], 1),
+        first_token_p50_ms=round(firsts["p50_ms"], 1),
+        first_token_p99_ms=round(firsts["p99_ms"], 1),
         tokens_per_s_of_a_stream_p50=round(statistics.median(map(_stream_rate, answers)), 1),
         acceptance_length=round(statistics.mean(a.responses[-1]["acceptance_length"] for a in answers), 3),
         cached_prompt_tokens=round(statistics.mean(a.responses[-1]["num_cached_tokens"] for a in answers), 1),
@@ -236,7 +229,7 @@ def measure_load(server: TritonServer, case: ServedCase, concurrency: int, found
 
 def _stream_rate(answer: Any) -> float:
     """Tokens per second behind the first response."""
-    later = sum(len(_listed(response["output_ids"])) for response in answer.responses[1:])
+    later = sum(len(new_tokens(response)) for response in answer.responses[1:])
     return later / max(answer.times[-1] - answer.times[0], 1e-9)
 
 
@@ -262,7 +255,7 @@ def cancel_under_load(server: TritonServer, case: ServedCase, found: Findings) -
     from specbackend.serving.client import ask_all, stream_grpc
 
     others: Findings = {}
-    questions = [_question(prompt, case.max_tokens) for prompt in case.prompts[:16]]
+    questions = [greedy_question(prompt, case.max_tokens) for prompt in case.prompts[:16]]
     load = threading.Thread(
         target=lambda: others.update(answers=ask_all(server.grpc_url, "llm", questions, in_flight=8)), daemon=True
     )
@@ -306,21 +299,3 @@ def stop_server(server: TritonServer, found: Findings) -> None:
 def keep_log(log: Path, copy: Path) -> None:
     copy.parent.mkdir(parents=True, exist_ok=True)
     copy.write_text("\n".join(log.read_text(errors="replace").splitlines()[-LOG_LINES:]))
-
-
-# --- requests ----------------------------------------------------------------------------------------------------
-
-
-def _question(prompt: str, max_tokens: int) -> Any:
-    from specbackend.serving.client import Question
-
-    inputs = {"text_input": prompt, "max_tokens": max_tokens, "temperature": 0.0, "stream": True}
-    return Question({**inputs, "return_output_ids": True, "return_perf_metrics": True})
-
-
-def token_ids(answer: Any) -> list[int]:
-    return [token for response in answer.responses for token in _listed(response["output_ids"])]
-
-
-def _listed(value: Any) -> list:
-    return value if isinstance(value, list) else [value]

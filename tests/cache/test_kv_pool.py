@@ -1,0 +1,30 @@
+import torch
+
+from specbackend.cache.kv_pool import RequestTable
+from specbackend.cache.slots import DUMMY_SLOT
+
+
+def test_writes_are_there_when_somebody_looks():
+    table = RequestTable(num_rows=2, num_columns=4, device="cpu")
+    table.write([0, 0, 1], [0, 1, 3], [7, 8, 9])
+    table.write([0], [1], [5])  # the last one counts
+    assert table.num_unwritten == 3
+    assert table.slots[:2].tolist() == [[7, 5, 0, 0], [0, 0, 0, 9]]
+    assert table.num_unwritten == 0
+    assert table.read(0, 2) == [7, 5]
+
+
+def test_writes_can_be_brought_by_other_means():
+    table = RequestTable(num_rows=1, num_columns=2, device="cpu")
+    table.write([0], [1], [6])
+    taken = table.take_unwritten()
+    assert table.slots[0].tolist() == [DUMMY_SLOT, DUMMY_SLOT]
+    table.put(torch.tensor(taken).t())
+    assert table.slots[0].tolist() == [DUMMY_SLOT, 6]
+
+
+def test_the_padding_row_is_no_requests_row():
+    table = RequestTable(num_rows=2, num_columns=1, device="cpu")
+    assert {table.take_row(), table.take_row()} == {0, 1}
+    assert table.num_free_rows == 0
+    assert table.padding_row == 2 < len(table.slots)
