@@ -1,4 +1,4 @@
-"""Layers with int8 weights and int8 rows, SGLang's w8a8_int8, from a checkpoint that has neither: quantized at load."""
+"""Layers with int8 weights, rounded at load: what SGLang and torchao call int8wo."""
 
 import torch
 
@@ -6,14 +6,18 @@ from specbackend.errors import ConfigError
 from specbackend.models.linear import Linear
 from specbackend.models.llama import LlamaModel
 
-LARGEST = 127
+LARGEST = 127  # of a digit
+BASE = 2 * LARGEST
+NUM_DIGITS = {torch.float32: 3}  # 2 for the 16-bit ones
 
 
 class Int8Linear(Linear):
-    """A Linear whose weight is rounded to int8 by a scale per output, and each row of x by a scale of its own.
+    """A Linear whose weight is rounded to int8, by a scale per output.
 
-    The products are added as integers, exactly: a row of the result does not depend on the rows it is computed with,
-    so speculation still gives the text of plain decoding, that of the rounded target.
+    CPUs have no fast product of float and int8, so x is written as several int8 digits, as many as its dtype is
+    precise. To round x itself to one would be less exact, and make of a float's last bit a visible step: speculation
+    would no longer give the text of plain decoding. Products are added as integers, exactly: a row of the result does
+    not depend on the rows it is computed with.
     """
 
     @classmethod
@@ -21,10 +25,10 @@ class Int8Linear(Linear):
         return cls(layer.rows(torch.arange(layer.shape[0])), layer.bias_E)
 
     def _keep(self, weight_ED: torch.Tensor) -> None:
-        int8_ED, scale_E1 = _round(weight_ED.float())
+        digit_1ED, scale_E1 = _digits(weight_ED.float(), 1)
         self._scale_E = scale_E1[:, 0]
-        self._packed_DE = torch.ops.onednn.qlinear_prepack(int8_ED, None)
-        self._zero_point_E = torch.zeros(len(int8_ED), dtype=torch.int64)
+        self._packed_DE = torch.ops.onednn.qlinear_prepack(digit_1ED[0], None)
+        self._zero_point_E = torch.zeros(len(weight_ED), dtype=torch.int64)
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         y = self._product(x)
@@ -40,19 +44,22 @@ class Int8Linear(Linear):
         return (int8_DE[:, index] * self._scale_E[index]).t().to(self.dtype)
 
     def _product(self, x: torch.Tensor) -> torch.Tensor:
-        """x @ weight.T in float32."""
-        int8, scale = _round(x.float())
-        neutral = (1.0, 0, torch.float32, "none", [], "")  # scale and zero point of the output, and no operation after
-        product = torch.ops.onednn.qlinear_pointwise(
-            int8, 1.0, 0, self._packed_DE, self._scale_E, self._zero_point_E, None, *neutral
+        """x @ weight.T in float32; all digits of all rows in one call, as the time goes into reading the weight."""
+        digit_NTD, scale = _digits(x.float(), NUM_DIGITS.get(self.dtype, 2))
+        as_it_is = (1.0, 0, torch.float32, "none", [], "")  # scale and zero point of the output, no operation after it
+        y_NTE = torch.ops.onednn.qlinear_pointwise(
+            digit_NTD, 1.0, 0, self._packed_DE, self._scale_E, self._zero_point_E, None, *as_it_is
         )
-        return product.mul_(scale)
+        y = y_NTE[0]
+        for place, of_digit in enumerate(y_NTE[1:], start=1):
+            y.add_(of_digit, alpha=BASE**-place)
+        return y.mul_(scale)
 
 
 def quantize(model: LlamaModel) -> None:
     """Round the weights of the target's layers; embedding and LM head stay as they are. Raises ConfigError."""
     if model.lm_head.device.type != "cpu" or not torch.cpu._is_vnni_supported():
-        raise ConfigError("quantization: w8a8_int8 is served on CPUs with AVX-512 VNNI only")
+        raise ConfigError("quantization: int8wo is served on CPUs with AVX-512 VNNI only")
     for layer in model.layers:
         for block in (layer.attention, layer.mlp):
             for name, value in list(vars(block).items()):
@@ -60,7 +67,11 @@ def quantize(model: LlamaModel) -> None:
                     setattr(block, name, Int8Linear.of(value))
 
 
-def _round(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """int8 of the shape of x, and the scale of each row [..., 1]: x is about int8 * scale."""
+def _digits(x: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """int8 [count, ...] and the scale of each row: x is the sum of digit[i] * BASE**-i, times scale."""
     scale = x.abs().amax(-1, keepdim=True).clamp_(min=torch.finfo(torch.float32).tiny).div_(LARGEST)
-    return (x / scale).round_().to(torch.int8), scale
+    rest, digits = x / scale, []
+    for _ in range(count):
+        digits.append(rest.round())
+        rest = (rest - digits[-1]) * BASE
+    return torch.stack(digits).to(torch.int8), scale

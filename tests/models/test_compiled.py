@@ -6,10 +6,16 @@ from torch._dynamo.utils import counters
 
 from specbackend.models import linear
 from specbackend.models.compiled import FewRows
-from tests.test_algorithms import GREEDY, PROMPTS, make_engine, outputs, write_checkpoints
+from tests.test_algorithms import GREEDY, PROMPTS, TREE, make_engine, outputs, write_checkpoints
 
 KINDS_OF_ROWS = 2  # one, and any other number
 PARTS = 2  # of a layer
+DRAFT_LAYERS = {
+    "EAGLE": lambda head: head,
+    "EAGLE3": lambda head: head,
+    "NEXTN": lambda head: head.layer,
+    "STANDALONE": lambda draft: draft.model.layers[-1],
+}
 
 
 @pytest.fixture(autouse=True)
@@ -27,6 +33,15 @@ def checkpoints(tmp_path_factory):
 
 def num_compilations() -> int:
     return counters["stats"]["unique_graphs"]
+
+
+@pytest.mark.parametrize("algorithm", DRAFT_LAYERS)
+def test_drafts_are_compiled_too(algorithm, checkpoints):
+    folder, _ = checkpoints["mimo" if algorithm == "NEXTN" else "llama"]
+    engine = make_engine(folder, algorithm, enable_torch_compile=True, max_total_tokens=2000, torch_compile_max_bs=5)
+    layer = DRAFT_LAYERS[algorithm](engine.decoder.drafter.grower.model)
+    assert {type(layer.mlp), type(layer.attention.project)} == {FewRows}
+    assert layer.mlp.most == 5 * (TREE["speculative_num_steps"] + 1), "the rows of the widest feed"
 
 
 @pytest.mark.parametrize("algorithm", ["plain", "EAGLE", "EAGLE3", "NEXTN", "STANDALONE"])
@@ -55,6 +70,15 @@ def test_packed_weights_stay_packed(checkpoints, monkeypatch):
     folder, expected = checkpoints["llama"]
     engine = make_engine(folder, "plain", enable_torch_compile=True, max_total_tokens=2000)
     assert outputs(engine, PROMPTS) == expected
+    assert num_compilations()
+
+
+@pytest.mark.skipif(not torch.cpu._is_vnni_supported(), reason="int8wo is not served")
+def test_compiled_and_quantized(checkpoints):
+    folder, _ = checkpoints["llama"]
+    params = {"quantization": "int8wo", "max_total_tokens": 2000}
+    compiled, eager = (make_engine(folder, "EAGLE", **params, enable_torch_compile=each) for each in (True, False))
+    assert outputs(compiled, PROMPTS) == outputs(eager, PROMPTS)
     assert num_compilations()
 
 
