@@ -1,5 +1,7 @@
 """Matrix products with weights, which are most of a forward's time."""
 
+import math
+
 import torch
 import torch.nn.functional as F
 
@@ -7,6 +9,8 @@ from specbackend import kernels
 
 # Weights of fewer elements stay as they are: there oneDNN's fixed cost, some 20 us a call, is more than it saves.
 MIN_PACKED_SIZE = 1 << 19
+# With AVX-512 oneDNN takes up to a third longer for 1 to 3 rows of float32 than for 4.
+FEWEST_ROWS = 4 if torch.backends.cpu.get_cpu_capability() == "AVX512" else 1
 
 
 class Linear:
@@ -42,11 +46,21 @@ class PackedLinear(Linear):
 
     def _keep(self, weight_ED: torch.Tensor) -> None:
         self._packed_ED = torch.ops.mkldnn._reorder_linear_weight(weight_ED)
+        self._fewest_rows = FEWEST_ROWS if weight_ED.dtype == torch.float32 else 1
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        rows = math.prod(x.shape[:-1])
+        if rows >= self._fewest_rows:
+            return self._product(x)
+        x_TD = F.pad(x.reshape(rows, x.shape[-1]), (0, 0, 0, self._fewest_rows - rows))
+        return self._product(x_TD)[:rows].view(*x.shape[:-1], self.shape[0])
+
+    def _product(self, x: torch.Tensor) -> torch.Tensor:
         return torch.ops.mkldnn._linear_pointwise(x, self._packed_ED, self.bias_E, "none", [], "")
 
     def plus_(self, residual_TE: torch.Tensor, x_TD: torch.Tensor) -> torch.Tensor:
+        if len(x_TD) < self._fewest_rows:
+            return self(x_TD).add_(residual_TE)
         return torch.ops.mkldnn._linear_pointwise.binary(x_TD, residual_TE, self._packed_ED, self.bias_E, "add")
 
     def rows(self, index: torch.Tensor) -> torch.Tensor:
