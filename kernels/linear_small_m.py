@@ -173,7 +173,7 @@ def linear_small_m(
         x_TD, weight_ED, bias_E, residual_TE, sums_STE, T, E, D, split.part,
         x_TD.stride(0), weight_ED.stride(0), s_residual,
         BLOCK_E=split.block_e, BLOCK_T=block_t, BLOCK_D=BLOCK_D, SPLIT=split.num_splits > 1, **epilogue,
-        num_warps=4, num_stages=choose_num_stages(split.block_e, block_t, x_TD.element_size()),
+        num_warps=8 if block_t == 64 else 4, num_stages=choose_num_stages(split.block_e, block_t, x_TD.element_size()),
     )  # fmt: skip
     if split.num_splits > 1:
         _add_parts_kernel[(triton.cdiv(E, 512), T)](

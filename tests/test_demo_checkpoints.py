@@ -6,7 +6,7 @@ import pytest
 
 from specbackend import Engine
 from specbackend.models import linear
-from specbackend.speculative import tree_growth
+from specbackend.sampling import pick
 from tests.conftest import DEMO_EAGLE3, DEMO_TARGET, DEMOS, NEW_TOKENS
 from tests.test_equivalence import mean_accept_length
 
@@ -81,7 +81,7 @@ def test_sampled_text_is_drafted_with_the_targets_own_noise(shape, demo_prompts,
         return mean_accept_length(engine.generate(input_ids=demo_prompts[:20], sampling_params=params))
 
     foreseen = accept_length()
-    monkeypatch.setattr(tree_growth, "forecast", blind_forecast)
+    monkeypatch.setattr(pick, "forecast", blind_forecast)
     assert foreseen > 1.2 * accept_length()
 
 
