@@ -14,13 +14,19 @@ def facts(args: argparse.Namespace, threads: int) -> dict:
     """Commit, command, machine and settings of this run, as the JSON files in tools/results have them."""
     import torch
 
-    root = f"{setup_env.ROOT}/"
-    settings = {name: value if value is None else str(value).removeprefix(root) for name, value in vars(args).items()}
+    settings = {name: value if value is None else from_root(value) for name, value in vars(args).items()}
     machine = {"torch": torch.__version__, "threads": threads, "cores": os.cpu_count(), "cpu": cpu_name()}
     machine["load_average"] = os.getloadavg()[0]
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=root, capture_output=True, text=True).stdout.strip()
+    commit = subprocess.run(
+        ["git", "rev-parse", "HEAD"], cwd=setup_env.ROOT, capture_output=True, text=True
+    ).stdout.strip()
     command = " ".join([f"tools/{Path(sys.argv[0]).name}", *sys.argv[1:]])
     return {"commit": commit, "command": command, "machine": machine, "settings": settings}
+
+
+def from_root(value: object) -> str:
+    """A path within the project as seen from its root, anything else as it is."""
+    return str(value).removeprefix(f"{setup_env.ROOT}/")
 
 
 def cpu_name() -> str:

@@ -10,8 +10,8 @@ from gpu_checks.context import Context
 
 
 def check_probe(context: Context, out: dict) -> None:
-    out["python"], out["torch"], out["platform"] = platform.python_version(), torch.__version__, platform.platform()
-    out["libc"] = " ".join(platform.libc_ver())
+    out["python"], out["torch"] = platform.python_version(), torch.__version__
+    out["platform"] = f"{platform.system()} {platform.machine()}, {' '.join(platform.libc_ver())}"
     out["shm_free_gb"] = shutil.disk_usage(context.work).free / 1e9
     try:
         import triton
