@@ -127,8 +127,7 @@ class RecordedDecoder:
         self._buffers: dict[int, StepBuffers] = {}
         self._replays: dict[tuple[int, Sampling], Compute] = {}
         for B in reversed(batch_sizes):  # the largest first: the others fit into its memory
-            longest_path = self._shapes[B].longest_path if tree else 1
-            buffers = self._buffers[B] = StepBuffers(B, longest_path, device)
+            buffers = self._buffers[B] = StepBuffers(B, tree.longest_path if tree else 1, device)
             buffers.fill([], self._table)
             for most in Sampling:
                 self._replays[B, most] = record(partial(self._run, B, most))

@@ -17,11 +17,14 @@ def facts(args: argparse.Namespace, threads: int) -> dict:
     settings = {name: value if value is None else from_root(value) for name, value in vars(args).items()}
     machine = {"torch": torch.__version__, "threads": threads, "cores": os.cpu_count(), "cpu": cpu_name()}
     machine["load_average"] = os.getloadavg()[0]
-    commit = subprocess.run(
-        ["git", "rev-parse", "HEAD"], cwd=setup_env.ROOT, capture_output=True, text=True
-    ).stdout.strip()
     command = " ".join([f"tools/{Path(sys.argv[0]).name}", *sys.argv[1:]])
-    return {"commit": commit, "command": command, "machine": machine, "settings": settings}
+    return {"commit": commit(), "command": command, "machine": machine, "settings": settings}
+
+
+def commit() -> str:
+    """Of this tree; empty where git cannot tell."""
+    command = ["git", "rev-parse", "HEAD"]
+    return subprocess.run(command, cwd=setup_env.ROOT, capture_output=True, text=True).stdout.strip()
 
 
 def from_root(value: object) -> str:

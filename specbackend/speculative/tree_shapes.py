@@ -20,17 +20,14 @@ class TreeShapes:
     most_nodes: int
     fewest_steps: int
     fewest_topk: int
+    longest_path: int  # of any of them
 
     @classmethod
     def of(cls, trees: list[TreeShape], device) -> "TreeShapes":
         steps, topks, nodes = zip(*((tree.num_steps, tree.topk, tree.num_nodes) for tree in trees), strict=True)
         size_3B = torch.tensor([steps, topks, nodes], device=device)
-        return cls(*size_3B, max(steps), max(nodes), min(steps), min(topks))
-
-    @property
-    def longest_path(self) -> int:
-        """Nodes, root included."""
-        return min(self.most_steps + 1, self.most_nodes)
+        longest_path = max(tree.longest_path for tree in trees)
+        return cls(*size_3B, max(steps), max(nodes), min(steps), min(topks), longest_path)
 
     def within(self, level: int, score_BQK: torch.Tensor) -> torch.Tensor:
         """-inf for what is not the best topk of K, or deeper than num_steps; levels count from 0."""

@@ -4,9 +4,9 @@ import pytest
 
 from specbackend import Engine
 from specbackend.attention.triton_tree import TritonAttention
+from specbackend.config import TREE
 from tests.checkpoints import write_head, write_target, write_tokenizer
 
-TREE = ("speculative_num_steps", "speculative_eagle_topk", "speculative_num_draft_tokens")
 PROMPTS = [[5, 9, 2, 33, 17, 60, 41], [8, 1, 12]]
 PARAMS = [{"temperature": 0, "max_new_tokens": 7}, {"temperature": 1.0, "seed": 3, "max_new_tokens": 5}]
 LIMITED = [

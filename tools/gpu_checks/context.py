@@ -1,18 +1,17 @@
 """What the stages share."""
 
 import gc
-import json
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from draft_training.samples import read_prompts
 
-from specbackend.tokenizer import Tokenizer
+from specbackend.config import TREE
 
 ROOT = Path(__file__).resolve().parents[2]
 DEMOS = ROOT / "tools" / "demo_checkpoints"
-TREE = ("speculative_num_steps", "speculative_eagle_topk", "speculative_num_draft_tokens")
 
 
 @dataclass
@@ -51,7 +50,4 @@ def tree_params(shape: tuple[int, int, int]) -> dict[str, int]:
 
 def read_demo_prompts(count: int) -> list[list[int]]:
     """GSM8K questions as the demo model's chat template presents them."""
-    tokenizer = Tokenizer(DEMOS / "llama-gsm8k")
-    lines = (ROOT / "tests" / "data" / "gsm8k_test.jsonl").read_text().splitlines()[:count]
-    chats = [[{"role": "user", "content": json.loads(line)["question"]}] for line in lines]
-    return [tokenizer.encode(tokenizer.apply_chat_template(chat), add_special_tokens=False) for chat in chats]
+    return read_prompts(ROOT / "tests" / "data" / "gsm8k_test.jsonl", DEMOS / "llama-gsm8k")[:count]
