@@ -77,7 +77,7 @@ class EngineConfig:
     schedule_policy: str = "fcfs"  # fcfs, or lpm: longest cached prefix first
     page_size: int = 1
     disable_radix_cache: bool = False
-    attention_backend: str = "auto"  # torch, triton or flashinfer; auto: triton on a GPU, torch elsewhere
+    attention_backend: str = "auto"  # torch, native, triton or flashinfer; auto: triton on a GPU, else native
     cuda_graph_max_bs: int | None = None  # largest batch whose decode step is a CUDA graph; None: 32
     disable_cuda_graph: bool = False
     enable_torch_compile: bool = False  # of decode steps
@@ -142,7 +142,7 @@ class EngineConfig:
         _one_of("dtype", self.dtype, ("auto", "float32", "bfloat16", "float16"))
         _one_of("quantization", self.quantization, (None, "int8wo"))
         _one_of("schedule_policy", self.schedule_policy, ("fcfs", "lpm"))
-        _one_of("attention_backend", self.attention_backend, ("auto", "torch", "triton", "flashinfer"))
+        _one_of("attention_backend", self.attention_backend, ("auto", "torch", "native", "triton", "flashinfer"))
         _one_of("page_size", self.page_size, (1,))
 
     def _check_ranges(self) -> None:

@@ -168,7 +168,7 @@ def layer_shapes(
 
 def random_tensors(shapes: dict[str, tuple[int, ...]], seed: int) -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(seed)
-    return {name: torch.randn(shape, generator=generator) * 0.3 for name, shape in shapes.items()}
+    return {name: torch.randn(shape, generator=generator) * 0.2 for name, shape in shapes.items()}
 
 
 def edit_config(folder: Path, **changes) -> None:

@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 
 from specbackend import kernels
+from specbackend.kernels import cpu
+from specbackend.kernels.cpu import linear as panels
 
 # Weights of fewer elements stay as they are: there oneDNN's fixed cost, some 20 us a call, is more than it saves.
 MIN_PACKED_SIZE = 1 << 19
@@ -67,12 +69,40 @@ class PackedLinear(Linear):
         return self._packed_ED.to_dense()[index]
 
 
+class PanelLinear(Linear):
+    """The same by the project's own kernel: a few rows cost what it takes to read the weight from memory.
+
+    Each row of the result is bit for bit the same whatever rows it is computed with.
+    """
+
+    def _keep(self, weight_ED: torch.Tensor) -> None:
+        self._packed = panels.pack(weight_ED)
+        self._float_bias_E = None if self.bias_E is None else self.bias_E.float()
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        if x.dim() == 2:
+            return self._product(x)
+        return self._product(x.reshape(-1, x.shape[-1])).view(*x.shape[:-1], self.shape[0])
+
+    def plus_(self, residual_TE: torch.Tensor, x_TD: torch.Tensor) -> torch.Tensor:
+        return self._product(x_TD, residual_TE)
+
+    def _product(self, x_TD: torch.Tensor, residual_TE: torch.Tensor | None = None) -> torch.Tensor:
+        linear_ = panels.linear_in_graph if torch.compiler.is_compiling() else panels.linear
+        return linear_(x_TD, self._packed, self.shape[0], self._float_bias_E, residual_TE)
+
+    def rows(self, index: torch.Tensor) -> torch.Tensor:
+        return panels.unpack(self._packed, self.shape[0])[index]
+
+
 def linear(weight_ED: torch.Tensor, bias_E: torch.Tensor | None = None) -> Linear:
     """The fastest of them. It keeps the weight in one form only."""
     if kernels.run_on(weight_ED.device) and weight_ED.dtype in (torch.bfloat16, torch.float16):
         from specbackend.models.tuned_linear import TunedLinear
 
         return TunedLinear(weight_ED, bias_E)
+    if cpu.serves(weight_ED.dtype, weight_ED.device) and weight_ED.shape[1] % 2 == 0:
+        return PanelLinear(weight_ED, bias_E)
     return (PackedLinear if _packing_pays(weight_ED) else Linear)(weight_ED, bias_E)
 
 

@@ -1,4 +1,4 @@
-"""What stands between the matrix products of a layer: fused kernels on a GPU, plain torch elsewhere."""
+"""What stands between the matrix products of a layer: fused kernels, or plain torch where these do not run."""
 
 import functools
 from typing import Protocol
@@ -7,6 +7,8 @@ import torch
 import torch.nn.functional as F
 
 from specbackend import kernels
+from specbackend.kernels import cpu
+from specbackend.kernels.cpu import operators as cpu_operators
 
 
 class Operators(Protocol):
@@ -45,6 +47,25 @@ class TorchOperators:
         return F.silu(gate).mul_(up)
 
 
+class CpuOperators(TorchOperators):
+    """By the project's kernels in C++, but for what torch.compile sees."""
+
+    def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+        if torch.compiler.is_compiling() or x.dtype not in cpu.NAMES:
+            return super().rms_norm(x, weight, eps)
+        return cpu_operators.rms_norm(x, weight, eps)
+
+    def rope_kv_write(self, qkv_TE, rope, slot_T, kv_S2GD, num_heads: int) -> torch.Tensor:
+        if torch.compiler.is_compiling() or qkv_TE.dtype not in cpu.NAMES:
+            return super().rope_kv_write(qkv_TE, rope, slot_T, kv_S2GD, num_heads)
+        return cpu_operators.rope_kv_write(qkv_TE, rope, slot_T, kv_S2GD, num_heads)
+
+    def silu_mul(self, gate_up_TE: torch.Tensor) -> torch.Tensor:
+        if torch.compiler.is_compiling() or gate_up_TE.dtype not in cpu.NAMES:
+            return super().silu_mul(gate_up_TE)
+        return cpu_operators.silu_mul(gate_up_TE)
+
+
 class TritonOperators:
     def __init__(self):
         from specbackend.kernels.rms_norm import rms_norm
@@ -64,7 +85,9 @@ class TritonOperators:
 
 @functools.cache
 def operators(device: torch.device) -> Operators:
-    return TritonOperators() if kernels.run_on(device) else TorchOperators()
+    if kernels.run_on(device):
+        return TritonOperators()
+    return CpuOperators() if cpu.serves(torch.float32, device) else TorchOperators()
 
 
 @functools.cache

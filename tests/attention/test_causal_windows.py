@@ -17,7 +17,9 @@ def test_windows_that_are_called_causal(monkeypatch, demo_prompts, speculative):
     monkeypatch.setattr(
         TorchAttention, "plan", lambda self, batch, dtype: (planned.append(batch), real_plan(self, batch, dtype))[1]
     )
-    engine = Engine(model_path=str(DEMO_TARGET), device="cpu", max_total_tokens=2048, **speculative)
+    engine = Engine(
+        model_path=str(DEMO_TARGET), device="cpu", max_total_tokens=2048, attention_backend="torch", **speculative
+    )
     engine.generate(
         input_ids=[prompt[:length] for prompt, length in zip(demo_prompts, (20, 33), strict=False)],
         sampling_params={"max_new_tokens": 6, "temperature": 0},

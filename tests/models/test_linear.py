@@ -6,10 +6,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from specbackend.models.linear import MIN_PACKED_SIZE, Linear, PackedLinear, linear
+from specbackend.kernels import cpu
+from specbackend.models.linear import MIN_PACKED_SIZE, Linear, PackedLinear, PanelLinear, linear
 
 E, D = 1100, 600  # large enough to be packed, and no multiple of any block
 ROWS = (1, 2, 3, 5, 8, 13, 64)
+KINDS = [Linear, PackedLinear, PanelLinear]
 
 
 @pytest.fixture(params=[False, True], ids=["no bias", "bias"])
@@ -19,7 +21,7 @@ def weights(request):
     return weight_ED, torch.randn(E, generator=generator) if request.param else None
 
 
-@pytest.mark.parametrize("kind", [Linear, PackedLinear])
+@pytest.mark.parametrize("kind", KINDS)
 def test_product_and_residual(kind, weights):
     layer, x_TD, residual_TE = kind(*weights), torch.randn(3, D), torch.randn(3, E)
     exact = F.linear(x_TD.double(), *(w if w is None else w.double() for w in weights))
@@ -30,7 +32,7 @@ def test_product_and_residual(kind, weights):
     assert (layer.shape, layer.dtype, layer.device.type) == ((E, D), torch.float32, "cpu")
 
 
-@pytest.mark.parametrize("kind", [Linear, PackedLinear])
+@pytest.mark.parametrize("kind", KINDS)
 def test_any_leading_shape_and_stride(kind, weights):
     layer, x_BQD = kind(*weights), torch.randn(2, 3, 2 * D)[:, :, :D]
     flat = layer(x_BQD.reshape(-1, D))
@@ -38,7 +40,7 @@ def test_any_leading_shape_and_stride(kind, weights):
     assert layer(x_BQD[:0]).shape == (0, 3, E)
 
 
-@pytest.mark.parametrize("kind", [Linear, PackedLinear])
+@pytest.mark.parametrize("kind", KINDS)
 def test_rows_of_the_weight(kind, weights):
     weight_ED, _ = weights
     layer, ids = kind(*weights), torch.tensor([E - 1, 0, 77])
@@ -46,8 +48,14 @@ def test_rows_of_the_weight(kind, weights):
     assert torch.equal(layer.rows(torch.arange(E)), weight_ED)
 
 
-def test_a_packed_row_does_not_depend_on_its_company(weights):
-    layer, x_TD, residual_TE = PackedLinear(*weights), torch.randn(64, D), torch.randn(64, E)
+@pytest.fixture
+def no_compiler(monkeypatch):
+    monkeypatch.setattr(cpu, "library", lambda: None)
+
+
+@pytest.mark.parametrize("kind", [PackedLinear, PanelLinear])
+def test_a_packed_row_does_not_depend_on_its_company(kind, weights):
+    layer, x_TD, residual_TE = kind(*weights), torch.randn(64, D), torch.randn(64, E)
     product, sum_ = layer(x_TD), layer.plus_(residual_TE.clone(), x_TD)
     for first in (0, 7):
         for rows in ROWS:
@@ -56,13 +64,21 @@ def test_a_packed_row_does_not_depend_on_its_company(weights):
             assert torch.equal(layer.plus_(residual_TE[some], x_TD[some]), sum_[some])
 
 
-def test_which_weights_are_packed():
+def test_the_projects_own_product_is_used_where_it_can_be():
+    assert cpu.library() is not None, "a C++ compiler is part of the tests' environment"
+    for dtype in (torch.float32, torch.bfloat16):
+        assert type(linear(torch.zeros(3, 4, dtype=dtype))) is PanelLinear
+    assert type(linear(torch.zeros(3, 5))) is Linear
+    assert type(linear(torch.zeros(3, 4, dtype=torch.float16))) is Linear
+
+
+def test_which_weights_are_packed_where_it_cannot(no_compiler):
     assert isinstance(linear(torch.zeros(MIN_PACKED_SIZE // 64, 64)), PackedLinear)
     assert type(linear(torch.zeros(MIN_PACKED_SIZE // 64 - 1, 64))) is Linear
     assert type(linear(torch.zeros(MIN_PACKED_SIZE // 64, 64, dtype=torch.float16))) is Linear
 
 
-def test_bfloat16_is_packed_where_the_cpu_has_it():
+def test_bfloat16_is_packed_where_the_cpu_has_it(no_compiler):
     weight_ED, x_TD = torch.randn(E, D).bfloat16(), torch.randn(4, D).bfloat16()
     layer = linear(weight_ED)
     assert isinstance(layer, PackedLinear) == torch.ops.mkldnn._is_mkldnn_bf16_supported()

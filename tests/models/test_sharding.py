@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from specbackend.errors import ConfigError
+from specbackend.kernels.cpu import memory
 from specbackend.models.draft import DraftVocabulary
 from specbackend.models.eagle import EagleModel
 from specbackend.models.eagle3 import Eagle3Model
@@ -16,6 +17,12 @@ from tests.checkpoints import TINY, write_head, write_target
 
 CPU = torch.device("cpu")
 TWO = [Ranks(0, 2), Ranks(1, 2)]
+
+
+@pytest.fixture(autouse=True)
+def weights_apart(monkeypatch):
+    """Each tensor its own storage, to be counted."""
+    monkeypatch.setattr(memory.weights, "empty", lambda shape, dtype: torch.empty(shape, dtype=dtype))
 
 
 def load(folder, ranks: Ranks) -> LlamaModel:

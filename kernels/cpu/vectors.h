@@ -1,0 +1,70 @@
+// 16 floats at a time, in whatever registers the CPU has: one of AVX-512, two of AVX2, four of SSE.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#define INLINE static inline __attribute__((always_inline))
+
+constexpr int WIDTH = 16;
+
+typedef float Vec __attribute__((vector_size(64)));
+typedef uint32_t Bits __attribute__((vector_size(64)));
+typedef int32_t Ints __attribute__((vector_size(64)));
+typedef uint16_t Halves __attribute__((vector_size(32)));
+typedef int8_t Bytes __attribute__((vector_size(16)));
+
+struct bfloat16 {
+  uint16_t bits;
+};
+
+template <class V>
+INLINE V read(const void* p) {
+  V v;
+  memcpy(&v, p, sizeof v);
+  return v;
+}
+
+INLINE Vec load(const float* p) { return read<Vec>(p); }
+INLINE Vec load(const bfloat16* p) { return (Vec)(__builtin_convertvector(read<Halves>(p), Bits) << 16); }
+INLINE Vec load(const int8_t* p) { return __builtin_convertvector(read<Bytes>(p), Vec); }
+
+INLINE void store(float* p, Vec v) { memcpy(p, &v, sizeof v); }
+INLINE void store(bfloat16* p, Vec v) {  // to the nearest, ties to even
+  Bits bits = (Bits)v;
+  Halves rounded = __builtin_convertvector((bits + 0x7fff + ((bits >> 16) & 1)) >> 16, Halves);
+  memcpy(p, &rounded, sizeof rounded);
+}
+
+INLINE float as_float(float x) { return x; }
+INLINE float as_float(bfloat16 x) {
+  uint32_t bits = (uint32_t)x.bits << 16;
+  return read<float>(&bits);
+}
+
+INLINE float sum(Vec v) {
+  typedef float V8 __attribute__((vector_size(32)));
+  typedef float V4 __attribute__((vector_size(16)));
+  V8 a = read<V8>(&v) + read<V8>((const char*)&v + 32);
+  V4 b = read<V4>(&a) + read<V4>((const char*)&a + 16);
+  return (b[0] + b[2]) + (b[1] + b[3]);
+}
+
+// e^x to some 2 units in the last place; 0 below -87, and from 88 on as at 88.
+INLINE Vec exponential(Vec x) {
+  const Vec highest = Vec{} + 88.0f;
+  Ints in_range = x > -87.0f;
+  x = x < highest ? x : highest;
+  Vec shifted = x * 1.44269504f + 12582912.0f;  // 1.5 * 2^23: the nearest integer is in the low bits
+  Vec n = shifted - 12582912.0f;
+  Vec r = x - n * 0.693145752f - n * 1.42860677e-6f;
+  Vec p = 1.0f / 5040 * r + 1.0f / 720;
+  p = p * r + 1.0f / 120;
+  p = p * r + 1.0f / 24;
+  p = p * r + 1.0f / 6;
+  p = p * r + 0.5f;
+  p = p * r + 1.0f;
+  p = p * r + 1.0f;
+  Vec power = (Vec)(((Ints)shifted << 23) + 0x3f800000);
+  return (Vec)((Ints)(p * power) & in_range);
+}

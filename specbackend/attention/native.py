@@ -1,0 +1,29 @@
+"""Attention on a CPU by the project's own kernel, which reads keys and values where they are."""
+
+import torch
+
+from specbackend.attention.torch_sdpa import TorchPlan
+from specbackend.batch import ForwardBatch
+from specbackend.kernels.cpu.attention import attention
+
+MOST_ROWS = 64  # of a sequence; with more, as prompts have, torch's products of matrices are faster
+
+
+class NativePlan:
+    def __init__(self, batch: ForwardBatch):
+        self._columns = [batch.prefix_slot_BL, batch.prefix_len_B, batch.window_slot_BW]
+        self._columns = [tensor.contiguous() for tensor in self._columns]
+        self.set_window_mask(batch.window_mask_BQW)
+
+    def set_window_mask(self, window_mask_BQW: torch.Tensor) -> None:
+        self._mask_BQW = window_mask_BQW.contiguous()
+
+    def run(self, q_BQHD: torch.Tensor, kv_S2GD: torch.Tensor) -> torch.Tensor:
+        return attention(q_BQHD, kv_S2GD, *self._columns, self._mask_BQW)
+
+
+class NativeAttention:
+    is_on_device = True
+
+    def plan(self, batch: ForwardBatch, dtype: torch.dtype) -> NativePlan | TorchPlan:
+        return NativePlan(batch) if batch.token_BQ.shape[1] <= MOST_ROWS else TorchPlan(batch, dtype)

@@ -1,0 +1,90 @@
+"""The CPU's product against one in float64, over shapes that fit no panel and no block of rows."""
+
+import pytest
+import torch
+
+from specbackend.kernels.cpu.linear import linear, linear_in_graph, pack, unpack
+
+SHAPES = [(1, 2), (7, 2), (16, 32), (33, 130), (48, 96), (100, 64), (64, 2304), (1100, 600)]
+ROWS = (0, 1, 2, 3, 6, 7, 8, 9, 12, 13, 16, 17, 33, 130)
+TOLERANCE = {
+    torch.float32: {"rtol": 1e-5, "atol": 1e-3},  # atol: of sums of 2304 numbers of size 1
+    torch.bfloat16: {"rtol": 2**-8, "atol": 2e-3},  # rounded once
+}
+
+
+@pytest.fixture(params=[torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+def dtype(request):
+    return request.param
+
+
+@pytest.fixture(params=[1, 2, 3], ids=lambda threads: f"{threads} threads")
+def threads(request):
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield
+    torch.set_num_threads(before)
+
+
+def random(*shape: int, dtype: torch.dtype) -> torch.Tensor:
+    return torch.randn(shape).to(dtype)
+
+
+@pytest.mark.usefixtures("threads")
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_product(shape, dtype):
+    E, D = shape
+    weight_ED, bias_E = random(E, D, dtype=dtype), torch.randn(E)
+    packed = pack(weight_ED)
+    for T in ROWS:
+        x_TD, residual_TE = random(T, D, dtype=dtype), random(T, E, dtype=dtype)
+        exact = x_TD.double() @ weight_ED.double().t()
+        for bias, residual in ((None, None), (bias_E, None), (None, residual_TE), (bias_E, residual_TE)):
+            expected = exact + (0 if bias is None else bias) + (0 if residual is None else residual)
+            actual = linear(x_TD, packed, E, bias, residual)
+            assert actual.dtype == dtype
+            torch.testing.assert_close(actual.double(), expected, **TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_a_row_does_not_depend_on_its_company(shape, dtype):
+    E, D = shape
+    packed, x_TD = pack(random(E, D, dtype=dtype)), random(40, D, dtype=dtype)
+    whole = linear(x_TD, packed, E)
+    for first in (0, 5):
+        for rows in (1, 2, 3, 5, 7, 8, 11, 17, 35):
+            assert torch.equal(linear(x_TD[first : first + rows], packed, E), whole[first : first + rows])
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_the_weight_comes_back(shape, dtype):
+    weight_ED = random(*shape, dtype=dtype)
+    assert torch.equal(unpack(pack(weight_ED), shape[0]), weight_ED)
+    assert torch.equal(unpack(pack(weight_ED.t().contiguous().t()), shape[0]), weight_ED)
+
+
+def test_rows_that_are_not_side_by_side(dtype):
+    weight_ED, wide = random(20, 32, dtype=dtype), random(5, 64, dtype=dtype)
+    x_TD, residual_TE = wide[:, 32:], wide[:, :20]
+    actual = linear(x_TD, pack(weight_ED), 20, None, residual_TE)
+    assert torch.equal(actual, linear(x_TD.contiguous(), pack(weight_ED), 20, None, residual_TE.contiguous()))
+
+
+def test_nothing_else_is_written(dtype):
+    """The last panel is padded; its padding has no place in the output."""
+    packed, x_TD = pack(random(17, 32, dtype=dtype)), random(3, 32, dtype=dtype)
+    out = x_TD.new_full((5, 17), 7.0)
+
+    class Poisoned(torch.Tensor):
+        def new_empty(self, *shape):
+            assert shape == (3, 17)
+            return out[1:4]
+
+    linear(x_TD.as_subclass(Poisoned), packed, 17)
+    assert (out[[0, 4]] == 7).all() and (out[1:4] != 7).any()
+
+
+def test_operator_for_torch_compile(dtype):
+    arguments = (random(3, 32, dtype=dtype), pack(random(20, 32, dtype=dtype)), 20, torch.randn(20))
+    torch.library.opcheck(linear_in_graph, (*arguments, random(3, 20, dtype=dtype)))
+    assert torch.equal(linear_in_graph(*arguments), linear(*arguments))
