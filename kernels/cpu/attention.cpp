@@ -18,7 +18,7 @@ struct Shape {
   long q_stride;             // from row to row
 };
 
-constexpr int ROWS = 4, VECS = 4;  // accumulators of the weighted sum of values
+constexpr int MOST_ROWS = 6;  // accumulators of the weighted sum of values
 
 template <class X>
 class Task {
@@ -32,9 +32,11 @@ class Task {
     columns.assign(prefix, prefix + prefix_len);
     columns.insert(columns.end(), window, window + s.W);
     stride = (columns.size() + WIDTH - 1) / WIDTH * WIDTH;
-    weight.assign(rows * stride, -INFINITY);
+    weight.resize(rows * stride);
+    keys.resize(s.D * WIDTH);
     const X* head = kv + g * s.D;
-    score(head, prefix_len, mask);
+    for (long c = 0; c < num_columns(); c += WIDTH) score(head, c);
+    hide(prefix_len, mask);
     for (long r = 0; r < rows; r++) softmax(&weight[r * stride]);
     sum_values(head + s.G * s.D);
     give(b, g, y);
@@ -44,10 +46,14 @@ class Task {
   const Shape& s;
   const long rows;  // row r is query r / (H / G), head r % (H / G) of the group
   long stride;
-  std::vector<float> q, out, weight;  // weight [rows, stride]: scores, then what a row takes of each column
-  std::vector<int64_t> columns;       // slots
+  std::vector<float> q, out;
+  std::vector<float> weight;     // [rows, stride]: scores, then what a row takes of each column
+  std::vector<float> keys;       // [D, 16], of the columns at hand
+  std::vector<int64_t> columns;  // slots
 
   long heads() const { return s.H / s.G; }
+  long num_columns() const { return columns.size(); }
+  const X* at(const X* base, long column) const { return base + columns[column] * 2 * s.G * s.D; }
 
   void take_queries(long b, long g, const X* all_q) {
     const float scale = 1 / std::sqrt((float)s.D);
@@ -57,22 +63,48 @@ class Task {
     }
   }
 
-  void score(const X* keys, long prefix_len, const bool* mask) {
-    for (long c = 0; c < (long)columns.size(); c++) {
-      const X* key = keys + columns[c] * 2 * s.G * s.D;
-      if (c + 8 < (long)columns.size()) __builtin_prefetch(keys + columns[c + 8] * 2 * s.G * s.D);
-      for (long r = 0; r < rows; r++) {
-        if (c >= prefix_len && !mask[r / heads() * s.W + c - prefix_len]) continue;
-        Vec products = {};
-        for (long d = 0; d < s.D; d += WIDTH) products += load(&q[r * s.D + d]) * load(key + d);
-        weight[r * stride + c] = sum(products);
-      }
+  // Of all rows with the 16 columns from c on, or what there is of them.
+  void score(const X* head, long c) {
+    const long there = std::min<long>(WIDTH, num_columns() - c);
+    for (long d = 0; d < s.D; d += WIDTH) {
+      Vec square[WIDTH];
+      for (long i = 0; i < WIDTH; i++) square[i] = load(at(head, c + std::min(i, there - 1)) + d);
+      transpose(square);
+      for (long i = 0; i < WIDTH; i++) store(&keys[(d + i) * WIDTH], square[i]);
+    }
+    for (long r = 0; r < rows; r += 4) score_rows(r, std::min(4L, rows - r), c);
+  }
+
+  void score_rows(long r, long count, long c) {
+    const float* of[4];
+    for (long i = 0; i < 4; i++) of[i] = &q[(r + std::min(i, count - 1)) * s.D];
+    Vec acc[4] = {};
+    for (long d = 0; d < s.D; d++) {
+      Vec key = load(&keys[d * WIDTH]);
+      for (int i = 0; i < 4; i++) acc[i] += of[i][d] * key;
+    }
+    for (long i = 0; i < count; i++) store(&weight[(r + i) * stride + c], acc[i]);
+  }
+
+  // What the mask does not show, and what fills the last 16.
+  void hide(long prefix_len, const bool* mask) {
+    for (long r = 0; r < rows; r++) {
+      float* row = &weight[r * stride];
+      const bool* shown = mask + r / heads() * s.W;
+      for (long w = 0; w < s.W; w++)
+        if (!shown[w]) row[prefix_len + w] = -INFINITY;
+      std::fill(row + num_columns(), row + stride, -INFINITY);
     }
   }
 
   void softmax(float* row) {
-    float most = -INFINITY;
-    for (long c = 0; c < (long)columns.size(); c++) most = row[c] > most ? row[c] : most;
+    Vec largest = load(row);
+    for (long c = WIDTH; c < stride; c += WIDTH) {
+      Vec v = load(row + c);
+      largest = v > largest ? v : largest;
+    }
+    float most = largest[0];
+    for (int i = 1; i < WIDTH; i++) most = std::max(most, largest[i]);
     Vec total = {};
     for (long c = 0; c < stride; c += WIDTH) {
       Vec e = exponential(load(row + c) - most);
@@ -83,34 +115,41 @@ class Task {
     for (long c = 0; c < stride; c += WIDTH) store(row + c, load(row + c) * inverse);
   }
 
-  void sum_values(const X* values) {
-    for (long d = 0; d < s.D; d += VECS * WIDTH) {
-      const int vecs = std::min<long>(VECS, (s.D - d) / WIDTH);
-      for (long r = 0; r < rows; r += ROWS) {
-        const bool whole = vecs == VECS && r + ROWS <= rows;
-        whole ? sum_block<VECS, ROWS>(values + d, r, d) : sum_rest(values + d, r, d, vecs);
+  void sum_values(const X* head) {
+    for (long r = 0; r < rows; r += MOST_ROWS)
+      for (long d = 0, vecs; d < s.D; d += vecs * WIDTH) {
+        const long left = (s.D - d) / WIDTH;
+        vecs = left >= 4 ? 4 : left >= 2 ? 2 : 1;
+        const long count = std::min<long>(MOST_ROWS, rows - r);
+        vecs == 4 ? sum_block<4>(head, r, count, d) : vecs == 2 ? sum_block<2>(head, r, count, d)
+                                                                : sum_block<1>(head, r, count, d);
       }
+  }
+
+  template <int V>
+  void sum_block(const X* head, long r, long count, long d) {
+    switch (count) {
+      case 1: return sum_block<V, 1>(head, r, d);
+      case 2: return sum_block<V, 2>(head, r, d);
+      case 3: return sum_block<V, 3>(head, r, d);
+      case 4: return sum_block<V, 4>(head, r, d);
+      case 5: return sum_block<V, 5>(head, r, d);
+      default: return sum_block<V, MOST_ROWS>(head, r, d);
     }
   }
 
   template <int V, int R>
-  void sum_block(const X* values, long r, long d) {
+  void sum_block(const X* head, long r, long d) {
     Vec acc[R][V] = {};
-    for (long c = 0; c < (long)columns.size(); c++) {
-      const X* value = values + columns[c] * 2 * s.G * s.D;
-      for (int i = 0; i < R; i++)
-        for (int v = 0; v < V; v++) acc[i][v] += weight[(r + i) * stride + c] * load(value + v * WIDTH);
+    for (long c = 0; c < num_columns(); c++) {
+      const X* value = at(head, c) + d;
+      for (int v = 0; v < V; v++) {
+        Vec part = load(value + v * WIDTH);
+        for (int i = 0; i < R; i++) acc[i][v] += weight[(r + i) * stride + c] * part;
+      }
     }
     for (int i = 0; i < R; i++)
       for (int v = 0; v < V; v++) store(&out[(r + i) * s.D + d + v * WIDTH], acc[i][v]);
-  }
-
-  void sum_rest(const X* values, long r, long d, int vecs) {
-    for (long i = r; i < std::min(rows, r + ROWS); i++)
-      if (vecs == VECS)
-        sum_block<VECS, 1>(values, i, d);
-      else
-        for (int v = 0; v < vecs; v++) sum_block<1, 1>(values + v * WIDTH, i, d + v * WIDTH);
   }
 
   void give(long b, long g, X* y) const {

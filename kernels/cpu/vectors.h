@@ -68,3 +68,25 @@ INLINE Vec exponential(Vec x) {
   Vec power = (Vec)(((Ints)shifted << 23) + 0x3f800000);
   return (Vec)((Ints)(p * power) & in_range);
 }
+
+// Swaps off-diagonal blocks of S x S; after 1, 2, 4 and 8 a square of 16 x 16 is transposed.
+template <int S>
+INLINE void swap_blocks(Vec (&rows)[WIDTH]) {
+  Ints upper, lower;
+  for (int i = 0; i < WIDTH; i++) {
+    upper[i] = i & S ? WIDTH + i - S : i;
+    lower[i] = i & S ? WIDTH + i : i + S;
+  }
+  for (int i = 0; i < WIDTH; i++) {
+    if (i & S) continue;
+    Vec a = rows[i], b = rows[i + S];
+    rows[i] = __builtin_shuffle(a, b, upper);
+    rows[i + S] = __builtin_shuffle(a, b, lower);
+  }
+}
+INLINE void transpose(Vec (&rows)[WIDTH]) {
+  swap_blocks<1>(rows);
+  swap_blocks<2>(rows);
+  swap_blocks<4>(rows);
+  swap_blocks<8>(rows);
+}
