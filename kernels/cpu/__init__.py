@@ -44,9 +44,9 @@ def serves(dtype: torch.dtype, device: torch.device) -> bool:
     return device.type == "cpu" and dtype in NAMES and library() is not None
 
 
-def function(name: str, dtype: torch.dtype, *argtypes):
-    """The function of that name for a dtype, which takes pointers first."""
-    found = getattr(library(), f"{name}_{NAMES[dtype]}")
+def function(name: str, *argtypes):
+    """A function of the library that returns nothing."""
+    found = getattr(library(), name)
     found.argtypes, found.restype = argtypes, None
     return found
 

@@ -30,4 +30,4 @@ def attention(
 
 @functools.cache
 def _function(dtype: torch.dtype):
-    return cpu.function("attention", dtype, *[c_void_p] * 7, *[c_long] * 8, c_int)
+    return cpu.function(f"attention_{cpu.NAMES[dtype]}", *[c_void_p] * 7, *[c_long] * 8, c_int)

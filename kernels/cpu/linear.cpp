@@ -81,7 +81,7 @@ template <class X>
 struct Product {
   const X* x;             // [T, D]
   const void* weight;     // [E / 16, D / 2, 16, 2] in bfloat16, [E / 16, D / 2, 2, 16] in others; the last panel is padded
-  const float* bias;      // [E] or null
+  const float *scale, *bias;  // [E] or null
   const X* residual;      // [T, E] or null
   X* y;                   // [T, E]
   long T, D, E;
@@ -94,6 +94,7 @@ struct Product {
         const float* sum = sums + (t * count + p) * WIDTH;
         if (there == WIDTH) {
           Vec v = load(sum);
+          if (scale) v *= load(scale + e);
           if (bias) v += load(bias + e);
           if (residual) v += load(residual + t * E + e);
           store(y + t * E + e, v);
@@ -102,6 +103,7 @@ struct Product {
         X last[WIDTH];
         Vec v = load(sum);
         for (int i = 0; i < there; i++) {
+          if (scale) v[i] *= scale[e + i];
           if (bias) v[i] += bias[e + i];
           if (residual) v[i] += as_float(residual[t * E + e + i]);
         }
@@ -151,6 +153,12 @@ void vectors(const Product<X>& product, const float* x, int threads) {
       panel += count;
     }
   });
+}
+
+std::vector<float> floats(const bfloat16* x, long count) {
+  std::vector<float> found(count);
+  for (long i = 0; i < count; i++) found[i] = as_float(x[i]);
+  return found;
 }
 
 #ifdef __AMX_BF16__
@@ -233,19 +241,30 @@ void tiles(const Product<bfloat16>& product, int threads) {
 
 extern "C" {
 
-void linear_float32(const float* x, const float* weight, const float* bias, const float* residual, float* y, long T,
-                    long D, long E, int threads) {
-  vectors<float>(Product<float>{x, weight, bias, residual, y, T, D, E}, x, threads);
+// x in float32 or bfloat16, which y and residual are in too; weight in the second dtype named.
+
+void linear_float32_float32(const float* x, const float* weight, const float* scale, const float* bias,
+                            const float* residual, float* y, long T, long D, long E, int threads) {
+  vectors<float>(Product<float>{x, weight, scale, bias, residual, y, T, D, E}, x, threads);
 }
 
-void linear_bfloat16(const bfloat16* x, const bfloat16* weight, const float* bias, const bfloat16* residual, bfloat16* y,
-                     long T, long D, long E, int threads) {
-  Product<bfloat16> product{x, weight, bias, residual, y, T, D, E};
+void linear_float32_int8(const float* x, const int8_t* weight, const float* scale, const float* bias,
+                         const float* residual, float* y, long T, long D, long E, int threads) {
+  vectors<int8_t>(Product<float>{x, weight, scale, bias, residual, y, T, D, E}, x, threads);
+}
+
+void linear_bfloat16_bfloat16(const bfloat16* x, const bfloat16* weight, const float* scale, const float* bias,
+                              const bfloat16* residual, bfloat16* y, long T, long D, long E, int threads) {
+  Product<bfloat16> product{x, weight, scale, bias, residual, y, T, D, E};
 #ifdef __AMX_BF16__
   if (D % 32 == 0 && matrix_unit_granted()) return tiles(product, threads);
 #endif
-  std::vector<float> floats(T * D);
-  for (long i = 0; i < T * D; i++) floats[i] = as_float(x[i]);
-  vectors<bfloat16>(product, floats.data(), threads);
+  vectors<bfloat16>(product, floats(x, T * D).data(), threads);
+}
+
+void linear_bfloat16_int8(const bfloat16* x, const int8_t* weight, const float* scale, const float* bias,
+                          const bfloat16* residual, bfloat16* y, long T, long D, long E, int threads) {
+  Product<bfloat16> product{x, weight, scale, bias, residual, y, T, D, E};
+  vectors<int8_t>(product, floats(x, T * D).data(), threads);
 }
 }

@@ -35,14 +35,18 @@ def linear(
     num_outputs: int,
     bias_E: torch.Tensor | None = None,
     residual_TE: torch.Tensor | None = None,
+    scale_E: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """residual + x @ weight.T + bias, rounded once. packed: see `pack`. bias_E: float32; the others: in x's dtype."""
+    """residual + x @ weight.T * scale + bias, rounded once. packed: see `pack`.
+
+    The weight is in x's dtype or in int8, the residual in x's, bias and scale in float32.
+    """
     T, D = x_TD.shape
     x_TD, y_TE = x_TD.contiguous(), x_TD.new_empty(T, num_outputs)
     residual_TE = residual_TE if residual_TE is None else residual_TE.contiguous()
-    pointers = [0 if each is None else each.data_ptr() for each in (x_TD, packed, bias_E, residual_TE, y_TE)]
+    pointers = [0 if each is None else each.data_ptr() for each in (x_TD, packed, scale_E, bias_E, residual_TE, y_TE)]
     if T:
-        _function(x_TD.dtype)(*pointers, T, D, num_outputs, torch.get_num_threads())
+        _function(x_TD.dtype, packed.dtype)(*pointers, T, D, num_outputs, torch.get_num_threads())
     return y_TE
 
 
@@ -53,19 +57,21 @@ def linear_in_graph(
     num_outputs: int,
     bias_E: torch.Tensor | None = None,
     residual_TE: torch.Tensor | None = None,
+    scale_E: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """`linear` as torch.compile takes it, which costs a call 20 us more."""
-    return linear(x_TD, packed, num_outputs, bias_E, residual_TE)
+    return linear(x_TD, packed, num_outputs, bias_E, residual_TE, scale_E)
 
 
 @linear_in_graph.register_fake
-def _(x_TD, packed, num_outputs, bias_E=None, residual_TE=None):
+def _(x_TD, packed, num_outputs, bias_E=None, residual_TE=None, scale_E=None):
     return x_TD.new_empty(x_TD.shape[0], num_outputs)  # len() would make a constant of it
 
 
 @functools.cache
-def _function(dtype: torch.dtype):
-    return cpu.function("linear", dtype, *[c_void_p] * 5, *[c_long] * 3, c_int)
+def _function(dtype: torch.dtype, weight_dtype: torch.dtype):
+    weight = "int8" if weight_dtype == torch.int8 else cpu.NAMES[weight_dtype]
+    return cpu.function(f"linear_{cpu.NAMES[dtype]}_{weight}", *[c_void_p] * 6, *[c_long] * 3, c_int)
 
 
 def _order(dtype: torch.dtype) -> tuple[int, ...]:

@@ -50,4 +50,4 @@ def silu_mul(gate_up_TE: torch.Tensor) -> torch.Tensor:
 
 @functools.cache
 def _function(name: str, dtype: torch.dtype):
-    return cpu.function(name, dtype, *ARGTYPES[name])
+    return cpu.function(f"{name}_{cpu.NAMES[dtype]}", *ARGTYPES[name])

@@ -56,6 +56,23 @@ def test_a_row_does_not_depend_on_its_company(shape, dtype):
             assert torch.equal(linear(x_TD[first : first + rows], packed, E), whole[first : first + rows])
 
 
+@pytest.mark.usefixtures("threads")
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_int8_weight(shape, dtype):
+    E, D = shape
+    weight_ED, scale_E = torch.randint(-127, 128, shape, dtype=torch.int8), 0.01 + torch.rand(E)
+    packed, bias_E = pack(weight_ED), torch.randn(E)
+    assert torch.equal(unpack(packed, E), weight_ED)
+    for T in ROWS:
+        x_TD, residual_TE = random(T, D, dtype=dtype), random(T, E, dtype=dtype)
+        scaled = x_TD.double() @ weight_ED.double().t() * scale_E
+        tolerance = TOLERANCE[dtype] | {"atol": 0.1}  # of sums of 2304 numbers up to 400
+        actual = linear(x_TD, packed, E, None, None, scale_E)
+        torch.testing.assert_close(actual.double(), scaled, **tolerance)
+        actual = linear(x_TD, packed, E, bias_E, residual_TE, scale_E)
+        torch.testing.assert_close(actual.double(), scaled + bias_E + residual_TE, **tolerance)
+
+
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_the_weight_comes_back(shape, dtype):
     weight_ED = random(*shape, dtype=dtype)
