@@ -6,7 +6,6 @@ interpreter, times say nothing and only show that all of this works.
 """
 
 import sys
-import time
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -15,12 +14,12 @@ import torch
 import torch.nn.functional as F
 import triton
 from compile_kernels import load_kernels
+from machine_ceilings import best_seconds
 
 HAS_GPU = torch.cuda.is_available()
 DEVICE = "cuda" if HAS_GPU else "cpu"
 CACHE_BYTES = 200e6  # twice the L2 cache of the largest GPU we know
 MAX_COPIES = 64
-MEASURE_SECONDS = 0.02 if HAS_GPU else 0.0
 
 TOLERANCE = 1e-2  # error's share of a result's norm; rounding to bfloat16 makes some 2e-3
 
@@ -100,30 +99,12 @@ def error(actual: torch.Tensor, expected: torch.Tensor) -> float:
 
 def seconds_per_call(call: Callable, copies: list[dict]) -> float:
     """Time of one call, when each works on what the last did not leave in the cache."""
-    if not HAS_GPU:
-        start = time.perf_counter()
-        call(**copies[0])
-        return time.perf_counter() - start
-    call(**copies[0])
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+
+    def work() -> None:
         for inputs in copies:
             call(**inputs)
-    return seconds_per_replay(graph.replay) / len(copies)
 
-
-def seconds_per_replay(replay: Callable) -> float:
-    """Median over single replays, which GPU events enclose."""
-    replay()
-    times = []
-    while sum(times) < MEASURE_SECONDS or len(times) < 5:
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        replay()
-        end.record()
-        end.synchronize()
-        times.append(start.elapsed_time(end) / 1e3)
-    return sorted(times)[len(times) // 2]
+    return best_seconds(work, torch.device(DEVICE)) / len(copies)
 
 
 def measure_ceilings() -> Ceilings:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 import torch
 import torch.nn.functional as F
 
+from specbackend.cuda_graphs import graph_timer
 from specbackend.kernels.linear_small_m import Split, linear_small_m, make_split
 from specbackend.models.linear import Linear
 
@@ -14,6 +15,7 @@ TUNED_ROWS = 16  # a tile of the kernel; up to as many, a row's bits do not depe
 CACHE_BYTES = 200e6  # weights take turns in the timing until they overflow any L2 cache
 BLOCKS_E, NUM_SPLITS = (32, 64), (1, 2, 3, 4, 6, 8)
 MOST_PROGRAMS = 2048  # more parts of a weight than that only add work
+NUM_RUNS = 5
 
 log = logging.getLogger(__name__)
 
@@ -59,19 +61,6 @@ def _candidates(E: int, D: int) -> Iterator[Split]:
 
 
 def _seconds(product: Callable[[torch.Tensor], torch.Tensor], weights: list[torch.Tensor]) -> float:
-    """Of one product, the best of some replays of a graph of all."""
-    for _ in range(2):
-        product(weights[0])
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for weight_ED in weights:
-            product(weight_ED)
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    times = []
-    for _ in range(5):
-        start.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        times.append(start.elapsed_time(end) / 1e3 / len(weights))
-    return min(times)
+    """Of one product, the best of some runs over all weights."""
+    timed = graph_timer(lambda: [product(weight_ED) for weight_ED in weights])
+    return min(timed() for _ in range(NUM_RUNS)) / len(weights)
