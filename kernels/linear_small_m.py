@@ -14,9 +14,12 @@ import torch
 import triton
 import triton.language as tl
 
+from specbackend.kernels.dependent_launch import LINE_BYTES, launch_options, prefetch, wait_for_previous
+
 NUM_SMS = 132  # of an H100 or H200
 MAX_ROWS = 64
 BLOCK_D = 128  # inputs of a tile: 256 bytes of each of its weight rows
+PREFETCHED_LINES = 512  # 64 KB of a program's weight
 SHARED_BYTES = 96 * 1024  # for the tiles on their way; two programs fit into an SM
 
 
@@ -67,6 +70,8 @@ def _linear_small_m_kernel(
     SPLIT: tl.constexpr,
     BIAS: tl.constexpr,
     RESIDUAL: tl.constexpr,
+    LINES: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ):
     e = tl.program_id(0) * BLOCK_E + tl.arange(0, BLOCK_E)
     split = tl.program_id(1)
@@ -76,8 +81,14 @@ def _linear_small_m_kernel(
     weight_row = weight_ptr + tl.minimum(e, E - 1).to(tl.int64) * s_weight
     x_row = x_ptr + t * s_x
 
+    first, end = split * part, tl.minimum((split + 1) * part, D)
+    if DEPENDENT:  # the weight is not the previous kernel's: its first lines are on their way while that still runs
+        LINE_D: tl.constexpr = 8 * LINE_BYTES // weight_ptr.dtype.element_ty.primitive_bitwidth
+        line_d = tl.minimum(first + LINE_D * tl.arange(0, LINES), end - 1)
+        prefetch(weight_row[:, None] + line_d[None, :])
+    wait_for_previous(DEPENDENT)
     y_ET = tl.zeros([BLOCK_E, BLOCK_T], tl.float32)
-    for start in range(split * part, tl.minimum((split + 1) * part, D), BLOCK_D):
+    for start in range(first, end, BLOCK_D):
         inside = start + d < D
         weight_ED = tl.load(weight_row[:, None] + (start + d)[None, :], mask=inside[None, :], other=0.0)
         x_TD = tl.load(x_row[:, None] + (start + d)[None, :], mask=(t < T)[:, None] & inside[None, :], other=0.0)
@@ -103,10 +114,12 @@ def _add_parts_kernel(
     BLOCK_E: tl.constexpr,
     BIAS: tl.constexpr,
     RESIDUAL: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ):
     e = tl.program_id(0) * BLOCK_E + tl.arange(0, BLOCK_E)
     t = tl.program_id(1) + tl.arange(0, 1)
     y_E = tl.zeros([BLOCK_E], tl.float32)
+    wait_for_previous(DEPENDENT)
     for split in tl.static_range(NUM_SPLITS):
         y_E += tl.load(sums_ptr + (split * T + tl.program_id(1)).to(tl.int64) * E + e, mask=e < E, other=0.0)
     _store(y_E[:, None], y_ptr, bias_ptr, residual_ptr, s_residual, t, e, T, E, BIAS, RESIDUAL)
@@ -174,11 +187,12 @@ def linear_small_m(
         x_TD.stride(0), weight_ED.stride(0), s_residual,
         BLOCK_E=split.block_e, BLOCK_T=block_t, BLOCK_D=BLOCK_D, SPLIT=split.num_splits > 1, **epilogue,
         num_warps=8 if block_t == 64 else 4, num_stages=choose_num_stages(split.block_e, block_t, x_TD.element_size()),
+        LINES=PREFETCHED_LINES // split.block_e, **launch_options(),
     )  # fmt: skip
     if split.num_splits > 1:
         _add_parts_kernel[(triton.cdiv(E, 512), T)](
             sums_STE, bias_E, residual_TE, y_TE, T, E, s_residual,
-            NUM_SPLITS=split.num_splits, BLOCK_E=512, **epilogue, num_warps=4,
+            NUM_SPLITS=split.num_splits, BLOCK_E=512, **epilogue, num_warps=4, **launch_options(),
         )  # fmt: skip
     return y_TE
 
