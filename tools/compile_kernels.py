@@ -15,6 +15,7 @@ import tempfile
 from types import ModuleType
 from unittest import mock
 
+import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import CompiledKernel
@@ -62,8 +63,10 @@ def compile_launches(module: ModuleType, arch: int) -> list[CompiledKernel]:
 
     driver.set_active(TargetOnly(arch))
     with mock.patch.object(JITFunction, "run", compile_only):
-        for launcher, inputs in getattr(module, "VARIANTS", ()):  # some files hold only what kernels share
-            launcher(**inputs(device="meta"))
+        for launcher, make_inputs in getattr(module, "VARIANTS", ()):  # some files hold only what kernels share
+            inputs = make_inputs(device="meta")
+            if arch >= 89 or torch.float8_e4m3fn not in [getattr(value, "dtype", None) for value in inputs.values()]:
+                launcher(**inputs)
     return list(compiled.values())
 
 

@@ -59,7 +59,9 @@ def linear_flop(x_TD, weight_ED, **_) -> int:
     return 2 * len(x_TD) * weight_ED.numel()
 
 
-def torch_linear(x_TD, weight_ED, bias_E, residual_TE) -> torch.Tensor:
+def torch_linear(x_TD, weight_ED, bias_E, residual_TE, scale_E) -> torch.Tensor:
+    if scale_E is not None:
+        weight_ED = weight_ED.to(x_TD.dtype) * scale_E[:, None].to(x_TD.dtype)
     y_TE = F.linear(x_TD, weight_ED, bias_E)
     return y_TE if residual_TE is None else y_TE + residual_TE
 

@@ -23,7 +23,7 @@ log = logging.getLogger(__name__)
 class TunedLinear(Linear):
     def __init__(self, weight_ED: torch.Tensor, bias_E: torch.Tensor | None = None):
         super().__init__(weight_ED, bias_E)
-        self._split = fastest_split(*weight_ED.shape, weight_ED.dtype, weight_ED.device)
+        self._split = fastest_split(*self.shape, self.dtype, self.dtype, self.device)
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         x_TD = x.flatten(0, -2)
@@ -38,20 +38,30 @@ class TunedLinear(Linear):
 
 
 @functools.cache
-def fastest_split(E: int, D: int, dtype: torch.dtype, device: torch.device) -> Split | None:
-    """How the kernel is quickest for a weight of this shape; None if the library is quicker still."""
-    weight_bytes = E * D * dtype.itemsize
-    weights = [torch.randn(E, D, dtype=dtype, device=device) for _ in range(1 + int(CACHE_BYTES / weight_bytes))]
+def fastest_split(E: int, D: int, dtype: torch.dtype, weight_dtype: torch.dtype, device: torch.device) -> Split | None:
+    """How the kernel is quickest for a weight of this shape and few rows of `dtype`.
+
+    None if the library is quicker still. It is not asked about weights of another dtype.
+    """
+    weight_bytes = E * D * weight_dtype.itemsize
+    weights = [
+        torch.randn(E, D, dtype=dtype, device=device).to(weight_dtype)
+        for _ in range(1 + int(CACHE_BYTES / weight_bytes))
+    ]
     x_TD = torch.randn(TUNED_ROWS, D, dtype=dtype, device=device)
-    best, best_seconds = None, _seconds(lambda weight_ED: F.linear(x_TD, weight_ED), weights)
-    library_seconds = best_seconds
-    for split in _candidates(E, D):
-        seconds = _seconds(lambda weight_ED, split=split: linear_small_m(x_TD, weight_ED, split=split), weights)
-        if seconds < best_seconds:
-            best, best_seconds = split, seconds
+    scale_E = None if weight_dtype == dtype else torch.ones(E, device=device)
+
+    def kernel(split: Split) -> Callable[[torch.Tensor], torch.Tensor]:
+        return lambda weight_ED: linear_small_m(x_TD, weight_ED, scale_E=scale_E, split=split)
+
+    seconds = {split: _seconds(kernel(split), weights) for split in _candidates(E, D)}
+    if weight_dtype == dtype:
+        seconds[None] = _seconds(lambda weight_ED: F.linear(x_TD, weight_ED), weights)
     del weights
     torch.cuda.empty_cache()  # who comes next sizes its own memory by what is free
-    log.info("%d x %d: %.1f us by the library, %.1f by %s", E, D, 1e6 * library_seconds, 1e6 * best_seconds, best)
+    best = min(seconds, key=seconds.get)
+    others = f"{1e6 * seconds[None]:.1f} by the library" if None in seconds else "the library is not asked"
+    log.info("%d x %d of %s: %.1f us by %s, %s", E, D, weight_dtype, 1e6 * seconds[best], best, others)
     return best
 
 
