@@ -51,27 +51,6 @@ def check_flashinfer(context: Context, out: dict) -> None:
     check_flashinfer(out)
 
 
-def check_ceilings(context: Context, out: dict) -> None:
-    """What the machine allows, and the steps that the roofline makes of it."""
-    from decode_ceilings import Decoding
-    from machine_ceilings import measure
-    from roofline import Workload, predict
-
-    from specbackend.config import EngineConfig
-
-    params = subjects(context)["EAGLE3 5,4,8"] | {"dtype": context.dtype}
-    decoding = Decoding.of(EngineConfig.from_params(params))
-    shapes = {shape for network in decoding.networks for shape in network.weights}
-    rows = (1, 4) if context.rehearsal else (1, 4, 8, 16, 32, 64, 128, 256)
-    machine = measure(shapes, decoding.dtype, context.device, rows)
-    out["ceilings"] = asdict(machine)
-    for batch in (1, 8, 32):
-        for accept_length in (2.5, 3.0, 3.5, 4.0):
-            load = Workload(decoding.target, decoding.draft, decoding.tree, batch, 200, accept_length)
-            found = predict(load, machine)
-            out[f"batch {batch}, accept length {accept_length}"] = asdict(found) | {"speedup": found.speedup}
-
-
 def check_server(context: Context, out: dict) -> None:
     """A real tritonserver on the GPU, beside the engine without a server."""
     from gpu_checks.server_stage import ServedCase, check_server
