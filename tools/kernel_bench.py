@@ -47,6 +47,7 @@ class Row:
     us: float | None = None
     achieved: float | None = None  # the floor's share of the time
     torch_us: float | None = None  # torch's own kernel for the same, where there is one
+    why: str | None = None  # it takes far longer than the floor
 
 
 def tree_attention_flop(q_BQHD, prefix_len_B, window_slot_BW, **_) -> int:
@@ -68,6 +69,17 @@ def torch_linear(x_TD, weight_ED, bias_E, residual_TE, scale_E) -> torch.Tensor:
 
 FLOP = {"tree_attention": tree_attention_flop, "linear_small_m": linear_flop}  # of others memory is the floor
 TORCH = {"linear_small_m": torch_linear}
+FAR_FROM_FLOOR = 0.7
+WHY = {  # of what takes far longer than its bytes and products
+    "tree_attention": "few rows: two launches, a chain of loads: slots, then keys; many rows: masked tiles, no TMA",
+    "linear_small_m": "small weights: less than two tiles an SM, and the launch; 17 to 64 rows: tuned for 16",
+    "argmax_pick": "three launches for a row's maximum, noise and pick",
+    "topk_logprob": "two launches; a tile's selection is registers' work",
+    "topk_noisy_logprob": "two launches; a tile's selection and its noise are registers' work",
+    "limit_threshold": "one program a row reads it some twenty times, from the cache",
+    "build_tree": "one program a tree: sorting and matrix products in registers",
+}
+A_LAUNCH = "microseconds of data: a launch and one round trip to memory"
 
 
 def tensors(value) -> list[torch.Tensor]:
@@ -136,7 +148,8 @@ def bench_variant(launcher: Callable, make_inputs: partial, ceilings: Ceilings) 
     copies = [inputs] + [clone(inputs) for _ in range(min(MAX_COPIES, int(CACHE_BYTES / num_bytes)) if HAS_GPU else 0)]
     seconds = seconds_per_call(launcher, copies)
     torch_us = 1e6 * seconds_per_call(TORCH[name], copies) if name in TORCH else None
-    return Row(**vars(row) | {"us": 1e6 * seconds, "achieved": floor / seconds, "torch_us": torch_us})
+    why = WHY.get(name, A_LAUNCH) if floor / seconds < FAR_FROM_FLOOR else None
+    return Row(**vars(row) | {"us": 1e6 * seconds, "achieved": floor / seconds, "torch_us": torch_us, "why": why})
 
 
 def bench(variants: Iterable[tuple[Callable, partial]]) -> dict:
@@ -160,7 +173,7 @@ def table(figures: dict) -> str:
         f"{figures['device']}: {figures['ceilings']['bytes_per_s'] / 1e12:.2f} TB/s, "
         f"{figures['ceilings']['flop_per_s'] / 1e12:.0f} TFLOP/s; times in us"
     ]
-    lines.append(f"{'kernel':<16}{'case':<52}{'error':>9}{'floor':>9}{'time':>9}{'achieved':>9}{'torch':>9}")
+    lines.append(f"{'kernel':<16}{'case':<52}{'error':>9}{'floor':>9}{'time':>9}{'achieved':>9}{'torch':>9}  why")
     return "\n".join(lines + [table_line(row) for row in figures["rows"]])
 
 
@@ -170,4 +183,4 @@ def table_line(row: dict) -> str:
     if not row["agrees"]:
         return f"{start}    WRONG"
     torch_us = f"{row['torch_us']:>9.1f}" if row["torch_us"] else ""
-    return f"{start}{row['us']:>9.1f}{row['achieved']:>9.0%}{torch_us}"
+    return f"{start}{row['us']:>9.1f}{row['achieved']:>9.0%}{torch_us:>9}  {row['why'] or ''}".rstrip()
