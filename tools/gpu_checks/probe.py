@@ -7,6 +7,7 @@ import subprocess
 import torch
 
 from gpu_checks.context import Context
+from gpu_checks.dependent_launch import switch_off_unless_it_works
 
 
 def check_probe(context: Context, out: dict) -> None:
@@ -28,4 +29,5 @@ def check_probe(context: Context, out: dict) -> None:
             "--query-gpu=name,driver_version,clocks.max.sm,clocks.max.memory",
             "--format=csv,noheader",
         ]
+        switch_off_unless_it_works(out)
         out["nvidia_smi"] = subprocess.run(query, capture_output=True, text=True).stdout.strip()

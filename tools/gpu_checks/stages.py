@@ -1,5 +1,6 @@
 """Stages whose work is done elsewhere."""
 
+import os
 import subprocess
 import sys
 import time
@@ -38,9 +39,11 @@ def _compile_at_once(context: Context) -> float:
         "import sys, compile_kernels as c\n"
         f"for module in c.load_kernels(sys.argv[1:]): c.compile_launches(module, {10 * major + minor})"
     )
-    processes = [subprocess.Popen([sys.executable, "-c", code, name]) for name in kernel_names()]
-    for process in processes:
-        process.wait()
+    env = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    processes = [subprocess.Popen([sys.executable, "-c", code, name], env=env) for name in kernel_names()]
+    failed = [name for name, process in zip(kernel_names(), processes, strict=True) if process.wait()]
+    if failed:
+        print(f"not compiled in advance: {', '.join(failed)}", flush=True)
     return time.monotonic() - start
 
 
