@@ -23,11 +23,9 @@ TRY_SECONDS = 60
 def switch_off_unless_it_works(out: dict) -> None:
     """Try it in a process of its own: what hangs or breaks the device there would take all later stages with it."""
     env = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
-    code = "from gpu_checks.dependent_launch import try_out; try_out('cuda', 4096, 200)"
+    command = [sys.executable, "-c", "from gpu_checks import dependent_launch as d; d.try_out('cuda', 4096, 200)"]
     try:
-        child = subprocess.run(
-            [sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=TRY_SECONDS
-        )
+        child = subprocess.run(command, env=env, capture_output=True, text=True, timeout=TRY_SECONDS)
         problem = child.stderr[-2000:] if child.returncode else None
     except subprocess.TimeoutExpired:
         problem = f"not done after {TRY_SECONDS} s"
@@ -50,9 +48,7 @@ def _layers(device: torch.device, D: int, T: int = 8, count: int = 8) -> Callabl
     """What computes their output [T, D] for the input of a seed."""
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float16
     g = torch.Generator(device).manual_seed(0)
-    up, down = (
-        torch.randn(count, *shape, generator=g, device=device, dtype=dtype) / D**0.5 for shape in ((2 * D, D), (D, D))
-    )
+    up, down = (torch.randn(count, E, D, generator=g, device=device, dtype=dtype) / D**0.5 for E in (2 * D, D))
     norm_D = torch.ones(D, device=device, dtype=dtype)
     on_host_TD = torch.empty(T, D, dtype=dtype, pin_memory=device.type == "cuda")
     x_TD, y_TD = (torch.zeros(T, D, device=device, dtype=dtype) for _ in range(2))
