@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 
 from specbackend.kernels import build_tree
+from specbackend.kernels.dependent_launch import launch_options, wait_for_previous
 
 
 @dataclass(frozen=True)
@@ -48,10 +49,12 @@ def _accept_path_kernel(
     count_ptr,  # [B] out
     N,
     BLOCK_N: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ):
     b = tl.program_id(0).to(tl.int64)
     n = tl.arange(0, BLOCK_N)
     in_tree = n < N
+    wait_for_previous(DEPENDENT)
     token = tl.load(token_ptr + b * N + n, mask=in_tree)
     drafted = tl.load(drafted_ptr + b * N + n, mask=in_tree, other=0) != 0
     parent = tl.load(parent_ptr + b * N + n, mask=in_tree, other=0)
@@ -88,7 +91,8 @@ def accept_path(
     path = AcceptedPath(torch.empty_like(token_BN), torch.empty(B, dtype=torch.int64, device=token_BN.device))
     BLOCK_N = triton.next_power_of_2(N)
     _accept_path_kernel[(B,)](
-        *tensors, path.order_BN, path.count_B, N, BLOCK_N=BLOCK_N, num_warps=8 if BLOCK_N == 128 else 4
+        *tensors, path.order_BN, path.count_B, N,
+        BLOCK_N=BLOCK_N, num_warps=8 if BLOCK_N == 128 else 4, **launch_options(),
     )  # fmt: skip
     return path
 

@@ -9,6 +9,8 @@ import torch
 import triton
 import triton.language as tl
 
+from specbackend.kernels.dependent_launch import launch_options, wait_for_previous
+
 
 def apply_bitmask_ref_(logits_RV: torch.Tensor, bits_RW: torch.Tensor) -> torch.Tensor:
     allowed = bits_RW[:, :, None] >> torch.arange(32, dtype=torch.int32, device=bits_RW.device) & 1
@@ -23,9 +25,11 @@ def _apply_bitmask_kernel(
     bits_stride,
     V,
     BLOCK: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ):
     r = tl.program_id(0).to(tl.int64)
     v = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    wait_for_previous(DEPENDENT)
     word = tl.load(bits_ptr + r * bits_stride + v // 32, mask=v < V, other=0)
     forbidden = (word >> (v % 32) & 1) == 0
     tl.store(logits_ptr + r * logits_stride + v, float("-inf"), mask=(v < V) & forbidden)
@@ -41,7 +45,7 @@ def apply_bitmask_(logits_RV: torch.Tensor, bits_RW: torch.Tensor) -> torch.Tens
     assert logits_RV.stride(1) == bits_RW.stride(1) == 1
     BLOCK = 1024
     _apply_bitmask_kernel[(R, triton.cdiv(V, BLOCK))](
-        logits_RV, bits_RW, logits_RV.stride(0), bits_RW.stride(0), V, BLOCK=BLOCK
+        logits_RV, bits_RW, logits_RV.stride(0), bits_RW.stride(0), V, BLOCK=BLOCK, **launch_options(),
     )  # fmt: skip
     return logits_RV
 

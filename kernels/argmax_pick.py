@@ -9,6 +9,7 @@ import torch
 import triton
 import triton.language as tl
 
+from specbackend.kernels.dependent_launch import launch_options, wait_for_previous
 from specbackend.kernels.gumbel import gumbel_noise, gumbel_noise_ref
 from specbackend.kernels.rank_key import key_index, rank_key, tile_width
 
@@ -31,9 +32,11 @@ def _tile_max_kernel(
     row_stride,
     V,
     BLOCK: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ):
     r, tile = tl.program_id(0).to(tl.int64), tl.program_id(1)
     v = tile * BLOCK + tl.arange(0, BLOCK)
+    wait_for_previous(DEPENDENT)
     logits = tl.load(logits_ptr + r * row_stride + v, mask=v < V, other=float("-inf")).to(tl.float32)
     tl.store(largest_ptr + r * tl.num_programs(1) + tile, tl.max(logits))
 
@@ -51,9 +54,11 @@ def _tile_pick_kernel(
     N,
     BLOCK: tl.constexpr,
     BLOCK_TILES: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ):
     r, tile, TILES = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.num_programs(1)
     v = tile * BLOCK + tl.arange(0, BLOCK)
+    wait_for_previous(DEPENDENT)
     value = tl.load(logits_ptr + r * row_stride + v, mask=v < V, other=float("-inf")).to(tl.float32)
     temperature = tl.load(temperature_ptr + r // N)
     if temperature > 0:
@@ -70,9 +75,11 @@ def _row_pick_kernel(
     token_ptr,  # [R] out
     TILES,
     BLOCK_TILES: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ):
     r = tl.program_id(0).to(tl.int64)
     t = tl.arange(0, BLOCK_TILES)
+    wait_for_previous(DEPENDENT)
     tl.store(token_ptr + r, key_index(tl.max(tl.load(key_ptr + r * TILES + t, mask=t < TILES, other=0))))
 
 
@@ -95,14 +102,14 @@ def argmax_pick(
     TILES = triton.cdiv(V, BLOCK)
     BLOCK_TILES = triton.next_power_of_2(TILES)
     largest = torch.empty((R, TILES), dtype=torch.float32, device=device)
-    _tile_max_kernel[(R, TILES)](logits_RV, largest, logits_RV.stride(0), V, BLOCK=BLOCK)
+    _tile_max_kernel[(R, TILES)](logits_RV, largest, logits_RV.stride(0), V, BLOCK=BLOCK, **launch_options())
     key = torch.empty((R, TILES), dtype=torch.uint64, device=device)
     _tile_pick_kernel[(R, TILES)](
         logits_RV, temperature_B, seed_B, position_R, largest, key, logits_RV.stride(0), V, R // B,
-        BLOCK=BLOCK, BLOCK_TILES=BLOCK_TILES,
+        BLOCK=BLOCK, BLOCK_TILES=BLOCK_TILES, **launch_options(),
     )  # fmt: skip
     token_R = torch.empty(R, dtype=torch.int64, device=device)
-    _row_pick_kernel[(R,)](key, token_R, TILES, BLOCK_TILES=BLOCK_TILES)
+    _row_pick_kernel[(R,)](key, token_R, TILES, BLOCK_TILES=BLOCK_TILES, **launch_options())
     return token_R
 
 

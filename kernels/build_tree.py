@@ -10,6 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
+from specbackend.kernels.dependent_launch import launch_options, wait_for_previous
 from specbackend.kernels.rank_key import key_index, rank_key
 
 
@@ -73,11 +74,13 @@ def _build_tree_kernel(
     BLOCK_C: tl.constexpr,
     BLOCK_N: tl.constexpr,
     LOG_N: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ):
     b = tl.program_id(0).to(tl.int64)
 
     # Rank: the root is candidate 0, its score is infinite, and the others' numbers go up by one.
     c = tl.arange(0, BLOCK_C)
+    wait_for_previous(DEPENDENT)
     score = tl.load(score_ptr + b * C + c - 1, mask=(c > 0) & (c <= C), other=float("-inf"))
     best = key_index(tl.topk(rank_key(tl.where(c == 0, float("inf"), score), c), BLOCK_N)).to(tl.int32)
 
@@ -136,7 +139,7 @@ def build_tree(
     _build_tree_kernel[(B,)](
         *inputs, tree.token_BN, tree.parent_BN, tree.mask_BNN, tree.depth_BN, tree.drafted_BN, C, N,
         BLOCK_C=max(BLOCK_N, triton.next_power_of_2(C + 1)), BLOCK_N=BLOCK_N, LOG_N=BLOCK_N.bit_length() - 1,
-        num_warps=8 if BLOCK_N == 128 else 4,
+        num_warps=8 if BLOCK_N == 128 else 4, **launch_options(),
     )  # fmt: skip
     return tree
 

@@ -13,6 +13,8 @@ import torch
 import triton
 import triton.language as tl
 
+from specbackend.kernels.dependent_launch import launch_options, wait_for_previous
+
 
 def limit_threshold_ref(scaled_RV: torch.Tensor, top_k_B: torch.Tensor, top_p_B: torch.Tensor) -> torch.Tensor:
     top_k_R1, top_p_R1 = (each.repeat_interleave(len(scaled_RV) // len(each))[:, None] for each in (top_k_B, top_p_B))
@@ -50,9 +52,11 @@ def _threshold_kernel(
     V,
     N,
     BLOCK: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ):
     r = tl.program_id(0).to(tl.int64)
     scaled_ptr += r * V
+    wait_for_previous(DEPENDENT)
     top_k, top_p = tl.load(top_k_ptr + r // N), tl.load(top_p_ptr + r // N)
     threshold = -float("inf")
     if (top_k < V) | (top_p < 1.0):
@@ -88,8 +92,9 @@ def limit_threshold(scaled_RV: torch.Tensor, top_k_B: torch.Tensor, top_p_B: tor
     threshold_R = torch.empty(R, dtype=torch.float32, device=scaled_RV.device)
     BLOCK = min(8192, max(128, triton.next_power_of_2(V)))
     _threshold_kernel[(R,)](
-        scaled_RV, top_k_B, top_p_B, threshold_R, V, R // B, BLOCK=BLOCK, num_warps=max(1, BLOCK // 256)
-    )
+        scaled_RV, top_k_B, top_p_B, threshold_R, V, R // B,
+        BLOCK=BLOCK, num_warps=max(1, BLOCK // 256), **launch_options(),
+    )  # fmt: skip
     return threshold_R
 
 

@@ -1,20 +1,15 @@
-"""RMSNorm, alone or after adding to the residual stream.
+"""RMSNorm.
 
 T = rows, D = what is normalised: the hidden size, or that of a head when q and k have norms of their own (H heads).
 """
 
-from dataclasses import dataclass
 from functools import partial
 
 import torch
 import triton
 import triton.language as tl
 
-
-@dataclass(frozen=True)
-class AddedNorm:
-    sum_TD: torch.Tensor
-    y_TD: torch.Tensor
+from specbackend.kernels.dependent_launch import launch_options, wait_for_previous
 
 
 def rms_norm_ref(x_TD: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
@@ -22,20 +17,6 @@ def rms_norm_ref(x_TD: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.
     x = x_TD.float()
     inverse_rms = (x.square().mean(dim=-1, keepdim=True) + eps).rsqrt()
     return (x * inverse_rms).to(x_TD.dtype) * weight
-
-
-def add_rms_norm_ref(x_TD: torch.Tensor, residual_TD: torch.Tensor, weight: torch.Tensor, eps: float) -> AddedNorm:
-    sum_TD = x_TD + residual_TD
-    return AddedNorm(sum_TD, rms_norm_ref(sum_TD, weight, eps))
-
-
-@triton.jit
-def _normalize(x, weight, eps, D):
-    """x in the dtype of the result."""
-    x_float = x.to(tl.float32)
-    inverse_rms = tl.rsqrt(tl.sum(x_float * x_float) / D + eps)
-    normalized = (x_float * inverse_rms).to(x.dtype)
-    return (normalized.to(tl.float32) * weight.to(tl.float32)).to(x.dtype)
 
 
 @triton.jit
@@ -49,35 +30,18 @@ def _rms_norm_kernel(
     H,
     D,
     BLOCK_D: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ):
     t, h = tl.program_id(0).to(tl.int64), tl.program_id(1)
     d = tl.arange(0, BLOCK_D)
+    wait_for_previous(DEPENDENT)
     x = tl.load(x_ptr + t * stride_t + h * stride_h + d, mask=d < D, other=0.0)
     weight = tl.load(weight_ptr + h * D + d, mask=d < D, other=0.0)
-    tl.store(y_ptr + (t * H + h) * D + d, _normalize(x, weight, eps, D), mask=d < D)
-
-
-@triton.jit
-def _add_rms_norm_kernel(
-    x_ptr,  # [T, D]
-    residual_ptr,  # [T, D]
-    weight_ptr,  # [D]
-    sum_ptr,  # [T, D] out
-    y_ptr,  # [T, D] out
-    x_stride,
-    residual_stride,
-    eps,
-    D,
-    BLOCK_D: tl.constexpr,
-):
-    t = tl.program_id(0).to(tl.int64)
-    d = tl.arange(0, BLOCK_D)
-    x = tl.load(x_ptr + t * x_stride + d, mask=d < D, other=0.0)
-    residual = tl.load(residual_ptr + t * residual_stride + d, mask=d < D, other=0.0)
-    weight = tl.load(weight_ptr + d, mask=d < D, other=0.0)
-    added = (x.to(tl.float32) + residual.to(tl.float32)).to(x.dtype)
-    tl.store(sum_ptr + t * D + d, added, mask=d < D)
-    tl.store(y_ptr + t * D + d, _normalize(added, weight, eps, D), mask=d < D)
+    x_float = x.to(tl.float32)
+    inverse_rms = tl.rsqrt(tl.sum(x_float * x_float) / D + eps)
+    normalized = (x_float * inverse_rms).to(x.dtype)
+    y = (normalized.to(tl.float32) * weight.to(tl.float32)).to(x.dtype)
+    tl.store(y_ptr + (t * H + h) * D + d, y, mask=d < D)
 
 
 def rms_norm(x_TD: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
@@ -92,22 +56,9 @@ def rms_norm(x_TD: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tens
     assert x_THD.stride(2) == 1 and x_TD.dtype == weight.dtype
     y_TD = torch.empty(x_TD.shape, dtype=x_TD.dtype, device=x_TD.device)
     _rms_norm_kernel[(T, H)](
-        x_THD, weight, y_TD, x_THD.stride(0), x_THD.stride(1), eps, H, D, **_config(D)
+        x_THD, weight, y_TD, x_THD.stride(0), x_THD.stride(1), eps, H, D, **_config(D), **launch_options(),
     )  # fmt: skip
     return y_TD
-
-
-def add_rms_norm(x_TD: torch.Tensor, residual_TD: torch.Tensor, weight: torch.Tensor, eps: float) -> AddedNorm:
-    """Return x + residual, rounded to their dtype, and its norm, both contiguous. Rows may be strided."""
-    T, D = x_TD.shape
-    assert x_TD.shape == residual_TD.shape and weight.shape == (D,)
-    assert x_TD.stride(1) == residual_TD.stride(1) == weight.stride(0) == 1
-    assert x_TD.dtype == residual_TD.dtype == weight.dtype
-    added = AddedNorm(*(torch.empty((T, D), dtype=x_TD.dtype, device=x_TD.device) for _ in range(2)))
-    _add_rms_norm_kernel[(T,)](
-        x_TD, residual_TD, weight, added.sum_TD, added.y_TD, x_TD.stride(0), residual_TD.stride(0), eps, D, **_config(D)
-    )  # fmt: skip
-    return added
 
 
 def _config(D: int) -> dict:
@@ -116,7 +67,7 @@ def _config(D: int) -> dict:
 
 
 def example_inputs(T: int, D: int, H: int | None = None, dtype=torch.bfloat16, device="cpu", seed: int = 0) -> dict:
-    """For `rms_norm`. With H heads, x is the first H of a row that holds as many more, as q and k are of qkv."""
+    """With H heads, x is the first H of a row that holds as many more, as q and k are of qkv."""
     g = torch.Generator().manual_seed(seed)
     x_TD = torch.randn(T, D, generator=g) if H is None else torch.randn(T, 2 * H, D, generator=g)
     weight = torch.randn(*x_TD.shape[1:-1], D, generator=g)
@@ -124,14 +75,7 @@ def example_inputs(T: int, D: int, H: int | None = None, dtype=torch.bfloat16, d
     return {"x_TD": x_TD[:, :H] if H else x_TD, "weight": weight[:H] if H else weight, "eps": 1e-5}
 
 
-def add_example_inputs(T: int, D: int, dtype=torch.bfloat16, device="cpu", seed: int = 0) -> dict:
-    """For `add_rms_norm`."""
-    residual_TD = example_inputs(T, D, dtype=dtype, device=device, seed=seed + 1)["x_TD"]
-    return example_inputs(T, D, dtype=dtype, device=device, seed=seed) | {"residual_TD": residual_TD}
-
-
 VARIANTS = [
     (rms_norm, partial(example_inputs, T=8, D=4096)),
     (rms_norm, partial(example_inputs, T=8, D=128, H=40)),
-    (add_rms_norm, partial(add_example_inputs, T=8, D=4096)),
 ]

@@ -9,6 +9,8 @@ import torch
 import triton
 import triton.language as tl
 
+from specbackend.kernels.dependent_launch import launch_options, wait_for_previous
+
 
 def rope_kv_write_ref(
     qkv_TE: torch.Tensor, rope_TC2: torch.Tensor, slot_T: torch.Tensor, kv_S2GD: torch.Tensor, num_heads: int
@@ -38,11 +40,13 @@ def _rope_kv_write_kernel(
     D,
     BLOCK_H: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ):
     t = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)[:, None]
     d = tl.arange(0, BLOCK_D)[None, :]
     in_row = (head < H + 2 * G) & (d < D)
+    wait_for_previous(DEPENDENT)
     x = tl.load(qkv_ptr + t * qkv_stride + head * D + d, mask=in_row, other=0.0)
     cos, sin = tl.split(tl.reshape(tl.load(rope_ptr + t * D + d, mask=d < D, other=0.0), (1, BLOCK_D // 2, 2)))
     even, odd = tl.split(tl.reshape(x.to(tl.float32), (BLOCK_H, BLOCK_D // 2, 2)))
@@ -71,7 +75,7 @@ def rope_kv_write(
     BLOCK_H = 8
     _rope_kv_write_kernel[(T, triton.cdiv(H + 2 * G, BLOCK_H))](
         qkv_TE, rope_TC2, slot_T, q_THD, kv_S2GD, qkv_TE.stride(0), slot_T.stride(0), kv_S2GD.stride(0), H, G, D,
-        BLOCK_H=BLOCK_H, BLOCK_D=triton.next_power_of_2(D),
+        BLOCK_H=BLOCK_H, BLOCK_D=triton.next_power_of_2(D), **launch_options(),
     )  # fmt: skip
     return q_THD
 

@@ -11,6 +11,8 @@ import triton
 import triton.language as tl
 from triton.language.extra import libdevice
 
+from specbackend.kernels.dependent_launch import launch_options, wait_for_previous
+
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
 
@@ -35,10 +37,12 @@ def _silu_mul_kernel(
     stride_t,
     inner,
     BLOCK: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ):
     t = tl.program_id(0).to(tl.int64)
     i = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     row_ptr = gate_up_ptr + t * stride_t
+    wait_for_previous(DEPENDENT)
     gate = tl.load(row_ptr + i, mask=i < inner, other=0.0)
     up = tl.load(row_ptr + inner + i, mask=i < inner, other=0.0)
     # as torch rounds: an IEEE division, and to the dtype before the product
@@ -52,7 +56,9 @@ def silu_mul(gate_up_TE: torch.Tensor) -> torch.Tensor:
     assert E % 2 == 0 and gate_up_TE.stride(1) == 1
     out_TI = torch.empty((T, E // 2), dtype=gate_up_TE.dtype, device=gate_up_TE.device)
     BLOCK = 1024
-    _silu_mul_kernel[(T, triton.cdiv(E // 2, BLOCK))](gate_up_TE, out_TI, gate_up_TE.stride(0), E // 2, BLOCK=BLOCK)
+    _silu_mul_kernel[(T, triton.cdiv(E // 2, BLOCK))](
+        gate_up_TE, out_TI, gate_up_TE.stride(0), E // 2, BLOCK=BLOCK, **launch_options()
+    )
     return out_TI
 
 

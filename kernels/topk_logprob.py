@@ -12,6 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
+from specbackend.kernels.dependent_launch import launch_options, wait_for_previous
 from specbackend.kernels.gumbel import gumbel_noise, gumbel_noise_ref
 from specbackend.kernels.rank_key import key_index, key_value, rank_key, tile_width
 
@@ -71,9 +72,11 @@ def _tile_kernel(
     N,
     BLOCK: tl.constexpr,
     K: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ):
     r, tile = tl.program_id(0).to(tl.int64), tl.program_id(1)
     w = tile * BLOCK + tl.arange(0, BLOCK)
+    wait_for_previous(DEPENDENT)
     logits = tl.load(logits_ptr + r * row_stride + w, mask=w < W, other=float("-inf")).to(tl.float32)
     scaled = logits * tl.load(scale_ptr + r // N)
     if noise_scale_ptr is not None:
@@ -99,9 +102,11 @@ def _merge_kernel(
     TILES,
     BLOCK_TILES: tl.constexpr,
     K: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ):
     r = tl.program_id(0).to(tl.int64)
     tile = tl.arange(0, BLOCK_TILES)
+    wait_for_previous(DEPENDENT)
     tile_largest = tl.load(largest_ptr + r * TILES + tile, mask=tile < TILES, other=float("-inf"))
     tile_sum = tl.load(sum_ptr + r * TILES + tile, mask=tile < TILES, other=0.0)
     largest, sum_of_exp = _sum_of_exp(tile_largest, tile_sum)
@@ -162,12 +167,12 @@ def _launch(logits_RW, scale_B, k: int, noise_scale_B=None, seed_B=None, positio
     key, largest, sum_of_exp = new(R, TILES, K, dtype=torch.uint64), new(R, TILES), new(R, TILES)
     _tile_kernel[(R, TILES)](
         logits_RW, scale_B, noise_scale_B, seed_B, position_R, token_W, key, largest, sum_of_exp,
-        logits_RW.stride(0), W, R // len(scale_B), BLOCK=BLOCK, K=K,
+        logits_RW.stride(0), W, R // len(scale_B), BLOCK=BLOCK, K=K, **launch_options(),
     )  # fmt: skip
     top = TopK(new(R, k), new(R, k, dtype=torch.int64))
     _merge_kernel[(R,)](
         key, largest, sum_of_exp, top.logprob_RK, top.index_RK, k, TILES,
-        BLOCK_TILES=triton.next_power_of_2(TILES), K=K,
+        BLOCK_TILES=triton.next_power_of_2(TILES), K=K, **launch_options(),
     )  # fmt: skip
     return top
 

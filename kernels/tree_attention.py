@@ -20,6 +20,8 @@ import torch
 import triton
 import triton.language as tl
 
+from specbackend.kernels.dependent_launch import current_arch, launch_options, wait_for_previous
+
 NUM_SMS = 132  # of an H100 or H200; elsewhere the number of splits is a little off its best
 WAVES = 2  # programs per SM to aim at
 
@@ -106,6 +108,7 @@ def _tree_attention_kernel(
     D: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ):
     b = tl.program_id(0).to(tl.int64)
     g = tl.program_id(1) % G
@@ -118,6 +121,7 @@ def _tree_attention_kernel(
     exists = (new_row < Q) & (m % PADDED_GROUP < GROUP)
     d = tl.arange(0, D)
     q_row = q_ptr + b * s_q_b + new_row * s_q_q + head * s_q_h
+    wait_for_previous(DEPENDENT)
     q_MD = tl.load(q_row[:, None] + d[None, :], mask=exists[:, None], other=0.0)
     kv_head_ptr = kv_ptr + g * s_kv_g + d[None, :]
     mask_row = first_row + tl.arange(0, BLOCK_M // PADDED_GROUP)
@@ -181,11 +185,13 @@ def _join_splits_kernel(
     num_rows,  # R
     D: tl.constexpr,
     BLOCK_S: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
     split = tl.arange(0, BLOCK_S)
     d = tl.arange(0, D)
     row_of_split = split * num_rows + row
+    wait_for_previous(DEPENDENT)
     highest_S = tl.load(highest_ptr + row_of_split, mask=split < num_splits, other=MASKED)
     total_S = tl.load(total_ptr + row_of_split, mask=split < num_splits, other=0.0)
     wrote = total_S > 0
@@ -214,10 +220,6 @@ def choose_tiling(rows: int, D: int, itemsize: int, arch: int) -> Tiling:
     block_m = min(max(16, triton.next_power_of_2(rows)), most)
     num_warps = 8 if block_m == 128 or (block_m == 64 and arch < 90) else 4
     return Tiling(block_m, block_n, num_warps, num_stages=3)
-
-
-def current_arch() -> int:
-    return 90 if triton.knobs.runtime.interpret else triton.runtime.driver.active.get_current_target().arch
 
 
 def choose_num_splits(num_programs: int, num_tiles: int) -> int:
@@ -271,12 +273,12 @@ def tree_attention(
         *q_BQHD.stride()[:3], *kv_S2GD.stride()[:3], prefix_slot_BL.stride(0), window_slot_BW.stride(0),
         *window_mask_BQW.stride()[:2],
         G=G, GROUP=H // G, PADDED_GROUP=padded_group, D=D, BLOCK_M=block_m, BLOCK_N=tiling.block_n,
-        num_warps=tiling.num_warps, num_stages=tiling.num_stages,
+        num_warps=tiling.num_warps, num_stages=tiling.num_stages, **launch_options(),
     )  # fmt: skip
     if num_splits > 1:
         _join_splits_kernel[(B * Q * H,)](
             part_PBQHD, highest_PBQH, total_PBQH, out_BQHD, num_splits, B * Q * H,
-            D=D, BLOCK_S=triton.next_power_of_2(num_splits), num_warps=4,
+            D=D, BLOCK_S=triton.next_power_of_2(num_splits), num_warps=4, **launch_options(),
         )  # fmt: skip
     return out_BQHD
 

@@ -65,7 +65,7 @@ class EngineConfig:
     speculative_ngram_min_match_window_size: int | None = None  # tokens that must match before NGRAM proposes
     speculative_ngram_max_match_window_size: int | None = None  # longer matches are no better
     dtype: str = "auto"  # auto: as the checkpoint says; else float32, bfloat16, float16
-    quantization: str | None = None  # int8wo: weights of the target's layers, rounded at load
+    quantization: str | None = None  # int8wo or fp8wo: weights of the target's layers, rounded at load
     device: str = "auto"  # auto: cuda if there is one, else cpu
     context_length: int | None = None  # None: the checkpoint's max_position_embeddings
     max_running_requests: int = 48
@@ -140,7 +140,7 @@ class EngineConfig:
     def _check_choices(self) -> None:
         _one_of("speculative_algorithm", self.speculative_algorithm, (None, *ALGORITHMS, *ALIASES))
         _one_of("dtype", self.dtype, ("auto", "float32", "bfloat16", "float16"))
-        _one_of("quantization", self.quantization, (None, "int8wo"))
+        _one_of("quantization", self.quantization, (None, "int8wo", "fp8wo"))
         _one_of("schedule_policy", self.schedule_policy, ("fcfs", "lpm"))
         _one_of("attention_backend", self.attention_backend, ("auto", "torch", "native", "triton", "flashinfer"))
         _one_of("page_size", self.page_size, (1,))

@@ -29,9 +29,9 @@ from specbackend.followers import Followers, exit_after
 from specbackend.grammar import GrammarCompiler
 from specbackend.models.compiled import compile_steps
 from specbackend.models.draft import DraftModel
-from specbackend.models.int8 import quantize
 from specbackend.models.llama import LlamaModel
 from specbackend.models.model_config import ModelConfig
+from specbackend.models.quantization import quantize
 from specbackend.models.registry import load_draft
 from specbackend.offline import OfflineAnswer, Question, read_questions
 from specbackend.ranks import ONE_RANK, Ranks, Seat, join_ranks
@@ -125,7 +125,7 @@ class Engine:
         num_positions = context + max(num_nodes, (config.speculative_num_steps or 0) + 1)
         model = LlamaModel(target_path, self.model_config, self.dtype, self.device, num_positions, ranks)
         if config.quantization:
-            quantize(model)
+            quantize(model, config.quantization)
         draft = load_draft(config, model, self.dtype, self.device, num_positions)
         if draft is not None:
             model.captured_layers = draft.captured_layers

@@ -1,7 +1,7 @@
-"""Forwards of a network as CUDA graphs, for decode steps that cannot be recorded whole.
+"""Forwards of a network as CUDA graphs, for decode steps that cannot be recorded whole and for short prompts.
 
 Penalties, grammars and logprobs need the host in the middle of a step. The networks, which are nearly all of its
-kernels, do not: each of their forwards in a decode step has one of a few shapes.
+kernels, do not: each of their forwards in a decode step has one of a few shapes. A lone prompt is padded to one.
 """
 
 from collections.abc import Callable
@@ -12,6 +12,9 @@ import torch
 from specbackend.batch import ForwardBatch
 from specbackend.cache.slots import DUMMY_SLOT
 from specbackend.cuda_graphs import Compute, Recorder
+
+# Of a lone prompt's forward. Up to the largest, to launch the kernels one by one takes longer than to run them.
+PROMPT_WIDTHS = (16, 32, 64, 96, 128, 192, 256, 384, 512)
 
 # What a network makes of a batch and of the hidden states that it is fed beside it, if any: tensors of T rows.
 Forwards = Callable[[ForwardBatch, torch.Tensor | None], tuple[torch.Tensor, ...]]
@@ -87,6 +90,11 @@ class ForwardGraphs:
     def record(self, batch_sizes: list[int], Q: int, W: int) -> None:
         recorded = [self._record_one(Inputs.padding(B, Q, W, **self._padding)) for B in reversed(batch_sizes)]
         self._recorded[Q, W] = recorded[::-1]
+
+    def record_prompts(self) -> None:
+        for width in reversed(PROMPT_WIDTHS):
+            if (width, width) not in self._recorded:  # for decode steps of any batch
+                self.record([1], width, width)
 
     def _record_one(self, inputs: Inputs) -> Forward:
         outputs: list[torch.Tensor] = []

@@ -7,7 +7,7 @@ from specbackend.batch import ExtendBatch, ForwardBatch, Sequences
 from specbackend.cache.kv_pool import KVPool, RequestTable
 from specbackend.cache.slots import DUMMY_SLOT
 from specbackend.cuda_graphs import Recorder
-from specbackend.forward_graphs import ForwardGraphs, Forwards
+from specbackend.forward_graphs import PROMPT_WIDTHS, ForwardGraphs, Forwards
 from specbackend.models.llama import LlamaModel, TargetOutput
 from specbackend.request import Request
 
@@ -20,16 +20,24 @@ class TargetRunner:
         self.dtype = model.lm_head.dtype
         self.device = model.lm_head.device
         self._run: Forwards = self._run_eagerly
+        self._prompt_widths: tuple[int, ...] = ()
 
     def forward(self, batch: ForwardBatch) -> TargetOutput:
         return TargetOutput(*self._run(batch, None))
 
     def record_forwards(self, record: Recorder, batch_sizes: list[int], widths: set[int]) -> None:
-        """From now on replay forwards of so many rows per sequence, which are the window too."""
+        """From now on replay forwards of so many rows per sequence, which are the window too, and of lone prompts."""
         graphs = ForwardGraphs(self._run_eagerly, self.table.slots.shape[1], None, self.dtype, self.device, record)
         for width in widths:
             graphs.record(batch_sizes, width, width)
-        self._run = graphs
+        graphs.record_prompts()
+        self._run, self._prompt_widths = graphs, PROMPT_WIDTHS
+
+    def prompt_width(self, chunk_lens: list[int]) -> int:
+        """How many rows per sequence to lay out for prompt chunks: the longest, and for a lone one what is recorded."""
+        longest = max(chunk_lens)
+        recorded = self._prompt_widths if len(chunk_lens) == 1 else ()
+        return next((width for width in recorded if width >= longest), longest)
 
     def _run_eagerly(self, batch: ForwardBatch, _: None) -> tuple[torch.Tensor, torch.Tensor]:
         output = self.model.forward(batch, self.attention.plan(batch, self.dtype), self.kv_pool)
@@ -52,8 +60,8 @@ class TargetRunner:
 
 
 def extend_forward_batch(runner: TargetRunner, batch: ExtendBatch) -> ForwardBatch:
-    """Prompt chunks side by side, padded on the right to the longest."""
-    requests, Q = batch.requests, max(batch.chunk_lens)
+    """Prompt chunks side by side, padded on the right."""
+    requests, Q = batch.requests, runner.prompt_width(batch.chunk_lens)
     tokens = [_padded_chunk(request, length, Q) for request, length in zip(requests, batch.chunk_lens, strict=True)]
     row_B, prefix_len_B = runner.rows(requests), runner.lengths(requests)
     chunk_len_B = torch.tensor(batch.chunk_lens, device=runner.device)

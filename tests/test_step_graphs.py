@@ -20,6 +20,7 @@ SAMPLED = [
     {"temperature": 1.0, "min_p": 0.2, "seed": 2**63 + 5},
     {"temperature": 0.9, "top_k": 40, "top_p": 0.95, "seed": 5},
 ]
+PROMPT_WIDTHS = (16, 48, 64)  # fewer and shorter: here they are computed to be recorded
 LEFT_TO_THE_DECODER = [
     {"repetition_penalty": 1.3},
     {"logprobs": 2},
@@ -49,6 +50,8 @@ def replays(monkeypatch) -> list[int]:
 
     monkeypatch.setattr("specbackend.engine.graph_recorder", lambda device: record)
     monkeypatch.setattr(StepBuffers, "fill", noted)
+    for module in ("runner", "forward_graphs"):
+        monkeypatch.setattr(f"specbackend.{module}.PROMPT_WIDTHS", PROMPT_WIDTHS)
     return sizes
 
 
@@ -148,6 +151,46 @@ def test_drafters_that_need_the_host_have_their_forwards_recorded(kind, replays,
     assert output_ids(answers) == expected[:2]
     assert not replays
     assert set(forwards) == ({(12, 12)} if kind == "NGRAM" else {(4, 4), (1, 2)})  # verified and read alike; levels
+
+
+@pytest.mark.parametrize(
+    "kind, length, widths",
+    [
+        (None, 9, [16]),
+        (None, 48, [48]),
+        (None, 65, [64, 16]),
+        ("EAGLE", 150, [64, 64, 48]),
+        ("NGRAM", 40, [48]),
+        ("STANDALONE", 100, [64, 48]),
+    ],
+)
+def test_a_lone_prompt_is_padded_to_what_is_recorded(kind, length, widths, replays, forwards, demo_prompts):
+    """In chunks of at most 64; the network that drafts reads as many rows as the target."""
+    prompt = [token for each in demo_prompts for token in each][:length]
+    draft = {"speculative_draft_model_path": str(DEMO_TARGET)} if kind == "STANDALONE" else {}
+    tree = (5, 4, 8) if kind == "EAGLE" else None
+    params = {"speculative_algorithm": kind} | draft if tree is None and kind else {}
+    shared = {"chunked_prefill_size": 64, "disable_radix_cache": True, "cuda_graph_max_bs": 2}
+    answers = []
+    for graphs in ({}, {"disable_cuda_graph": True}):
+        engine = make_engine(tree, **params, **shared, **graphs)
+        answers.append(engine.generate(input_ids=prompt, sampling_params=GREEDY | {"max_new_tokens": 8})["output_ids"])
+    assert answers[0] == answers[1]
+    networks = 1 if kind in (None, "NGRAM") else 2
+    for width in set(widths):
+        assert forwards[width, width] == networks * widths.count(width)
+
+
+def test_prompts_do_not_take_the_place_of_trees_of_their_width(replays, forwards, demo_prompts):
+    params = GREEDY | {"logprobs": 1, "max_new_tokens": 8}
+    make_engine((5, 4, 16), cuda_graph_max_bs=2).generate(input_ids=demo_prompts[:2], sampling_params=params)
+    assert forwards[16, 16] > 1
+
+
+def test_only_lone_prompts_are_padded(replays):
+    runner = make_engine(None, cuda_graph_max_bs=2).plain._decoder.runner
+    assert [runner.prompt_width([length]) for length in (1, 16, 17, 48, 64, 65)] == [16, 16, 48, 48, 64, 65]
+    assert runner.prompt_width([17, 40]) == 40
 
 
 def test_batch_sizes():

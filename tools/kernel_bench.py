@@ -6,7 +6,6 @@ interpreter, times say nothing and only show that all of this works.
 """
 
 import sys
-import time
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -15,12 +14,12 @@ import torch
 import torch.nn.functional as F
 import triton
 from compile_kernels import load_kernels
+from machine_ceilings import best_seconds
 
 HAS_GPU = torch.cuda.is_available()
 DEVICE = "cuda" if HAS_GPU else "cpu"
 CACHE_BYTES = 200e6  # twice the L2 cache of the largest GPU we know
 MAX_COPIES = 64
-MEASURE_SECONDS = 0.02 if HAS_GPU else 0.0
 
 TOLERANCE = 1e-2  # error's share of a result's norm; rounding to bfloat16 makes some 2e-3
 
@@ -48,6 +47,7 @@ class Row:
     us: float | None = None
     achieved: float | None = None  # the floor's share of the time
     torch_us: float | None = None  # torch's own kernel for the same, where there is one
+    why: str | None = None  # it takes far longer than the floor
 
 
 def tree_attention_flop(q_BQHD, prefix_len_B, window_slot_BW, **_) -> int:
@@ -60,13 +60,26 @@ def linear_flop(x_TD, weight_ED, **_) -> int:
     return 2 * len(x_TD) * weight_ED.numel()
 
 
-def torch_linear(x_TD, weight_ED, bias_E, residual_TE) -> torch.Tensor:
+def torch_linear(x_TD, weight_ED, bias_E, residual_TE, scale_E) -> torch.Tensor:
+    if scale_E is not None:
+        weight_ED = weight_ED.to(x_TD.dtype) * scale_E[:, None].to(x_TD.dtype)
     y_TE = F.linear(x_TD, weight_ED, bias_E)
     return y_TE if residual_TE is None else y_TE + residual_TE
 
 
 FLOP = {"tree_attention": tree_attention_flop, "linear_small_m": linear_flop}  # of others memory is the floor
 TORCH = {"linear_small_m": torch_linear}
+FAR_FROM_FLOOR = 0.7
+WHY = {  # of what takes far longer than its bytes and products
+    "tree_attention": "few rows: two launches, a chain of loads: slots, then keys; many rows: masked tiles, no TMA",
+    "linear_small_m": "small weights: less than two tiles an SM, and the launch; 17 to 64 rows: tuned for 16",
+    "argmax_pick": "three launches for a row's maximum, noise and pick",
+    "topk_logprob": "two launches; a tile's selection is registers' work",
+    "topk_noisy_logprob": "two launches; a tile's selection and its noise are registers' work",
+    "limit_threshold": "one program a row reads it some twenty times, from the cache",
+    "build_tree": "one program a tree: sorting and matrix products in registers",
+}
+A_LAUNCH = "microseconds of data: a launch and one round trip to memory"
 
 
 def tensors(value) -> list[torch.Tensor]:
@@ -100,30 +113,12 @@ def error(actual: torch.Tensor, expected: torch.Tensor) -> float:
 
 def seconds_per_call(call: Callable, copies: list[dict]) -> float:
     """Time of one call, when each works on what the last did not leave in the cache."""
-    if not HAS_GPU:
-        start = time.perf_counter()
-        call(**copies[0])
-        return time.perf_counter() - start
-    call(**copies[0])
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+
+    def work() -> None:
         for inputs in copies:
             call(**inputs)
-    return seconds_per_replay(graph.replay) / len(copies)
 
-
-def seconds_per_replay(replay: Callable) -> float:
-    """Median over single replays, which GPU events enclose."""
-    replay()
-    times = []
-    while sum(times) < MEASURE_SECONDS or len(times) < 5:
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        replay()
-        end.record()
-        end.synchronize()
-        times.append(start.elapsed_time(end) / 1e3)
-    return sorted(times)[len(times) // 2]
+    return best_seconds(work, torch.device(DEVICE)) / len(copies)
 
 
 def measure_ceilings() -> Ceilings:
@@ -153,7 +148,8 @@ def bench_variant(launcher: Callable, make_inputs: partial, ceilings: Ceilings) 
     copies = [inputs] + [clone(inputs) for _ in range(min(MAX_COPIES, int(CACHE_BYTES / num_bytes)) if HAS_GPU else 0)]
     seconds = seconds_per_call(launcher, copies)
     torch_us = 1e6 * seconds_per_call(TORCH[name], copies) if name in TORCH else None
-    return Row(**vars(row) | {"us": 1e6 * seconds, "achieved": floor / seconds, "torch_us": torch_us})
+    why = WHY.get(name, A_LAUNCH) if floor / seconds < FAR_FROM_FLOOR else None
+    return Row(**vars(row) | {"us": 1e6 * seconds, "achieved": floor / seconds, "torch_us": torch_us, "why": why})
 
 
 def bench(variants: Iterable[tuple[Callable, partial]]) -> dict:
@@ -177,7 +173,7 @@ def table(figures: dict) -> str:
         f"{figures['device']}: {figures['ceilings']['bytes_per_s'] / 1e12:.2f} TB/s, "
         f"{figures['ceilings']['flop_per_s'] / 1e12:.0f} TFLOP/s; times in us"
     ]
-    lines.append(f"{'kernel':<16}{'case':<52}{'error':>9}{'floor':>9}{'time':>9}{'achieved':>9}{'torch':>9}")
+    lines.append(f"{'kernel':<16}{'case':<52}{'error':>9}{'floor':>9}{'time':>9}{'achieved':>9}{'torch':>9}  why")
     return "\n".join(lines + [table_line(row) for row in figures["rows"]])
 
 
@@ -187,4 +183,4 @@ def table_line(row: dict) -> str:
     if not row["agrees"]:
         return f"{start}    WRONG"
     torch_us = f"{row['torch_us']:>9.1f}" if row["torch_us"] else ""
-    return f"{start}{row['us']:>9.1f}{row['achieved']:>9.0%}{torch_us}"
+    return f"{start}{row['us']:>9.1f}{row['achieved']:>9.0%}{torch_us:>9}  {row['why'] or ''}".rstrip()

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable
 import torch
 from roofline import Ceilings, GemmTimes
 
+from specbackend.cuda_graphs import graph_timer
 from specbackend.models.linear import linear
 
 ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
@@ -83,7 +84,7 @@ def kernel_gap(device: torch.device) -> float:
 def best_seconds(work: Callable[[], object], device: torch.device) -> float:
     """The shortest of several runs after one to warm up; on a GPU, of a CUDA graph, so that the host costs nothing."""
     work()
-    timed = _graph_timer(work) if device.type == "cuda" else _timer(work)
+    timed = graph_timer(work) if device.type == "cuda" else _timer(work)
     runs = [timed() for _ in range(MIN_RUNS)]
     while sum(runs) < MIN_SECONDS:
         runs.append(timed())
@@ -96,20 +97,4 @@ def _timer(work: Callable[[], object]) -> Callable[[], float]:
         work()
         return time.perf_counter() - start
 
-    return timed
-
-
-def _graph_timer(work: Callable[[], object]) -> Callable[[], float]:
-    graph, start, end = torch.cuda.CUDAGraph(), *(torch.cuda.Event(enable_timing=True) for _ in range(2))
-    with torch.cuda.graph(graph):
-        work()
-
-    def timed() -> float:
-        start.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        return start.elapsed_time(end) / 1e3
-
-    timed()  # the first replay of a graph uploads it
     return timed

@@ -1,10 +1,8 @@
-"""Layers with int8 weights, rounded at load: what SGLang and torchao call int8wo."""
+"""Products on a CPU with int8 weights."""
 
 import torch
 
-from specbackend.errors import ConfigError
 from specbackend.models.linear import Linear
-from specbackend.models.llama import LlamaModel
 
 LARGEST = 127  # of a digit
 BASE = 2 * LARGEST
@@ -54,17 +52,6 @@ class Int8Linear(Linear):
         for place, of_digit in enumerate(y_NTE[1:], start=1):
             y.add_(of_digit, alpha=BASE**-place)
         return y.mul_(scale)
-
-
-def quantize(model: LlamaModel) -> None:
-    """Round the weights of the target's layers; embedding and LM head stay as they are. Raises ConfigError."""
-    if model.lm_head.device.type != "cpu" or not torch.cpu._is_vnni_supported():
-        raise ConfigError("quantization: int8wo is served on CPUs with AVX-512 VNNI only")
-    for layer in model.layers:
-        for block in (layer.attention, layer.mlp):
-            for name, value in list(vars(block).items()):
-                if isinstance(value, Linear):
-                    setattr(block, name, Int8Linear.of(value))
 
 
 def _digits(x: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -207,21 +207,19 @@ class GrammarMask:
         return cls(rows, [requests[row].grammar for row in rows]) if rows else None
 
     def apply(self, logits_BNV: torch.Tensor, nodes: Nodes) -> None:
-        V = logits_BNV.shape[2]
-        bits_RNW = torch.from_numpy(self._masks(nodes, V)).to(logits_BNV.device)
-        legal_RNV = torch.stack([bits_RNW >> bit & 1 for bit in range(8)], dim=3).flatten(2)[:, :, :V] > 0
-        for row, legal_NV in zip(self.rows, legal_RNV, strict=True):
-            logits_BNV[row].masked_fill_(~legal_NV, BANNED)
+        bits_RNW = torch.from_numpy(self._masks(nodes, logits_BNV.shape[2])).to(logits_BNV.device)
+        for row, bits_NW in zip(self.rows, bits_RNW, strict=True):
+            _ban_unset(logits_BNV[row], bits_NW)
 
     def _masks(self, nodes: Nodes, V: int) -> np.ndarray:
-        """uint8 [R, N, W], eight tokens in each."""
+        """uint8 [R, N, W], eight tokens in each; W is a multiple of four."""
         R, N = len(self.grammars), nodes.position_BN.shape[1]
-        masks_RNW = np.full((R, N, -(-V // 8)), 0xFF, dtype=np.uint8)
+        masks_RNW = np.full((R, N, 4 * -(-V // 32)), 0xFF, dtype=np.uint8)
         for masks_NW, grammar, paths in zip(masks_RNW, self.grammars, nodes.paths(self.rows), strict=True):
             for mask_W, path in zip(masks_NW, paths, strict=True):
                 legal_W = grammar.mask_after(path)
                 if legal_W is not None:
-                    mask_W[:] = legal_W
+                    mask_W[: len(legal_W)] = legal_W
         return masks_RNW
 
 
@@ -320,6 +318,17 @@ def processors_of(kinds: Iterable[type[Processor]], requests: list[Request], dev
 
 def _floats(values: Iterable[float], device) -> torch.Tensor:
     return torch.tensor(list(values), dtype=torch.float32, device=device)
+
+
+def _ban_unset(logits_NV: torch.Tensor, bits_NW: torch.Tensor) -> None:
+    """In place, the tokens whose bit is 0. bits_NW: uint8, the first token in the lowest bit."""
+    if kernels.run_on(logits_NV.device):
+        from specbackend.kernels.apply_bitmask import apply_bitmask_
+
+        apply_bitmask_(logits_NV, bits_NW.view(torch.int32))
+        return
+    set_NV = torch.stack([bits_NW >> bit & 1 for bit in range(8)], dim=2).flatten(1)[:, : logits_NV.shape[1]] > 0
+    logits_NV.masked_fill_(~set_NV, BANNED)
 
 
 def _ban(where: torch.Tensor) -> torch.Tensor:

@@ -147,12 +147,13 @@ class TreeGrower:
         )
 
     def record_forwards(self, record: Recorder, batch_sizes: list[int], num_columns: int, feed_width: int) -> None:
-        """From now on replay feeds of so many tokens per sequence, and the levels of growth."""
+        """From now on replay feeds of so many tokens per sequence and of lone prompts, and the levels of growth."""
         hidden_size = self.model.config.hidden_size if self.model.is_head else None
         graphs = ForwardGraphs(self._run_eagerly, num_columns, hidden_size, self.dtype, self.device, record)
         graphs.record(batch_sizes, feed_width, feed_width)
         if self.num_steps > 1:
             graphs.record(batch_sizes, self.topk, self._scratch_RW.shape[1])
+        graphs.record_prompts()
         self._graphs = graphs
 
     def _run_eagerly(self, batch: ForwardBatch, hidden_TD: torch.Tensor | None) -> tuple[torch.Tensor]:

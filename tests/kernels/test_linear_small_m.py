@@ -19,7 +19,12 @@ SHAPES = {
     "bias": dict(T=17, E=70, D=64, bias=True),
     "residual": dict(T=33, E=70, D=64, residual=True),
     "both, split": dict(T=2, E=64, D=1024, bias=True, residual=True),
-    "most rows": dict(T=64, E=32, D=100),
+    "most rows of a tile": dict(T=64, E=32, D=100),
+    "tiles of rows": dict(T=150, E=40, D=300, bias=True, residual=True),
+    "int8": dict(T=5, E=33, D=131, weight_dtype=torch.int8),
+    "int8, split, all else": dict(T=3, E=40, D=1124, bias=True, residual=True, weight_dtype=torch.int8),
+    "fp8": dict(T=5, E=33, D=131, weight_dtype=torch.float8_e4m3fn),
+    "fp8, tiles of rows": dict(T=70, E=40, D=300, bias=True, weight_dtype=torch.float8_e4m3fn),
 }
 
 
@@ -36,9 +41,11 @@ def test_matches_reference(shape, dtype, device):
     assert_close(linear_small_m(**inputs), inputs)
 
 
+@pytest.mark.parametrize("weight_dtype", [None, torch.int8, torch.float8_e4m3fn], ids=str)
 @pytest.mark.parametrize("D", [200, 2048], ids=["one part", "split inputs"])
-def test_a_row_does_not_depend_on_the_others(D, device):
-    inputs = example_inputs(T=13, E=50, D=D, bias=True, residual=True, dtype=torch.float32, device=device)
+def test_a_row_does_not_depend_on_the_others(D, weight_dtype, device):
+    sizes = dict(T=13, E=50, D=D, bias=True, residual=True)
+    inputs = example_inputs(**sizes, dtype=torch.float32, weight_dtype=weight_dtype, device=device)
     together = linear_small_m(**inputs)
     for t in (0, 7, 12):
         row = {"x_TD": inputs["x_TD"][t : t + 1], "residual_TE": inputs["residual_TE"][t : t + 1]}
@@ -82,9 +89,9 @@ def test_split_of_narrow_weights():
 
 def test_refuses_what_does_not_fit(device):
     inputs = example_inputs(T=2, E=4, D=16, dtype=torch.float32, device=device)
-    with pytest.raises(AssertionError, match="65 rows, 1 to 64 allowed"):
-        linear_small_m(torch.zeros(65, 16, device=device), inputs["weight_ED"])
     with pytest.raises(AssertionError, match="takes 16 inputs, x has 8"):
         linear_small_m(inputs["x_TD"][:, :8], inputs["weight_ED"])
     with pytest.raises(AssertionError, match="float16"):
         linear_small_m(inputs["x_TD"].half(), inputs["weight_ED"])
+    with pytest.raises(AssertionError, match="int8"):
+        linear_small_m(inputs["x_TD"], inputs["weight_ED"].to(torch.int8))

@@ -3,8 +3,12 @@
 import pytest
 import torch
 
+from specbackend.request import Request
 from specbackend.sampling import Nodes, SamplingBatch, likeliest
-from specbackend.sampling.pick import pick_tokens
+from specbackend.sampling.pick import pick_tokens, target_logits
+from specbackend.sampling.processors import _ban_unset
+from specbackend.sampling_params import SamplingParams
+from tests.grammar.texts import VOCAB_SIZE, ids_of, make_compiler
 from tests.sampling.test_processors import make_request, nodes_of, random_tree
 
 V = 12
@@ -80,3 +84,31 @@ def test_forecasts(batch, shape, device, request):
     torch.testing.assert_close(found.logprob_BNK, expected.logprob_BNK, rtol=1e-5, atol=1e-5)
     possible_BNK = expected.logprob_BNK > -torch.inf
     assert torch.equal(found.index_BNK[possible_BNK], expected.index_BNK[possible_BNK])
+
+
+@pytest.mark.parametrize("vocab_size", [1, 77, 96])
+def test_masks_of_bits(vocab_size, device, request):
+    g = torch.Generator().manual_seed(vocab_size)
+    bits_RNW = torch.randint(0, 256, (3, 5, 12), dtype=torch.uint8, generator=g).to(device)
+    logits_RNV = torch.randn(3, 5, vocab_size, generator=g).to(device)
+
+    def masked() -> torch.Tensor:
+        copy_RNV = logits_RNV.clone()
+        for logits_NV, bits_NW in zip(copy_RNV, bits_RNW, strict=True):
+            _ban_unset(logits_NV, bits_NW)
+        return copy_RNV
+
+    expected_RNV = masked()
+    request.getfixturevalue("on_kernels")
+    assert torch.equal(masked(), expected_RNV)
+    assert expected_RNV.isneginf().any() and expected_RNV.isfinite().any()
+
+
+def test_a_grammar(tmp_path, device, on_kernels):
+    assert -(-VOCAB_SIZE // 8) % 4, "the kernel reads whole words"
+    asked = Request("r", ids_of("prompt"), SamplingParams(temperature=0))
+    asked.grammar = make_compiler(tmp_path).start("regex", "[ab]c")
+    nodes = Nodes.roots(*(torch.tensor([number], device=device) for number in (asked.input_ids[-1], 6)))
+    logits_1NV = torch.zeros(1, 1, VOCAB_SIZE, device=device)
+    allowed_V = target_logits(logits_1NV, nodes, SamplingBatch.of([asked], device))[0, 0].isfinite()
+    assert allowed_V.nonzero().flatten().tolist() == sorted(ids_of("ab"))

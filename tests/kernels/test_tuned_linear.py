@@ -42,5 +42,6 @@ def test_rows_do_not_depend_on_each_other(monkeypatch, device):
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="what is timed is a GPU")
 def test_the_quickest_is_found():
-    split = tuned_linear.fastest_split(4096, 4096, torch.bfloat16, torch.device("cuda"))
+    split = tuned_linear.fastest_split(4096, 4096, torch.bfloat16, torch.bfloat16, torch.device("cuda"))
     assert split is None or split.part * split.num_splits >= 4096
+    assert tuned_linear.fastest_split(4096, 4096, torch.bfloat16, torch.int8, torch.device("cuda"))

@@ -8,7 +8,7 @@ from specbackend import Engine
 from specbackend.errors import ConfigError
 from specbackend.models.int8 import Int8Linear
 from specbackend.models.linear import Linear, PackedLinear
-from tests.conftest import DEMO_TARGET, DEMOS
+from tests.conftest import DEMO_TARGET
 from tests.test_algorithms import PROMPTS, make_engine, write_checkpoints
 
 pytestmark = pytest.mark.skipif(not torch.cpu._is_vnni_supported(), reason="oneDNN may overflow without VNNI")
@@ -99,8 +99,10 @@ def test_the_demo_target_keeps_most_of_its_text(demo_prompts):
     assert sum(a == b for a, b in zip(exact, rounded_, strict=True)) >= 10
 
 
-@pytest.mark.parametrize("device, vnni", [("meta", True), ("cpu", False)])
-def test_where_it_is_not_served(device, vnni, monkeypatch):
+@pytest.mark.parametrize(
+    "device, vnni, quantization", [("meta", True, "int8wo"), ("cpu", False, "int8wo"), ("cpu", True, "fp8wo")]
+)
+def test_where_it_is_not_served(device, vnni, quantization, monkeypatch):
     monkeypatch.setattr(torch.cpu, "_is_vnni_supported", lambda: vnni)
-    with pytest.raises(ConfigError, match=r"^quantization: "):
-        Engine(model_path=str(DEMOS / "llama-gsm8k"), device=device, max_total_tokens=2048, **INT8)
+    with pytest.raises(ConfigError, match=rf"^quantization: {quantization} "):
+        Engine(model_path=str(DEMO_TARGET), device=device, max_total_tokens=2048, quantization=quantization)

@@ -24,6 +24,7 @@ class Context:
     deadline: float  # of time.monotonic
     rehearsal: bool = False
     prompts: list[list[int]] = field(default_factory=list)
+    results: dict[str, dict] = field(default_factory=dict)  # by stage, of those before
 
     @property
     def dtype(self) -> str:

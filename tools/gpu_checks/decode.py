@@ -46,7 +46,7 @@ def check_decode(context: Context, out: dict) -> None:
     batches = (1, 2) if context.rehearsal else (1, 8, 32)
     for index, (name, params) in enumerate(subjects(context).items()):
         if context.seconds_left() < 40 and not context.rehearsal:
-            out[name] = "skipped: no time left"
+            out[name] = {"skipped": "no time left"}
             continue
         start = time.monotonic()
         found = out[name] = {}
@@ -100,6 +100,8 @@ def decode(engine: Engine, prompts: list[list[int]], sampling: dict, new_tokens:
         "ms_per_step": 1e3 * seconds / steps,
         "tokens_per_request_and_step": total / steps / len(prompts),
         "prefill_ms": 1e3 * (prefilled - start),
+        "batch": len(prompts),
+        "context": (sum(map(len, prompts)) + total / 2) / len(prompts),  # cached tokens of a request, on average
         "steps": steps,
     }
 

@@ -1,5 +1,6 @@
 """Stages whose work is done elsewhere."""
 
+import os
 import subprocess
 import sys
 import time
@@ -38,9 +39,11 @@ def _compile_at_once(context: Context) -> float:
         "import sys, compile_kernels as c\n"
         f"for module in c.load_kernels(sys.argv[1:]): c.compile_launches(module, {10 * major + minor})"
     )
-    processes = [subprocess.Popen([sys.executable, "-c", code, name]) for name in kernel_names()]
-    for process in processes:
-        process.wait()
+    env = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    processes = [subprocess.Popen([sys.executable, "-c", code, name], env=env) for name in kernel_names()]
+    failed = [name for name, process in zip(kernel_names(), processes, strict=True) if process.wait()]
+    if failed:
+        print(f"not compiled in advance: {', '.join(failed)}", flush=True)
     return time.monotonic() - start
 
 
@@ -49,27 +52,6 @@ def check_flashinfer(context: Context, out: dict) -> None:
     from gpu_checks.flashinfer_stage import check_flashinfer
 
     check_flashinfer(out)
-
-
-def check_ceilings(context: Context, out: dict) -> None:
-    """What the machine allows, and the steps that the roofline makes of it."""
-    from decode_ceilings import Decoding
-    from machine_ceilings import measure
-    from roofline import Workload, predict
-
-    from specbackend.config import EngineConfig
-
-    params = subjects(context)["EAGLE3 5,4,8"] | {"dtype": context.dtype}
-    decoding = Decoding.of(EngineConfig.from_params(params))
-    shapes = {shape for network in decoding.networks for shape in network.weights}
-    rows = (1, 4) if context.rehearsal else (1, 4, 8, 16, 32, 64, 128, 256)
-    machine = measure(shapes, decoding.dtype, context.device, rows)
-    out["ceilings"] = asdict(machine)
-    for batch in (1, 8, 32):
-        for accept_length in (2.5, 3.0, 3.5, 4.0):
-            load = Workload(decoding.target, decoding.draft, decoding.tree, batch, 200, accept_length)
-            found = predict(load, machine)
-            out[f"batch {batch}, accept length {accept_length}"] = asdict(found) | {"speedup": found.speedup}
 
 
 def check_server(context: Context, out: dict) -> None:
