@@ -36,7 +36,7 @@ def compile_steps(network: LlamaModel | DraftModel, most_rows: int, device: torc
     On a GPU matrix products are chosen by timing them, as SGLang has it; to record steps is left to `step_graphs`.
     """
     if device.type == "cpu":  # Inductor wants packed weights as constants
-        torch._dynamo.disallow_in_graph([torch.ops.mkldnn._linear_pointwise, torch.ops.onednn.qlinear_pointwise])
+        torch._dynamo.disallow_in_graph(torch.ops.mkldnn._linear_pointwise)
     mode = "max-autotune-no-cudagraphs" if device.type == "cuda" else "default"
 
     def few_rows(part: Callable) -> FewRows:

@@ -7,6 +7,7 @@ import torch
 
 from specbackend import kernels
 from specbackend.errors import ConfigError
+from specbackend.kernels import cpu
 from specbackend.models.int8 import Int8Linear
 from specbackend.models.linear import Linear
 from specbackend.models.llama import LlamaModel
@@ -33,9 +34,9 @@ def _rounding(quantization: str, device: torch.device) -> Callable[[Linear], Lin
         return partial(
             WeightOnlyLinear.of, weight_dtype={"int8wo": torch.int8, "fp8wo": torch.float8_e4m3fn}[quantization]
         )
-    if device.type == "cpu" and quantization == "int8wo" and torch.cpu._is_vnni_supported():
+    if quantization == "int8wo" and cpu.serves(torch.float32, device):
         return Int8Linear.of
-    where = {"int8wo": "CUDA devices and CPUs with AVX-512 VNNI", "fp8wo": "CUDA devices of sm_89 and later"}[
+    where = {"int8wo": "CUDA devices and CPUs with a C++ compiler", "fp8wo": "CUDA devices of sm_89 and later"}[
         quantization
     ]
     raise ConfigError(f"quantization: {quantization} is served on {where} only")

@@ -73,7 +73,6 @@ def test_packed_weights_stay_packed(checkpoints, monkeypatch):
     assert num_compilations()
 
 
-@pytest.mark.skipif(not torch.cpu._is_vnni_supported(), reason="int8wo is not served")
 def test_compiled_and_quantized(checkpoints):
     folder, _ = checkpoints["llama"]
     params = {"quantization": "int8wo", "max_total_tokens": 2000}

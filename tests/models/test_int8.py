@@ -6,12 +6,12 @@ import torch.nn.functional as F
 
 from specbackend import Engine
 from specbackend.errors import ConfigError
+from specbackend.kernels import cpu
 from specbackend.models.int8 import Int8Linear
 from specbackend.models.linear import Linear, PackedLinear
 from tests.conftest import DEMO_TARGET
 from tests.test_algorithms import PROMPTS, make_engine, write_checkpoints
 
-pytestmark = pytest.mark.skipif(not torch.cpu._is_vnni_supported(), reason="oneDNN may overflow without VNNI")
 E, D = 1100, 600
 INT8 = {"quantization": "int8wo"}
 
@@ -100,9 +100,10 @@ def test_the_demo_target_keeps_most_of_its_text(demo_prompts):
 
 
 @pytest.mark.parametrize(
-    "device, vnni, quantization", [("meta", True, "int8wo"), ("cpu", False, "int8wo"), ("cpu", True, "fp8wo")]
+    "device, has_compiler, quantization", [("meta", True, "int8wo"), ("cpu", False, "int8wo"), ("cpu", True, "fp8wo")]
 )
-def test_where_it_is_not_served(device, vnni, quantization, monkeypatch):
-    monkeypatch.setattr(torch.cpu, "_is_vnni_supported", lambda: vnni)
+def test_where_it_is_not_served(device, has_compiler, quantization, monkeypatch):
+    if not has_compiler:
+        monkeypatch.setattr(cpu, "library", lambda: None)
     with pytest.raises(ConfigError, match=rf"^quantization: {quantization} "):
         Engine(model_path=str(DEMO_TARGET), device=device, max_total_tokens=2048, quantization=quantization)
