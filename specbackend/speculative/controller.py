@@ -7,25 +7,28 @@ speculation never costs more than the credit it started with and the interest; w
 limit, or it would take long to see that it has become useless.
 """
 
+import math
 from dataclasses import dataclass
 
 START_CREDIT = 4.0  # what a draft may cost before it has gained anything
 MOST_CREDIT = 12.0
+MOST_LOSS = 2.0  # of one step, or a first one that something held up would cost all the credit
 INTEREST = 0.01  # per plain step: how much of the time goes into trying again
-SMOOTHING = 0.2
 # A plain step after so many with a tree, to see what it costs by now; sooner where speculation is in doubt.
 STEPS_BETWEEN_PLAIN, STEPS_IN_DOUBT = 64, 4
+MOST_RISE = 1.005  # per step
 
 
 @dataclass
 class StepTime:
-    """Seconds of a step, smoothed. Down at once: a step is held up by accident, but not sped up."""
+    """What a kind of step takes where nothing holds it up: less at once, but more only by and by."""
 
-    seconds: float | None = None
+    seconds: float = math.inf
+    age: int = 0  # steps since one was measured
 
     def note(self, seconds: float) -> None:
-        known = seconds if self.seconds is None else self.seconds
-        self.seconds = min(seconds, known + SMOOTHING * (seconds - known))
+        self.seconds = min(seconds, self.seconds * MOST_RISE**self.age)
+        self.age = 0
 
 
 class Account:
@@ -34,29 +37,30 @@ class Account:
     def __init__(self, credit: float):
         self.credit = credit
         self._plain, self._drafted = StepTime(), StepTime()
-        self._steps_since_plain = 0
-
-    @property
-    def ratio(self) -> float:
-        """What a step with a tree costs, in plain steps: at least 1, whatever held up the plain ones."""
-        if self._plain.seconds is None or self._drafted.seconds is None:
-            return 1.0
-        return max(1.0, self._drafted.seconds / self._plain.seconds)
 
     @property
     def can_draft(self) -> bool:
         most = STEPS_BETWEEN_PLAIN if self.credit > START_CREDIT else STEPS_IN_DOUBT
-        return self._plain.seconds is not None and self._steps_since_plain < most and self.credit >= self.ratio - 1
+        return self._plain.age < most and self._plain.seconds < math.inf and self.credit >= self._loss(accept_length=1)
 
     def note_plain(self, seconds: float) -> None:
-        self._plain.note(seconds)
-        self._steps_since_plain = 0
+        self._note(self._plain, seconds)
         self.credit = max(self.credit, min(self.credit + INTEREST, START_CREDIT))
 
     def note_drafted(self, seconds: float, accept_length: float) -> None:
-        self._drafted.note(seconds)
-        self._steps_since_plain += 1
-        self.credit = min(self.credit + accept_length - self.ratio, MOST_CREDIT)
+        self._note(self._drafted, seconds)
+        self.credit = min(self.credit - self._loss(accept_length), MOST_CREDIT)
+
+    def _note(self, kind: StepTime, seconds: float) -> None:
+        self._plain.age += 1
+        self._drafted.age += 1
+        kind.note(seconds)
+
+    def _loss(self, accept_length: float) -> float:
+        """Of a step with a tree, in plain steps, which are never the longer ones; nothing until both are known."""
+        is_known = self._drafted.seconds < math.inf and self._plain.seconds < math.inf
+        ratio = max(1.0, self._drafted.seconds / self._plain.seconds) if is_known else 1.0
+        return min(ratio - accept_length, MOST_LOSS)
 
 
 class Controller:

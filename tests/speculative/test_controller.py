@@ -4,7 +4,7 @@ Times are in plain steps of one request, which takes 1; a step with a tree takes
 """
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import cycle
 from statistics import mean
@@ -13,10 +13,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from specbackend.speculative.controller import INTEREST, MOST_CREDIT, START_CREDIT, Controller
+from specbackend.speculative.controller import INTEREST, MOST_CREDIT, MOST_LOSS, START_CREDIT, Controller
 
 RATIOS = [1.15, 1.5, 2.5]
 SECONDS = 0.003  # of a plain step
+SEEDS = range(60)
 
 
 @dataclass
@@ -50,9 +51,18 @@ def good(rng: random.Random, chance: float = 0.85, depth: int = 5) -> Callable[[
     return accept_length
 
 
-def run(controller: Controller, accept_length, ratio: float, num_tokens: int, batch: int = 1, seconds=SECONDS) -> Run:
+def run(
+    controller: Controller,
+    accept_length: Callable[[], float],
+    ratio: float,
+    num_tokens: int,
+    batch: int = 1,
+    hold: Callable[[], float] = lambda: 1.0,
+) -> Run:
+    """hold: how many times as long as it should the next step takes, for which nobody is to blame."""
     found = Run()
     while found.tokens < num_tokens:
+        seconds = SECONDS * hold()
         if controller.drafts(batch):
             length = accept_length()
             controller.note_drafted(batch, ratio * seconds, length)
@@ -64,13 +74,18 @@ def run(controller: Controller, accept_length, ratio: float, num_tokens: int, ba
 
 
 @pytest.mark.parametrize("num_tokens", [128, 512, 5000])
-@pytest.mark.parametrize("ratio", [*RATIOS, 4.0, 9.0])
+@pytest.mark.parametrize("ratio", [*RATIOS, 3.0])
 def test_useless_drafts_cost_less_than_five_percent(ratio, num_tokens):
     found = run(Controller(), useless, ratio, num_tokens)
-    first_try = max(START_CREDIT, ratio - 1)  # is paid before its price is known
-    assert found.time - found.tokens <= first_try + INTEREST * found.plain + 1e-9
-    assert found.slowdown < (1.05 if ratio < 9 else 1.07)
     assert found.drafted >= 1
+    assert found.time - found.tokens <= START_CREDIT + INTEREST * found.plain + 1e-9
+    assert found.slowdown < 1.05
+
+
+@pytest.mark.parametrize("ratio", [4.0, 9.0])
+def test_useless_trees_that_cost_more_than_a_step_may_lose_are_as_rare(ratio):
+    found = run(Controller(), useless, ratio, 2000)
+    assert found.drafted <= (START_CREDIT + INTEREST * found.plain) / MOST_LOSS + 1e-9
 
 
 @pytest.mark.parametrize("num_tokens, most", [(128, 1.025), (512, 1.015)])
@@ -163,7 +178,7 @@ def test_times_that_grow_with_the_text_are_followed():
     """All steps become ten times as slow, bit by bit: what is known of plain ones must not stay behind."""
     controller = Controller()
     for index in range(100):
-        found = run(controller, lambda: 4.0, 2.5, 50, seconds=SECONDS * (1 + index / 10))
+        found = run(controller, lambda: 4.0, 2.5, 50, hold=lambda grown=1 + index / 10: grown)
         assert found.plain <= 2
 
 
@@ -173,7 +188,7 @@ def test_times_that_grow_with_the_text_are_followed():
 )
 @settings(deadline=None)
 def test_whatever_comes_the_credit_is_all_that_can_be_lost(ratios, lengths):
-    """Any batches, any luck: against plain decoding, an account loses no more than its first credit and interest."""
+    """Any batches, any luck: against plain decoding, an account loses no more than its credit and interest."""
     controller, balance, plain = Controller(), dict.fromkeys(range(6), 0.0), dict.fromkeys(range(6), 0)
     for batch, accepted in lengths:
         size = (batch - 1).bit_length()
@@ -184,5 +199,30 @@ def test_whatever_comes_the_credit_is_all_that_can_be_lost(ratios, lengths):
             else:
                 controller.note_plain(batch, SECONDS)
                 plain[size] += 1
-            first_try = max(START_CREDIT, ratios[size] - 1)
-            assert -balance[size] <= first_try + INTEREST * plain[size] + 1e-9
+            assert -balance[size] <= START_CREDIT + INTEREST * plain[size] + 1e-9
+
+
+@pytest.mark.parametrize("ratio", RATIOS)
+def test_steps_that_are_held_up_for_a_while_mislead_it_little(ratio):
+    """Others on the machine: for some steps on end everything takes twice or four times as long."""
+
+    def slowdowns(draft) -> float:
+        return mean(
+            run(Controller(), draft(random.Random(seed)), ratio, 512, hold=held_up(seed)).slowdown for seed in SEEDS
+        )
+
+    always = mean(run(AlwaysDrafting(), good(random.Random(seed)), ratio, 512).slowdown for seed in SEEDS)
+    assert slowdowns(lambda rng: useless) < 1.03
+    assert slowdowns(good) < 1.05 * always
+
+
+def held_up(seed: int) -> Callable[[], float]:
+    rng = random.Random(1000 + seed)
+
+    def factors() -> Iterator[float]:
+        while True:
+            factor = rng.choice([1, 1, 1, 2, 4])
+            for _ in range(rng.randint(5, 40)):
+                yield factor * (1 + rng.expovariate(10))
+
+    return factors().__next__
