@@ -56,7 +56,7 @@ class FakeDecoder:
     def extend(self, batch: ExtendBatch) -> Accepted:
         rows = []
         for index, (request, length) in enumerate(zip(batch.requests, batch.chunk_lens, strict=True)):
-            assert length > 0
+            assert length > 0 and request.num_unfed == 0
             start, end = request.num_computed, request.num_computed + length
             self.check_prefix(request, num_drafted=start if self.rule.has_draft_kv else 0)
             new = [next_token(request.seed, end)] if batch.is_final(index) else []

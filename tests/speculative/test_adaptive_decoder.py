@@ -129,10 +129,10 @@ def test_heads_draft_after_plain_steps_as_if_they_had_read_along(algorithm, coun
 def test_a_language_model_drafts_after_plain_steps_as_if_it_had_read_along(count, self_drafting_folder):  # noqa: F811
     """The target drafts for itself, so that all of a tree is accepted, unless its KV is wrong."""
     engine = make_self_drafting(self_drafting_folder, speculative_adaptive=True)
-    controller = adaptive(engine, plain_for(count)).decoder.controller
-    new_tokens = 1 + count + 3 * (STEPS + 1)
+    controller = adaptive(engine, Says(lambda step: step < 2 or step >= 2 + count)).decoder.controller
+    new_tokens = 1 + count + 5 * (STEPS + 1)
     engine.generate(None, {"temperature": 0, "max_new_tokens": new_tokens}, [[5, 6, 7]])
-    assert controller.noted == [1.0] * count + [STEPS + 1.0] * 3
+    assert controller.noted == [STEPS + 1.0] * 2 + [1.0] * count + [STEPS + 1.0] * 3
 
 
 def test_several_requests_catch_up_together(self_drafting_folder):  # noqa: F811

@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from specbackend.speculative.controller import INTEREST, MOST_CREDIT, MOST_LOSS, START_CREDIT, Controller
+from specbackend.speculative.controller import INTEREST, MOST_CREDIT, MOST_LOSS, START_CREDIT, Controller, StepTime
 
 RATIOS = [1.15, 1.5, 2.5]
 SECONDS = 0.003  # of a plain step
@@ -172,6 +172,25 @@ def test_a_step_that_was_held_up_is_soon_forgotten():
     controller.note_plain(1, 10 * SECONDS)
     found = run(controller, useless, 2.5, 512)
     assert found.slowdown < 1.05
+
+
+def test_a_first_tree_that_was_held_up_does_not_cost_all_the_credit():
+    controller = Controller()
+    controller.note_plain(1, SECONDS)
+    controller.note_drafted(1, 25 * SECONDS, 1.0)
+    assert run(controller, lambda: 4.0, 2.5, 200).plain <= 2
+
+
+def test_a_steps_time_falls_at_once_and_rises_by_and_by():
+    time = StepTime()
+    time.note(2.0)
+    time.note(1.0)
+    time.age = 1
+    time.note(9.0)
+    assert 1.0 < time.seconds < 1.01 and time.age == 0
+    time.age = 100
+    time.note(9.0)
+    assert 1.5 < time.seconds < 2.0
 
 
 def test_times_that_grow_with_the_text_are_followed():
