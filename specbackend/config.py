@@ -64,6 +64,7 @@ class EngineConfig:
     speculative_num_draft_tokens: int | None = None  # nodes of the tree verified per step, root included
     speculative_ngram_min_match_window_size: int | None = None  # tokens that must match before NGRAM proposes
     speculative_ngram_max_match_window_size: int | None = None  # longer matches are no better
+    speculative_adaptive: bool | None = None  # steps without a tree where trees do not pay; None: with one rank
     dtype: str = "auto"  # auto: as the checkpoint says; else float32, bfloat16, float16
     quantization: str | None = None  # int8wo or fp8wo: weights of the target's layers, rounded at load
     device: str = "auto"  # auto: cuda if there is one, else cpu
@@ -109,6 +110,7 @@ class EngineConfig:
             self._refuse_speculative("speculative_ngram_", f"{self.speculative_algorithm} does not look for n-grams")
             self._resolve_tree()
             check_tree(*(getattr(self, name) for name in TREE))
+        self._resolve_adaptive()
 
     @classmethod
     def from_params(cls, params: Mapping[str, object]) -> EngineConfig:
@@ -165,7 +167,7 @@ class EngineConfig:
 
     def _refuse_speculative(self, prefix: str, reason: str) -> None:
         for f in fields(self):
-            if f.name.startswith(prefix) and getattr(self, f.name) is not None:
+            if f.name.startswith(prefix) and getattr(self, f.name) not in (None, False):
                 raise ConfigError(f"{f.name}: is set, but {reason}")
 
     def _check_draft(self) -> None:
@@ -196,6 +198,13 @@ class EngineConfig:
         _at_least("speculative_num_draft_tokens", self.speculative_num_draft_tokens, 2)
         _at_least("speculative_ngram_min_match_window_size", shortest, 1)
         _at_least("speculative_ngram_max_match_window_size", longest, shortest)
+
+    def _resolve_adaptive(self) -> None:
+        """Each rank would go by times of its own, but all must decide alike."""
+        if self.speculative_adaptive is None:
+            self._default("speculative_adaptive", self.tp_size == 1)
+        if self.speculative_adaptive and self.tp_size > 1:
+            raise ConfigError(f"speculative_adaptive: is served on one rank only, tp_size is {self.tp_size}")
 
     def _default(self, name: str, value: object) -> None:
         object.__setattr__(self, name, value)  # still inside construction of a frozen dataclass

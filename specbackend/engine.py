@@ -41,6 +41,7 @@ from specbackend.sampling.custom import load_processors
 from specbackend.sampling_params import Guide, SamplingParams, check_neutral
 from specbackend.scheduler import Scheduler
 from specbackend.shadow import ShadowRuns
+from specbackend.speculative.adaptive_decoder import AdaptiveDecoder
 from specbackend.speculative.decoder import Decoder
 from specbackend.speculative.drafter import CacheRule, Drafter
 from specbackend.speculative.head_drafter import HeadDrafter
@@ -136,15 +137,17 @@ class Engine:
         head_dims = {each.config.head_dim for each in (model, draft) if each}
         attention = attention_backend(config.attention_backend, self.device, self.dtype, head_dims)
         runner = TargetRunner(model, _kv_pool(model, num_slots + 1, self.dtype, self.device), table, attention)
-        self.plain: Decoder = PlainDecoder(runner)
-        self.decoder = self.plain
         drafter, cache_rule = None, CacheRule()
         if config.speculative_algorithm:
-            drafter = _drafter(config, draft, table, attention, num_slots)
+            drafter = _drafter(config, model, draft, table, attention, num_slots)
             cache_rule = drafter.cache_rule
-            self.decoder = TreeDecoder(runner, drafter, num_nodes)
+        self.plain: Decoder = PlainDecoder(runner, drafter if config.speculative_adaptive else None)
+        self.decoder = TreeDecoder(runner, drafter, num_nodes) if drafter else self.plain
         if attention.is_on_device and (record := graph_recorder(self.device)):
             self._record(runner, drafter, record)
+        if config.speculative_adaptive:
+            tree = tree_of(SamplingParams(), config)
+            self.decoder = AdaptiveDecoder(self.decoder, self.plain, runner, drafter, tree)
         self.slots = SlotManager(num_slots, cache_rule.successor_keys, cache_prefixes=not config.disable_radix_cache)
         self.scheduler = Scheduler(
             config,
@@ -478,7 +481,9 @@ def _graph_batch_sizes(config: EngineConfig) -> list[int]:
     return graph_batch_sizes(most) if most else []
 
 
-def _drafter(config: EngineConfig, draft: DraftModel | None, table: RequestTable, attention, num_slots: int) -> Drafter:
+def _drafter(
+    config: EngineConfig, target: LlamaModel, draft: DraftModel | None, table: RequestTable, attention, num_slots: int
+) -> Drafter:
     if draft is None:
         return NgramDrafter(
             config.speculative_ngram_min_match_window_size,
@@ -495,4 +500,4 @@ def _drafter(config: EngineConfig, draft: DraftModel | None, table: RequestTable
     grower = TreeGrower(draft, pool, attention, rows, first_scratch, steps, topk)
     if config.speculative_algorithm == "STANDALONE":
         return StandaloneDrafter(grower, table)
-    return HeadDrafter(draft, grower)
+    return HeadDrafter(draft, grower, target.feature_size)

@@ -58,6 +58,8 @@ class Request:
     num_computed: int = 0  # tokens whose KV is in the pool
     num_cached: int = 0  # of these, how many the prefix cache supplied
     spec_verify_ct: int = 0  # decode steps taken
+    undrafted_ct: int = 0  # of these, how many verified the root alone although there is a tree; the decoder counts
+    num_unfed: int = 0  # of num_computed, the last that the draft has yet to read for that; the decoder counts
     finish_reason: FinishReason | None = None
     prompt_logprobs: list[TokenLogprob] = field(default_factory=list)  # of all tokens but the first, if asked for
     failure: Failure | None = None  # set by whatever finds it; the request ends with the step

@@ -60,14 +60,22 @@ class TargetRunner:
 
 
 def extend_forward_batch(runner: TargetRunner, batch: ExtendBatch) -> ForwardBatch:
-    """Prompt chunks side by side, padded on the right."""
-    requests, Q = batch.requests, runner.prompt_width(batch.chunk_lens)
-    tokens = [_padded_chunk(request, length, Q) for request, length in zip(requests, batch.chunk_lens, strict=True)]
-    row_B, prefix_len_B = runner.rows(requests), runner.lengths(requests)
-    chunk_len_B = torch.tensor(batch.chunk_lens, device=runner.device)
+    """Prompt chunks side by side."""
+    starts = [request.num_computed for request in batch.requests]
+    return text_forward_batch(runner, batch.requests, starts, batch.chunk_lens)
+
+
+def text_forward_batch(
+    runner: TargetRunner, requests: list[Request], starts: list[int], lengths: list[int]
+) -> ForwardBatch:
+    """Of each text lengths[i] tokens from starts[i] on, side by side, padded on the right."""
+    Q = runner.prompt_width(lengths)
+    tokens = [_padded(r.all_ids[i : i + n], Q) for r, i, n in zip(requests, starts, lengths, strict=True)]
+    row_B, prefix_len_B = runner.rows(requests), torch.tensor(starts, device=runner.device)
+    length_B = torch.tensor(lengths, device=runner.device)
     offset_Q = torch.arange(Q, device=runner.device)
     position_BQ = prefix_len_B[:, None] + offset_Q
-    valid_BQ = offset_Q < chunk_len_B[:, None]
+    valid_BQ = offset_Q < length_B[:, None]
     position_BQ = position_BQ.where(valid_BQ, 0)
     slot_BQ = runner.table.slots[row_B[:, None], position_BQ].where(valid_BQ, DUMMY_SLOT)
     return ForwardBatch(
@@ -82,9 +90,8 @@ def extend_forward_batch(runner: TargetRunner, batch: ExtendBatch) -> ForwardBat
     )
 
 
-def _padded_chunk(request: Request, length: int, width: int) -> list[int]:
-    start = request.num_computed
-    return request.all_ids[start : start + length] + [0] * (width - length)
+def _padded(tokens: list[int], width: int) -> list[int]:
+    return tokens + [0] * (width - len(tokens))
 
 
 def causal_mask(Q: int, device) -> torch.Tensor:

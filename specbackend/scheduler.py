@@ -202,7 +202,7 @@ class Scheduler:
             completion_tokens=len(request.output_ids),
             cached_tokens=request.num_cached,
             spec_verify_ct=request.spec_verify_ct,
-            draft_tokens=request.spec_verify_ct * (request.tree.num_nodes - 1) if request.tree else 0,
+            draft_tokens=_num_drafted(request),
             has_end_token=reason is FinishReason.STOP and self._is_end_token(request, tokens[-1]),
             logprobs=logprobs[: len(tokens)],
             prompt_logprobs=prompt_logprobs,
@@ -245,7 +245,8 @@ class Scheduler:
         # Tokens past num_tokens - 1 may have KV too (a stop token cut the path short), but no known successor.
         known, cacheable = len(self._pinned[request].slots), min(request.num_computed, request.num_tokens - 1)
         if self.cache_rule.has_draft_kv:
-            cacheable = cacheable - self.cache_rule.unfed_tokens if request.tree is not None else 0
+            unfed = request.num_unfed + self.cache_rule.unfed_tokens
+            cacheable = cacheable - unfed if request.tree is not None else 0
         if cacheable > known:  # a failure at the first token leaves less text than is cached
             self._share(request, request.all_ids, cacheable)
         pinned = self._pinned.pop(request)
@@ -253,7 +254,7 @@ class Scheduler:
         self.slots.release(owned[len(pinned.slots) :])
         self.slots.unpin(pinned)
         self.table.give_back(request.row)
-        request.row = -1
+        request.row, request.num_unfed = -1, 0
 
     def _share(self, request: Request, token_ids: list[int], count: int) -> None:
         """Hand the first `count` slots to the prefix cache and use the cache's own wherever it had them already."""
@@ -270,6 +271,12 @@ class Scheduler:
 def _wants_prompt_rows(request: Request) -> bool:
     """Whether the prompt's own rows are needed, which a cached prefix does not have."""
     return request.params.prompt_logprobs is not None and not request.prompt_logprobs
+
+
+def _num_drafted(request: Request) -> int:
+    if request.tree is None:
+        return 0
+    return (request.spec_verify_ct - request.undrafted_ct) * (request.tree.num_nodes - 1)
 
 
 def _logprobs(

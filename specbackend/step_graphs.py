@@ -148,7 +148,7 @@ class RecordedDecoder:
     def _is_recorded(self, requests: list[Request]) -> bool:
         if len(requests) > self._batch_sizes[-1]:
             return False
-        others = any(request.tree != self._tree or request.params.logprobs is not None for request in requests)
+        others = any(self._tree not in (None, each.tree) or each.params.logprobs is not None for each in requests)
         return not others and not processors_of(BEFORE_TEMPERATURE, requests, "cpu")
 
     def _run(self, B: int, most: Sampling) -> None:

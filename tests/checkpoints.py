@@ -1,6 +1,7 @@
 """Tiny random checkpoints in the published formats, written where a test wants them."""
 
 import json
+import shutil
 from pathlib import Path
 
 import torch
@@ -183,6 +184,12 @@ def edit_tensors(folder: Path, **changes: torch.Tensor | None) -> None:
     path = folder / "model.safetensors"
     tensors = {**load_file(path), **{name.replace("__", "."): tensor for name, tensor in changes.items()}}
     save_file({name: tensor for name, tensor in tensors.items() if tensor is not None}, path)
+
+
+def write_useless_head(folder: Path, head: Path) -> None:
+    """A copy of an EAGLE-3 head that drafts what it finds least likely, so that nothing is ever accepted."""
+    shutil.copytree(head, folder)
+    edit_tensors(folder, lm_head__weight=-load_file(folder / "model.safetensors")["lm_head.weight"])
 
 
 def rename_tensors(folder: Path, rename) -> None:

@@ -48,7 +48,7 @@ def write_checkpoints(folder: Path, family: str) -> tuple[Path, list[list[int]]]
     return folder, answers
 
 
-def make_engine(folder: Path, algorithm: str, **params) -> Engine:
+def make_engine(folder: Path, algorithm: str, speculative_adaptive: bool = False, **params) -> Engine:
     kind, _, with_map = algorithm.partition("+")
     if kind == "NGRAM":
         params |= {"speculative_algorithm": "NGRAM", "speculative_num_draft_tokens": 5}
@@ -58,7 +58,7 @@ def make_engine(folder: Path, algorithm: str, **params) -> Engine:
         del params["speculative_draft_model_path"]
     if with_map:
         params["speculative_token_map"] = str(folder / "freq_32.pt")
-    return Engine(model_path=str(folder / "target"), **params)
+    return Engine(model_path=str(folder / "target"), speculative_adaptive=speculative_adaptive, **params)
 
 
 def outputs(engine: Engine, prompts: list[list[int]]) -> list[list[int]]:

@@ -56,6 +56,20 @@ def test_bools(text, value):
     assert EngineConfig.from_params({**BASE, "disable_radix_cache": text}).disable_radix_cache is value
 
 
+@pytest.mark.parametrize("base", [EAGLE3, NGRAM], ids=["eagle3", "ngram"])
+def test_speculation_adapts_unless_told_otherwise_or_spread_over_ranks(base):
+    assert EngineConfig.from_params(base).speculative_adaptive is True
+    assert EngineConfig.from_params({**base, "speculative_adaptive": "false"}).speculative_adaptive is False
+    spread = EngineConfig.from_params({**base, "tp_size": 2})
+    assert spread.speculative_adaptive is False
+    assert EngineConfig.from_params(spread.to_params()) == spread
+    with pytest.raises(ConfigError, match=r"^speculative_adaptive: is served on one rank only, tp_size is 2"):
+        EngineConfig.from_params({**base, "speculative_adaptive": True, "tp_size": 2})
+    with pytest.raises(ConfigError, match=r"^speculative_adaptive: is set, but speculative_algorithm is not"):
+        EngineConfig.from_params({**BASE, "speculative_adaptive": True})
+    assert not EngineConfig.from_params({**BASE, "speculative_adaptive": False}).speculative_adaptive
+
+
 @pytest.mark.parametrize("none", ["none", "None", "", None])
 def test_no_algorithm_in_every_spelling(none):
     assert EngineConfig.from_params({**BASE, "speculative_algorithm": none}).speculative_algorithm is None

@@ -10,8 +10,16 @@ from specbackend.sampling import pick
 from tests.conftest import DEMO_EAGLE3, DEMO_TARGET, DEMOS, NEW_TOKENS
 from tests.test_equivalence import mean_accept_length
 
-EAGLE3 = {"speculative_algorithm": "EAGLE3", "speculative_draft_model_path": str(DEMO_EAGLE3)}
-EAGLE = {"speculative_algorithm": "EAGLE", "speculative_draft_model_path": str(DEMOS / "llama-gsm8k-eagle")}
+EAGLE3 = {
+    "speculative_adaptive": False,
+    "speculative_algorithm": "EAGLE3",
+    "speculative_draft_model_path": str(DEMO_EAGLE3),
+}
+EAGLE = {
+    "speculative_adaptive": False,
+    "speculative_algorithm": "EAGLE",
+    "speculative_draft_model_path": str(DEMOS / "llama-gsm8k-eagle"),
+}
 CHAIN = {"speculative_num_steps": 5, "speculative_eagle_topk": 1, "speculative_num_draft_tokens": 6}
 TREE = {**CHAIN, "speculative_eagle_topk": 4}
 SETUPS = {
@@ -23,12 +31,13 @@ SETUPS = {
     "EAGLE+map": {**EAGLE, "speculative_token_map": str(DEMOS / "llama-gsm8k-eagle" / "freq_256.pt")},
     "NEXTN": {
         "model_path": str(DEMOS / "mimo-gsm8k"),
+        "speculative_adaptive": False,
         "speculative_algorithm": "NEXTN",
         "speculative_num_steps": 1,
         "speculative_eagle_topk": 1,
         "speculative_num_draft_tokens": 2,
     },
-    "NGRAM": {"speculative_algorithm": "NGRAM"},
+    "NGRAM": {"speculative_adaptive": False, "speculative_algorithm": "NGRAM"},
 }
 
 

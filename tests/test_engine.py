@@ -16,6 +16,7 @@ GREEDY = {"temperature": 0, "max_new_tokens": 24, "ignore_eos": True}
 @pytest.fixture(scope="module", params=["plain", "eagle3"])
 def shared_engine(request) -> Engine:
     draft = {"speculative_algorithm": "EAGLE3", "speculative_draft_model_path": str(DEMO_EAGLE3)}
+    draft["speculative_adaptive"] = False
     return Engine(model_path=str(DEMO_TARGET), **(draft if request.param == "eagle3" else {}))
 
 
@@ -239,6 +240,7 @@ def test_totals_count_cancelled_requests_too(engine):
 
 def test_drafting_deeper_than_the_tree_reaches_the_end_of_the_context():
     draft = {"speculative_algorithm": "EAGLE3", "speculative_draft_model_path": str(DEMO_EAGLE3)}
+    draft["speculative_adaptive"] = False
     tree = {"speculative_num_steps": 9, "speculative_eagle_topk": 4, "speculative_num_draft_tokens": 5}
     engine = Engine(model_path=str(DEMO_TARGET), context_length=64, **draft, **tree)
     answer = engine.generate(input_ids=[7] * 62, sampling_params=GREEDY)

@@ -15,7 +15,7 @@ def make_engine(tree: tuple[int, int, int] | None, **params) -> Engine:
         params |= dict(
             zip(("speculative_num_steps", "speculative_eagle_topk", "speculative_num_draft_tokens"), tree, strict=True)
         )
-    return Engine(model_path=str(DEMO_TARGET), **params)
+    return Engine(model_path=str(DEMO_TARGET), speculative_adaptive=False, **params)
 
 
 @pytest.fixture(params=TREES, ids=str)

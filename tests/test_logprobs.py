@@ -18,7 +18,11 @@ from specbackend.sampling_params import SamplingParams
 from tests.conftest import DEMO_EAGLE3, DEMO_TARGET
 
 NEW_TOKENS, TOP = 16, 5
-EAGLE3 = {"speculative_algorithm": "EAGLE3", "speculative_draft_model_path": str(DEMO_EAGLE3)}
+EAGLE3 = {
+    "speculative_adaptive": False,
+    "speculative_algorithm": "EAGLE3",
+    "speculative_draft_model_path": str(DEMO_EAGLE3),
+}
 SERVERS = {"plain": {}, "drafted": EAGLE3}
 PARAMS = [
     {"temperature": 0},

@@ -21,7 +21,7 @@ def tree_params(*tree) -> dict:
 
 def make_engine(*tree, **params) -> Engine:
     draft = {"speculative_algorithm": "EAGLE3", "speculative_draft_model_path": str(DEMO_EAGLE3)}
-    return Engine(model_path=str(DEMO_TARGET), **draft, **tree_params(*tree), **params)
+    return Engine(model_path=str(DEMO_TARGET), speculative_adaptive=False, **draft, **tree_params(*tree), **params)
 
 
 def steps_and_tokens(engine: Engine, prompts, params) -> list[tuple[int, list[int]]]:
@@ -81,7 +81,8 @@ def test_a_batch_of_small_trees_verifies_no_more_nodes_than_they_have(demo_promp
 
 
 def test_ngram_trees_have_their_own_size():
-    engine = Engine(model_path=str(DEMO_TARGET), speculative_algorithm="NGRAM", speculative_num_draft_tokens=10)
+    ngram = {"speculative_algorithm": "NGRAM", "speculative_adaptive": False}
+    engine = Engine(model_path=str(DEMO_TARGET), speculative_num_draft_tokens=10, **ngram)
     prompt, params = [5, 6, 7, 8, 9, 10, 11, 12] * 4, {"temperature": 0, "max_new_tokens": 30}
     of_size = {
         size: steps_and_tokens(engine, [prompt], {**params, "speculative_num_draft_tokens": size})[0]
@@ -89,7 +90,7 @@ def test_ngram_trees_have_their_own_size():
     }
     assert len({tuple(tokens) for _, tokens in of_size.values()}) == 1
     assert of_size[1][0] == 29
-    small = Engine(model_path=str(DEMO_TARGET), speculative_algorithm="NGRAM", speculative_num_draft_tokens=5)
+    small = Engine(model_path=str(DEMO_TARGET), speculative_num_draft_tokens=5, **ngram)
     assert steps_and_tokens(small, [prompt], params)[0] == of_size[5]
 
 

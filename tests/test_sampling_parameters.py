@@ -13,7 +13,12 @@ from tests.conftest import DEMO_EAGLE3, DEMO_TARGET
 NEW_TOKENS = 24
 VOCAB_SIZE = 1024
 TREE = {"speculative_num_steps": 5, "speculative_eagle_topk": 4, "speculative_num_draft_tokens": 16}
-EAGLE3 = {"speculative_algorithm": "EAGLE3", "speculative_draft_model_path": str(DEMO_EAGLE3), **TREE}
+EAGLE3 = {
+    "speculative_adaptive": False,
+    "speculative_algorithm": "EAGLE3",
+    "speculative_draft_model_path": str(DEMO_EAGLE3),
+    **TREE,
+}
 
 
 def make_engine(**params) -> Engine:

@@ -56,7 +56,7 @@ class FakeDecoder:
     def extend(self, batch: ExtendBatch) -> Accepted:
         rows = []
         for index, (request, length) in enumerate(zip(batch.requests, batch.chunk_lens, strict=True)):
-            assert length > 0
+            assert length > 0 and request.num_unfed == 0
             start, end = request.num_computed, request.num_computed + length
             self.check_prefix(request, num_drafted=start if self.rule.has_draft_kv else 0)
             new = [next_token(request.seed, end)] if batch.is_final(index) else []
@@ -70,8 +70,8 @@ class FakeDecoder:
 
     def _decode_one(self, request: Request) -> list[int]:
         start = request.num_computed
-        self.check_prefix(request, num_drafted=start - self.rule.unfed_tokens if self.rule.has_draft_kv else 0)
-        self.feed_late(request)
+        self.check_prefix(request, self.num_drafted(request))
+        self.catch_up(request)
         window = self.table.read(request.row, start + self.num_nodes)[start:]
         assert len(window) == len(set(window)) == self.num_nodes and DUMMY_SLOT not in window
         self.rng.shuffle(window)
@@ -85,15 +85,27 @@ class FakeDecoder:
             self.draft_kv[window[0]] = prefix_hashes(request.all_ids)[start]
         return new
 
-    def feed_late(self, request: Request) -> None:
+    def num_drafted(self, request: Request) -> int:
+        unfed = self.rule.unfed_tokens + request.num_unfed
+        return request.num_computed - unfed if self.rule.has_draft_kv else 0
+
+    def catch_up(self, request: Request) -> None:
         slots, hashes = self.table.read(request.row, request.num_computed), prefix_hashes(request.all_ids)
-        for position in range(max(0, len(slots) - self.rule.unfed_tokens), len(slots)):
-            self.draft_kv[slots[position]] = hashes[position]
+        for position in range(max(0, self.num_drafted(request)), len(slots)):
+            self.draft_kv[slots[position]] = hashes[position + self.shift]
+        request.num_unfed = 0
+
+    def decode_without_trees(self, batch: DecodeBatch) -> Accepted:
+        """Of requests that have trees at other times: their draft has to catch up then."""
+        result = self.decode_plain(batch)
+        for request in batch.requests:
+            request.num_unfed += 1
+        return result
 
     def decode_plain(self, batch: DecodeBatch) -> Accepted:
         rows = []
         for request in batch.requests:
-            self.check_prefix(request, num_drafted=0)
+            self.check_prefix(request, self.num_drafted(request) if request.tree else 0)
             new = [next_token(request.seed, request.num_computed + 1)]
             slots = self.table.read(request.row, request.num_computed + 1)[-1:]
             self.write(request, slots, request.all_ids + new, draft=False)
@@ -127,6 +139,7 @@ class Setup:
     num_nodes: int = 1
     speculative: bool = False
     drafts_late: bool = False  # see FakeDecoder
+    plain_steps: float = 0.0  # part of the steps of drafting requests that have no trees
     context: int = 24
     spare_slots: int = 0  # beyond what one request of full length needs
     rows: int = 4
@@ -179,6 +192,8 @@ class Simulation:
         elif self.setup.speculative and batch.requests[0].tree is None:
             assert not any(request.tree for request in batch.requests)
             result = self.decoder.decode_plain(batch)
+        elif self.rng.random() < self.setup.plain_steps:
+            result = self.decoder.decode_without_trees(batch)
         else:
             result = self.decoder.decode(batch)
         updates = self.scheduler.commit(batch, result)
@@ -289,6 +304,7 @@ SETUPS = st.builds(
     ),
     num_nodes=st.sampled_from([1, 2, 4, 8]),
     late=st.booleans(),
+    plain_steps=st.sampled_from([0.0, 0.5, 0.9]),
     spare_slots=st.sampled_from([0, 3, 17, 60]),
     rows=st.sampled_from([1, 3, 8]),
     chunk=st.sampled_from([-1, 1, 3, 7]),

@@ -36,7 +36,11 @@ def make_engine(folder):
     made = []
 
     def make(shadow_fraction: float = 1.0, **params) -> Engine:
-        draft = {"speculative_algorithm": "EAGLE3", "speculative_draft_model_path": str(folder / "head")}
+        draft = {
+            "speculative_adaptive": False,
+            "speculative_algorithm": "EAGLE3",
+            "speculative_draft_model_path": str(folder / "head"),
+        }
         tree = {"speculative_num_steps": 2, "speculative_eagle_topk": 2, "speculative_num_draft_tokens": 5}
         params = {**draft, **tree, "max_total_tokens": 2000, **params}
         made.append(Engine(model_path=str(folder / "target"), shadow_fraction=shadow_fraction, **params))

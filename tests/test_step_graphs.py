@@ -8,8 +8,11 @@ from specbackend import Engine
 from specbackend.cuda_graphs import graph_batch_sizes
 from specbackend.forward_graphs import Inputs
 from specbackend.step_graphs import StepBuffers
-from tests.conftest import DEMO_TARGET, DEMOS
+from tests.conftest import DEMO_EAGLE3, DEMO_TARGET, DEMOS
+from tests.speculative.test_adaptive_decoder import Says
 from tests.test_equivalence import GREEDY, make_engine
+
+EAGLE3 = {"speculative_algorithm": "EAGLE3", "speculative_draft_model_path": str(DEMO_EAGLE3)}
 
 TREES = {"plain": None, "5-4-8": (5, 4, 8), "5-1-6": (5, 1, 6), "5-4-4": (5, 4, 4)}
 SAMPLED = [
@@ -191,6 +194,23 @@ def test_only_lone_prompts_are_padded(replays):
     runner = make_engine(None, cuda_graph_max_bs=2).plain._decoder.runner
     assert [runner.prompt_width([length]) for length in (1, 16, 17, 48, 64, 65)] == [16, 16, 48, 48, 64, 65]
     assert runner.prompt_width([17, 40]) == 40
+
+
+def test_steps_of_an_adaptive_engine_are_recorded_with_trees_and_without(replays, demo_prompts, expected):
+    """A plain step's recording keeps what the draft reads later: the drafts are as without recordings."""
+
+    def answers(**params) -> list[dict]:
+        engine = Engine(model_path=str(DEMO_TARGET), **EAGLE3, max_running_requests=4, **params)
+        engine.decoder.controller = Says(lambda step: step % 5 > 2)
+        return engine.generate(input_ids=demo_prompts[:3], sampling_params=GREEDY)
+
+    recorded = answers()
+    assert len(replays) > max(num_steps(recorded)) - 2
+    replays.clear()
+    unrecorded = answers(disable_cuda_graph=True)
+    assert not replays
+    assert output_ids(recorded) == output_ids(unrecorded) == expected[:3]
+    assert num_steps(recorded) == num_steps(unrecorded)
 
 
 def test_batch_sizes():

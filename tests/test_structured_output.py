@@ -200,7 +200,7 @@ def test_a_small_pool_retracts_and_gives_the_same(generate, demo_prompts, monkey
 
 
 def test_ngram_gives_the_same(demo_prompts, plain_mixed):
-    engine = Engine(model_path=str(DEMO_TARGET), speculative_algorithm="NGRAM")
+    engine = Engine(model_path=str(DEMO_TARGET), speculative_algorithm="NGRAM", speculative_adaptive=False)
     params = mixed_params()
     assert ids_of(engine.generate(input_ids=demo_prompts[: len(params)], sampling_params=params)) == ids_of(plain_mixed)
 
@@ -215,6 +215,7 @@ def test_nothing_illegal_is_drafted(algorithm, temperature, demo_prompts, monkey
     engine = Engine(
         model_path=str(DEMO_TARGET),
         speculative_algorithm=algorithm,
+        speculative_adaptive=False,
         speculative_draft_model_path=str(draft),
         **token_map,
     )

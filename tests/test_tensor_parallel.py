@@ -42,6 +42,7 @@ def eagle3(folder: Path, **config) -> dict:
     write_head(folder / "head", "EAGLE3", model.config, draft_vocab_size=41, **config)
     return {
         "model_path": str(folder / "target"),
+        "speculative_adaptive": False,
         "speculative_algorithm": "EAGLE3",
         "speculative_draft_model_path": str(folder / "head"),
         "shadow_fraction": 1.0,
@@ -57,6 +58,7 @@ def eagle_with_token_map(folder: Path) -> dict:
     torch.save(list(range(60, 3, -2)), folder / "freq.pt")
     return {
         "model_path": str(folder / "target"),
+        "speculative_adaptive": False,
         "speculative_algorithm": "EAGLE",
         "speculative_draft_model_path": str(folder / "head"),
         "speculative_token_map": str(folder / "freq.pt"),
@@ -65,7 +67,11 @@ def eagle_with_token_map(folder: Path) -> dict:
 
 def standalone(folder: Path) -> dict:
     draft = plain(folder / "small", num_hidden_layers=1)["model_path"]
-    return plain(folder) | {"speculative_algorithm": "STANDALONE", "speculative_draft_model_path": draft}
+    return plain(folder) | {
+        "speculative_adaptive": False,
+        "speculative_algorithm": "STANDALONE",
+        "speculative_draft_model_path": draft,
+    }
 
 
 CASES = {
@@ -73,7 +79,7 @@ CASES = {
     "plain, QK norms": lambda folder: plain(folder, "qwen3"),
     "EAGLE3": eagle3,
     "EAGLE": eagle_with_token_map,
-    "MTP": lambda folder: plain(folder, "mimo") | {"speculative_algorithm": "MTP"},
+    "MTP": lambda folder: plain(folder, "mimo") | {"speculative_adaptive": False, "speculative_algorithm": "MTP"},
     "STANDALONE": standalone,
 }
 
@@ -131,7 +137,9 @@ def test_a_trained_head_and_a_grammar(demo_prompts):
     params = [{"temperature": 0, "max_new_tokens": 24}, {"temperature": 0, "regex": "([a-z]{1,9} ){4}"}]
     said = []
     for tp_size in (1, 2):
-        engine = Engine(**demo, speculative_algorithm="EAGLE3", max_total_tokens=2048, tp_size=tp_size)
+        engine = Engine(
+            **demo, speculative_algorithm="EAGLE3", speculative_adaptive=False, max_total_tokens=2048, tp_size=tp_size
+        )
         answers = engine.generate(input_ids=demo_prompts[:2], sampling_params=params)
         said.append([(answer["text"], answer["meta_info"]["spec_verify_ct"]) for answer in answers])
         engine.shutdown()

@@ -80,7 +80,9 @@ def test_same_text_and_accept_lengths(algorithm, wide_demos, demo_prompts):
 
     def answers(folder) -> list[tuple[list[int], int]]:
         params = {"speculative_draft_model_path": str(folder / draft.name)} if draft else {}
-        engine = Engine(model_path=str(folder / target.name), speculative_algorithm=algorithm, **params)
+        engine = Engine(
+            model_path=str(folder / target.name), speculative_algorithm=algorithm, speculative_adaptive=False, **params
+        )
         sampling = {"temperature": 0, "max_new_tokens": 32}
         answers = engine.generate(input_ids=demo_prompts[:6], sampling_params=sampling)
         return [(answer["output_ids"], answer["meta_info"]["spec_verify_ct"]) for answer in answers]

@@ -21,10 +21,11 @@ def attention(
     """[B, Q, H * D], scaled by 1/sqrt(D). All as in ForwardBatch, contiguous but for the rows of q."""
     B, Q, H, D = q_BQHD.shape
     L, W, G = prefix_slot_BL.shape[1], window_slot_BW.shape[1], kv_S2GD.shape[2]
+    q_THD = q_BQHD.flatten(0, 1)  # its rows' stride is not stride(1) if Q is 1
     y_BQE = q_BQHD.new_empty(B, Q, H * D)
-    inputs = (q_BQHD, kv_S2GD, prefix_slot_BL, prefix_len_B, window_slot_BW, window_mask_BQW)
+    inputs = (q_THD, kv_S2GD, prefix_slot_BL, prefix_len_B, window_slot_BW, window_mask_BQW)
     pointers = [tensor.data_ptr() for tensor in (*inputs, y_BQE)]
-    _function(q_BQHD.dtype)(*pointers, B, Q, H, G, D, L, W, q_BQHD.stride(1), torch.get_num_threads())
+    _function(q_BQHD.dtype)(*pointers, B, Q, H, G, D, L, W, q_THD.stride(0), torch.get_num_threads())
     return y_BQE
 
 

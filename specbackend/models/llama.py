@@ -57,6 +57,10 @@ class LlamaModel:
         weights.finish()  # a tensor that nobody takes, such as a bias, would change what the model says
         self.rope = rope_table(config, num_positions, device)
 
+    @property
+    def feature_size(self) -> int:
+        return max(1, len(self.captured_layers)) * self.config.hidden_size
+
     def forward(self, batch: ForwardBatch, plan: AttentionPlan, kv_pool: KVPool) -> TargetOutput:
         """Run all layers over the batch's T = B * Q rows, writing their K and V to the pool."""
         x_TD = F.embedding(batch.token_BQ.flatten(), self.embed_tokens)

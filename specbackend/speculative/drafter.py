@@ -7,10 +7,13 @@ from specbackend.batch import Accepted, ExtendBatch, ForwardBatch, Sequences
 from specbackend.config import TreeShape
 from specbackend.cuda_graphs import Recorder
 from specbackend.models.llama import TargetOutput
+from specbackend.request import Request
 from specbackend.sampling import SamplingBatch
 from specbackend.speculative.draft_tree import DraftTree
 from specbackend.speculative.tree_shapes import TreeShapes
 from specbackend.speculative.verifier import AcceptedPath
+
+MOST_UNFED = 32  # plain steps that a draft may be behind
 
 
 @dataclass(frozen=True)
@@ -51,3 +54,12 @@ class Drafter(Protocol):
 
     def follow_path(self, verified: Verified, at: Sequences) -> None:
         """Take note of what became of the proposal; `at` is as it was proposed for."""
+
+    def keep_plain(self, output: TargetOutput, at: Sequences) -> None:
+        """Keep of a plain step, which computed the roots, what `catch_up` needs. Leaves the host alone."""
+
+    def catch_up(self, requests: list[Request], forward: ForwardBatch) -> None:
+        """Read what plain steps have computed: the last `num_unfed` tokens of each request, at most MOST_UNFED.
+
+        forward: these tokens and the unfed_tokens before them, if there are so many.
+        """

@@ -13,25 +13,31 @@ from specbackend.config import TreeShape
 from specbackend.cuda_graphs import Recorder
 from specbackend.models.draft import HeadModel
 from specbackend.models.llama import TargetOutput
+from specbackend.request import Request
 from specbackend.runner import causal_mask
 from specbackend.sampling import SamplingBatch
 from specbackend.speculative.draft_tree import DraftTree, build_tree
-from specbackend.speculative.drafter import CacheRule, Verified
+from specbackend.speculative.drafter import MOST_UNFED, CacheRule, Verified
 from specbackend.speculative.tree_growth import DraftPrefix, TreeGrower
 from specbackend.speculative.tree_shapes import TreeShapes
 
 
 class HeadDrafter:
-    """Keeps, per table row, where the last feed left the head: the state that the next tree grows from."""
+    """Keeps, per table row, where the last feed left the head: the state that the next tree grows from.
+
+    And the target's features at the last MOST_UNFED positions, as far as plain steps computed them: position t's in
+    column t % MOST_UNFED.
+    """
 
     cache_rule = CacheRule(successor_keys=True, has_draft_kv=True)
     is_on_device = True
 
-    def __init__(self, head: HeadModel, grower: TreeGrower):
+    def __init__(self, head: HeadModel, grower: TreeGrower, feature_size: int):
         """grower: of the same head."""
         self.head, self.grower, self.device = head, grower, grower.device
-        D = head.config.hidden_size
-        self._hidden_RD = torch.zeros(grower.num_rows, D, dtype=grower.dtype, device=self.device)
+        R, D, like = grower.num_rows, head.config.hidden_size, {"dtype": grower.dtype, "device": self.device}
+        self._hidden_RD = torch.zeros(R, D, **like)
+        self._plain_feature_RUF = torch.zeros(R, MOST_UNFED, feature_size, **like)
         self._causal_PP = causal_mask(grower.num_steps + 1, self.device)
 
     def follow_prompt(
@@ -79,6 +85,18 @@ class HeadDrafter:
         first_row_B1 = torch.arange(0, B * N, N, device=self.device)[:, None]
         feature_TF = verified.output.feature_TF[(first_row_B1 + node_BP).flatten()]
         self._feed(batch, feature_TF, path.count_B - 1, at.row_B)
+
+    def keep_plain(self, output: TargetOutput, at: Sequences) -> None:
+        self._plain_feature_RUF[at.row_B, at.length_B % MOST_UNFED] = output.feature_TF
+
+    def catch_up(self, requests: list[Request], forward: ForwardBatch) -> None:
+        Q = forward.token_BQ.shape[1]
+        following = [request.all_ids[-request.num_unfed :] + [0] * (Q - request.num_unfed) for request in requests]
+        last_B = torch.tensor([request.num_unfed for request in requests], device=self.device) - 1
+        row_B = torch.tensor([request.row for request in requests], device=self.device)
+        feature_BQF = self._plain_feature_RUF[row_B[:, None], forward.position_BQ % MOST_UNFED]
+        batch = dataclasses.replace(forward, token_BQ=torch.tensor(following, device=self.device))
+        self._feed(batch, feature_BQF.flatten(0, 1), last_B, row_B)
 
     def _feed(self, batch: ForwardBatch, feature_TF: torch.Tensor, last_B, row_B) -> None:
         self._hidden_RD[row_B] = self.grower.feed(batch, self.head.fuse(feature_TF), last_B)

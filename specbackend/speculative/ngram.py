@@ -97,6 +97,12 @@ class NgramDrafter:
     def follow_path(self, verified: Verified, at: Sequences) -> None:
         """Nothing to do, as above."""
 
+    def keep_plain(self, output: TargetOutput, at: Sequences) -> None:
+        """Nothing to do, as above."""
+
+    def catch_up(self, requests: list[Request], forward: ForwardBatch) -> None:
+        """Nothing to do, as above."""
+
     def _tree(self, request: Request) -> TokenTree:
         """At most as large as the request's own tree may be."""
         index, shape = self._index(request), request.tree

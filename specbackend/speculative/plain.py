@@ -6,6 +6,7 @@ from specbackend.batch import Accepted, DecodeBatch, ExtendBatch, ForwardBatch, 
 from specbackend.models.llama import TargetOutput
 from specbackend.runner import TargetRunner, extend_forward_batch
 from specbackend.sampling import Nodes, SamplingBatch, note_prompt_logprobs, pick_from, picked_logprobs, target_logits
+from specbackend.speculative.drafter import Drafter
 from specbackend.speculative.tree_shapes import TreeShapes
 
 
@@ -13,8 +14,9 @@ class PlainDecoder:
     num_nodes = 1
     is_on_device = True
 
-    def __init__(self, runner: TargetRunner):
-        self.runner = runner
+    def __init__(self, runner: TargetRunner, drafter: Drafter | None = None):
+        """drafter: one that goes on, some time, where these steps lead."""
+        self.runner, self._drafter = runner, drafter
 
     def extend(self, batch: ExtendBatch) -> Accepted:
         forward = extend_forward_batch(self.runner, batch)
@@ -38,7 +40,10 @@ class PlainDecoder:
             window_mask_BQW=torch.ones_like(slot_B1, dtype=torch.bool)[:, None],
             window_is_causal=True,
         )
-        logits_BV = runner.model.logits(runner.forward(forward).hidden_TD)
+        output = runner.forward(forward)
+        if self._drafter:
+            self._drafter.keep_plain(output, at)
+        logits_BV = runner.model.logits(output.hidden_TD)
         nodes = Nodes.roots(at.root_B, at.length_B + 1)
         return _pick_one(logits_BV, nodes, sampling, torch.ones_like(at.length_B))
 

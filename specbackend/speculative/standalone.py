@@ -8,6 +8,7 @@ from specbackend.cache.slots import DUMMY_SLOT
 from specbackend.config import TreeShape
 from specbackend.cuda_graphs import Recorder
 from specbackend.models.llama import TargetOutput
+from specbackend.request import Request
 from specbackend.runner import causal_mask
 from specbackend.sampling import SamplingBatch
 from specbackend.speculative.draft_tree import DraftTree, build_tree
@@ -33,8 +34,7 @@ class StandaloneDrafter:
     def follow_prompt(
         self, batch: ExtendBatch, forward: ForwardBatch, output: TargetOutput, accepted: Accepted
     ) -> None:
-        last_B = torch.tensor(batch.chunk_lens, device=self.grower.device) - 1
-        self.grower.feed(forward, None, last_B)  # for its K and V; what may follow is asked before drafting
+        self._read(forward)
 
     def record_forwards(self, record: Recorder, batch_sizes: list[int], num_columns: int, tree: TreeShape) -> None:
         self.grower.record_forwards(record, batch_sizes, num_columns, feed_width=len(self._back_P))
@@ -48,6 +48,16 @@ class StandaloneDrafter:
 
     def follow_path(self, verified: Verified, at: Sequences) -> None:
         """Nothing to do: the next proposal reads what was accepted."""
+
+    def keep_plain(self, output: TargetOutput, at: Sequences) -> None:
+        """Nothing to do: the tokens are in the text."""
+
+    def catch_up(self, requests: list[Request], forward: ForwardBatch) -> None:
+        self._read(forward)
+
+    def _read(self, forward: ForwardBatch) -> None:
+        """For its K and V; what may follow is asked before drafting."""
+        self.grower.feed(forward, None, torch.zeros_like(forward.prefix_len_B))
 
     def _recent(self, at: Sequences) -> ForwardBatch:
         """The last P tokens as rows on the right; a shorter sequence is padded on the left."""

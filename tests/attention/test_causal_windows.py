@@ -8,7 +8,11 @@ from specbackend.engine import Engine
 from specbackend.runner import causal_mask
 from tests.conftest import DEMO_EAGLE3, DEMO_TARGET
 
-EAGLE3 = {"speculative_algorithm": "EAGLE3", "speculative_draft_model_path": str(DEMO_EAGLE3)}
+EAGLE3 = {
+    "speculative_adaptive": False,
+    "speculative_algorithm": "EAGLE3",
+    "speculative_draft_model_path": str(DEMO_EAGLE3),
+}
 
 
 @pytest.mark.parametrize("speculative", [{}, EAGLE3], ids=["plain", "EAGLE3"])

@@ -13,6 +13,7 @@ from tests.conftest import DEMO_EAGLE3, DEMO_TARGET, ROOT
 # As the shipped config.pbtxt, for a machine on which other tests run.
 ENGINE_PARAMS = {
     "model_path": str(DEMO_TARGET),
+    "speculative_adaptive": False,
     "speculative_algorithm": "EAGLE3",
     "speculative_draft_model_path": str(DEMO_EAGLE3),
     "max_total_tokens": 12000,

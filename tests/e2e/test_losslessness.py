@@ -38,6 +38,7 @@ def tiny(request, tmp_path_factory) -> Iterator[TinyServer]:
         folder / "models",
         model_path=str(folder / "target"),
         speculative_algorithm=request.param,
+        speculative_adaptive=False,
         speculative_draft_model_path=str(folder / "head"),
         max_running_requests=256,
         max_queued_requests=REQUESTS,

@@ -34,7 +34,9 @@ def test_engine_on_kernels_equals_torch(family, tmp_path, request):
     write_tokenizer(tmp_path)
     params = {"model_path": str(tmp_path), "chunked_prefill_size": 4}
     if family == "mimo":
-        params |= {"speculative_algorithm": "NEXTN"} | dict(zip(TREE, (3, 2, 5), strict=True))
+        params |= {"speculative_adaptive": False, "speculative_algorithm": "NEXTN"} | dict(
+            zip(TREE, (3, 2, 5), strict=True)
+        )
     assert_kernels_equal_torch(params, PARAMS, request)
 
 
@@ -46,5 +48,9 @@ def test_sampled_drafts_of_another_vocabulary(sampling_params, tmp_path, request
     last_hidden = {"options": {"num_features": 0}, "eagle_config": {"use_aux_hidden_state": False}}
     write_head(tmp_path / "head", "EAGLE3", config, draft_vocab_size=40, **last_hidden)
     paths = {"model_path": str(tmp_path / "target"), "speculative_draft_model_path": str(tmp_path / "head")}
-    params = {"speculative_algorithm": "EAGLE3"} | paths | dict(zip(TREE, (3, 2, 5), strict=True))
+    params = (
+        {"speculative_adaptive": False, "speculative_algorithm": "EAGLE3"}
+        | paths
+        | dict(zip(TREE, (3, 2, 5), strict=True))
+    )
     assert_kernels_equal_torch(params, sampling_params, request)

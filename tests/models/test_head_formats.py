@@ -439,7 +439,7 @@ def test_published_format(name, target, plain_answers, tmp_path, caplog):
     assert_drafts_as(target, kind, published, official)
     assert not caplog.records, "everything in the file has a use"
     paths = {"model_path": str(target.folder), "speculative_draft_model_path": str(published)}
-    engine = Engine(**paths, speculative_algorithm=kind)
+    engine = Engine(**paths, speculative_algorithm=kind, speculative_adaptive=False)
     assert generate(engine) == plain_answers
     assert engine.stats().verify_steps > 0
 

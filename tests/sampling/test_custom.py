@@ -13,7 +13,11 @@ from tests.conftest import DEMO_EAGLE3, DEMO_TARGET
 from tests.speculative.random_trees import path_to, tree_of
 
 NEW_TOKENS, MODULE = 24, "tests.custom_processors"
-EAGLE3 = {"speculative_algorithm": "EAGLE3", "speculative_draft_model_path": str(DEMO_EAGLE3)}
+EAGLE3 = {
+    "speculative_adaptive": False,
+    "speculative_algorithm": "EAGLE3",
+    "speculative_draft_model_path": str(DEMO_EAGLE3),
+}
 
 
 def make_engine(*names: str, **params) -> Engine:
@@ -45,7 +49,9 @@ def test_called_once_for_each_place_with_its_own_text():
 
 
 @pytest.mark.parametrize("sampling", [{"temperature": 0}, {"temperature": 0.9, "top_k": 20}], ids=str)
-@pytest.mark.parametrize("server", [EAGLE3, {"speculative_algorithm": "NGRAM"}], ids=["eagle3", "ngram"])
+@pytest.mark.parametrize(
+    "server", [EAGLE3, {"speculative_adaptive": False, "speculative_algorithm": "NGRAM"}], ids=["eagle3", "ngram"]
+)
 def test_drafted_text_is_that_of_plain_decoding(server, sampling, demo_prompts):
     names = ("no_token_twice_in_a_row", "sum_of_the_text")
     params = [

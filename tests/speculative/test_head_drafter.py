@@ -136,7 +136,7 @@ def assert_official_growth(engine, reference, tree, monkeypatch) -> None:
 
 
 def random_engine(folder, tree, **params) -> Engine:
-    tree = dict(zip(TREE_NAMES, tree, strict=True))
+    tree = dict(zip(TREE_NAMES, tree, strict=True)) | {"speculative_adaptive": False}
     return Engine(model_path=str(folder), max_running_requests=1, chunked_prefill_size=7, **tree, **params)
 
 

@@ -24,10 +24,11 @@ def folder(tmp_path_factory):
     return folder
 
 
-def make_engine(folder, **params) -> Engine:
+def make_engine(folder, speculative_adaptive: bool = False, **params) -> Engine:
     return Engine(
         model_path=str(folder),
         speculative_algorithm="STANDALONE",
+        speculative_adaptive=speculative_adaptive,
         speculative_draft_model_path=str(folder),
         speculative_num_steps=STEPS,
         speculative_eagle_topk=1,

@@ -57,7 +57,7 @@ class EngineSubject:
     def __init__(self, params: Mapping[str, Any]):
         from specbackend.engine import Engine
 
-        self.engine = Engine(**params)
+        self.engine = Engine(**{"speculative_adaptive": False} | dict(params))  # each step is to be audited
         self._params = dict(params)
 
     def answer(self, prompts: Sequence[Prompt], params: Sequence[Mapping[str, Any]]) -> list[Answer]:

@@ -67,6 +67,7 @@ def check_decode(context: Context, out: dict) -> None:
 
 def engine_of(context: Context, params: dict, most: int) -> Engine:
     shared = {"dtype": context.dtype, "device": str(context.device), "max_running_requests": most}
+    shared["speculative_adaptive"] = False
     return Engine(**shared | {"context_length": 1000, "disable_radix_cache": True, "cuda_graph_max_bs": most} | params)
 
 

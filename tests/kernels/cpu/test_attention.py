@@ -28,6 +28,7 @@ def batches(generator):
     yield chunks([0], [5], generator)
     yield chunks([3, 17, 0], [4, 1, 7], generator)
     yield chunks([40], [1], generator)
+    yield chunks([3, 17, 0], [1, 1, 1], generator)
     yield trees([9, 30], 13, generator)
     yield draft_level([5, 12], 4, 3, generator)
 
