@@ -145,7 +145,9 @@ class Engine:
             self.decoder = TreeDecoder(runner, drafter, num_nodes)
         if attention.is_on_device and (record := graph_recorder(self.device)):
             self._record(runner, drafter, record)
-        self.slots = SlotManager(num_slots, cache_rule.successor_keys, cache_prefixes=not config.disable_radix_cache)
+        self.slots = SlotManager(
+            num_slots, cache_rule.successor_keys, not config.disable_radix_cache, config.radix_eviction_policy
+        )
         self.scheduler = Scheduler(
             config,
             self.slots,
@@ -349,6 +351,8 @@ class Engine:
         if request.params.n != 1:
             raise InvalidRequest("n", "a request to the engine has one answer; `of_answer` gives each its own")
         request.params.check_vocabulary(vocab, self.model_config.eos_token_ids)
+        if request.params.priority and not self.config.enable_priority_scheduling:
+            raise InvalidRequest("priority", "is not served by this server (enable_priority_scheduling)")
         if request.params.custom_params is not None and not self._processors:
             raise InvalidRequest("custom_params", "this server has no logits processors of its own (logits_processors)")
 
