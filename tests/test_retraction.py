@@ -108,7 +108,9 @@ def starts(prompts: list[list[int]]) -> list[list[int]]:
 @pytest.mark.parametrize("server", [{}, EAGLE3], ids=["plain", "EAGLE3"])
 def test_every_kind_of_state(server, demo_prompts, demo_answers, watch):
     """Penalties, grammars, seeds, logprobs and stop strings go on where they were."""
-    engine = Engine(model_path=str(DEMO_TARGET), context_length=72, max_total_tokens=4 * 72, **server)
+    engine = Engine(
+        model_path=str(DEMO_TARGET), context_length=72, max_total_tokens=4 * 72, chunked_prefill_size=3, **server
+    )
     storm = watch(engine)
     answers = engine.generate(input_ids=starts(demo_prompts), sampling_params=MIXED)
     for answer, other in zip(answers, demo_answers, strict=True):

@@ -259,8 +259,20 @@ def test_what_was_matched_most_is_kept_by_lfu():
     tree.match([1])
     tree.match([1])
     tree.match([2])
-    tree.insert([2], [22])  # no hit: whoever shares a prefix has matched it before
+    for _ in range(4):
+        tree.insert([2], [22])  # no hits: whoever shares a prefix has matched it before
     assert [tree.evict(1) for _ in range(2)] == [[12], [11]]
+
+
+def test_both_halves_of_a_node_have_its_hits_and_priority():
+    for policy, gives in (("lfu", "hits"), ("priority", "priority")):
+        tree = RadixTree(policy)
+        tree.insert([1, 2], [11, 12], priority=5)
+        for _ in range(5):
+            tree.match([1, 2])
+        lower = tree.match([1, 2]).node
+        upper = tree.insert([1], [21]).node
+        assert (getattr(upper, gives), getattr(lower, gives)) == {"hits": (6, 6), "priority": (5, 5)}[gives]
 
 
 def test_the_tree_takes_the_highest_priority_of_those_that_share_a_prefix():
@@ -268,4 +280,5 @@ def test_the_tree_takes_the_highest_priority_of_those_that_share_a_prefix():
     tree.insert([1, 2], [11, 12], priority=-1)
     tree.insert([3], [13], priority=0)
     tree.insert([1, 4], [21, 14], priority=5)
+    tree.insert([1, 4], [21, 24], priority=-5)
     assert [tree.evict(1) for _ in range(4)] == [[12], [13], [14], [11]]
