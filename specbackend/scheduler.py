@@ -54,7 +54,7 @@ class Scheduler:
 
     @property
     def least_priority(self) -> int:
-        """Of a request that is less urgent than any client's."""
+        """Of a request that is more urgent than nobody."""
         if not self.config.enable_priority_scheduling:
             return 0
         return UNLIMITED if self.config.schedule_low_priority_values_first else -UNLIMITED

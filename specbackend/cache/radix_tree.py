@@ -63,7 +63,7 @@ class RadixNode:
     children: dict[int, "RadixNode"] = field(default_factory=dict)
     locks: int = 0  # requests whose prefix runs through this node
     last_used: int = 0
-    hits: int = 0  # matches that ran through it
+    hits: int = 0  # times that it was there when it was inserted: by a request that used it
     priority: int = 0  # the highest of the requests that gave its slots or had them already
     is_queued: bool = False  # for eviction
     salt: str | None = None  # of a root
@@ -118,10 +118,12 @@ class RadixTree:
 
     def match(self, keys: Sequence[int], salt: str | None = None) -> PrefixMatch:
         """Return the longest prefix of `keys` that is cached; splits a node so that the match ends on a border."""
-        found = self._find(keys, salt)
-        for node in found.node.path():
-            node.hits += 1
-        return found
+        node, slots, now = self._root(salt), [], next(self._clock)
+        for child, shared in self._walk(node, keys):
+            node = self._split(child, shared) if shared < len(child.keys) else child
+            node.last_used = now
+            slots += node.slots
+        return PrefixMatch(slots, node)
 
     def insert(
         self, keys: Sequence[int], slots: Sequence[int], salt: str | None = None, priority: int = 0
@@ -131,8 +133,9 @@ class RadixTree:
         Returns the tree's own slots for all of `keys`: where they differ from `slots`, the caller still owns its copy.
         """
         assert len(keys) == len(slots), f"{len(keys)} keys for {len(slots)} slots"
-        found = self._find(keys, salt)
+        found = self.match(keys, salt)
         for node in found.node.path():
+            node.hits += 1
             node.priority = max(node.priority, priority)
         known = len(found.slots)
         if known == len(keys):
@@ -193,14 +196,6 @@ class RadixTree:
             if is_left_midway:
                 return
             node = child
-
-    def _find(self, keys: Sequence[int], salt: str | None) -> PrefixMatch:
-        node, slots, now = self._root(salt), [], next(self._clock)
-        for child, shared in self._walk(node, keys):
-            node = self._split(child, shared) if shared < len(child.keys) else child
-            node.last_used = now
-            slots += node.slots
-        return PrefixMatch(slots, node)
 
     def _split(self, node: RadixNode, at: int) -> RadixNode:
         """Cut `node` in two and return the upper half; whoever pinned the node pins both halves."""

@@ -40,11 +40,6 @@ class NaiveTree:
         self._clock = count()
 
     def match(self, keys: list[int], salt: str | None) -> list[int]:
-        for entry in self.path(keys, salt):
-            entry.hits += 1
-        return self.use(keys, salt)
-
-    def use(self, keys: list[int], salt: str | None) -> list[int]:
         now, slots = next(self._clock), []
         for entry in self.path(keys, salt):
             entry.last_used = now
@@ -52,8 +47,9 @@ class NaiveTree:
         return slots
 
     def insert(self, keys: list[int], slots: list[int], salt: str | None, priority: int) -> list[int]:
-        known = self.use(keys, salt)
+        known = self.match(keys, salt)
         for entry in self.path(keys, salt):
+            entry.hits += 1
             entry.priority = max(entry.priority, priority)
         now = next(self._clock)
         for length in range(len(known) + 1, len(keys) + 1):
@@ -252,27 +248,23 @@ def test_salts_share_nothing():
     assert tree.match([1, 2], salt="a").slots == [11, 12]
 
 
-def test_what_was_matched_most_is_kept_by_lfu():
+def test_what_was_used_most_is_kept_by_lfu():
     tree = RadixTree("lfu")
-    tree.insert([1], [11])
-    tree.insert([2], [12])
-    tree.match([1])
-    tree.match([1])
-    tree.match([2])
+    for key, times in ((1, 3), (2, 2)):
+        for _ in range(times):
+            tree.insert([key], [10 + key])
     for _ in range(4):
-        tree.insert([2], [22])  # no hits: whoever shares a prefix has matched it before
+        tree.match([2])  # no use: a request that waits looks again and again
     assert [tree.evict(1) for _ in range(2)] == [[12], [11]]
 
 
-def test_both_halves_of_a_node_have_its_hits_and_priority():
-    for policy, gives in (("lfu", "hits"), ("priority", "priority")):
-        tree = RadixTree(policy)
+@pytest.mark.parametrize(("policy", "gives", "value"), [("lfu", "hits", 4), ("priority", "priority", 5)])
+def test_both_halves_of_a_node_have_what_decides_over_it(policy, gives, value):
+    tree = RadixTree(policy)
+    for _ in range(5):
         tree.insert([1, 2], [11, 12], priority=5)
-        for _ in range(5):
-            tree.match([1, 2])
-        lower = tree.match([1, 2]).node
-        upper = tree.insert([1], [21]).node
-        assert (getattr(upper, gives), getattr(lower, gives)) == {"hits": (6, 6), "priority": (5, 5)}[gives]
+    upper, lower = (tree.match(keys).node for keys in ([1], [1, 2]))
+    assert getattr(upper, gives) == getattr(lower, gives) == value
 
 
 def test_the_tree_takes_the_highest_priority_of_those_that_share_a_prefix():

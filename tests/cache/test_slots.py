@@ -162,7 +162,7 @@ class SlotMachine(RuleBasedStateMachine):
 
 
 TestSlots = SlotMachine.TestCase
-TestSlots.settings = settings(max_examples=100, stateful_step_count=40, deadline=None)
+TestSlots.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
 
 
 def cached(manager: SlotManager, tokens: list[int]) -> list[int]:
