@@ -76,8 +76,12 @@ class EngineConfig:
     chunked_prefill_size: int = 2048  # prompt tokens per request and step; -1 switches chunking off
     max_prefill_tokens: int = 16384  # prompt tokens per step over all requests, padding included
     schedule_policy: str = "fcfs"  # fcfs, or lpm: longest cached prefix first
+    enable_priority_scheduling: bool = False  # serve requests' `priority`; before schedule_policy it decides
+    schedule_low_priority_values_first: bool = False
+    priority_scheduling_preemption_threshold: int = 10  # whoever is more urgent by more takes a place
     page_size: int = 1
     disable_radix_cache: bool = False
+    radix_eviction_policy: str = "lru"  # lru, lfu, or priority: of the requests that used a prefix
     attention_backend: str = "auto"  # torch, native, triton or flashinfer; auto: triton on a GPU, else native
     cuda_graph_max_bs: int | None = None  # largest batch whose decode step is a CUDA graph; None: 32
     disable_cuda_graph: bool = False
@@ -95,6 +99,7 @@ class EngineConfig:
         self._default("speculative_algorithm", ALIASES.get(self.speculative_algorithm, self.speculative_algorithm))
         self._check_choices()
         self._check_ranges()
+        self._check_priorities()
         if self.tp_size > 1 and (self.quantization or self.enable_torch_compile):
             name = "quantization" if self.quantization else "enable_torch_compile"
             raise ConfigError(f"{name}: is served on one rank only, tp_size is {self.tp_size}")
@@ -144,6 +149,7 @@ class EngineConfig:
         _one_of("dtype", self.dtype, ("auto", "float32", "bfloat16", "float16"))
         _one_of("quantization", self.quantization, (None, "int8wo", "fp8wo"))
         _one_of("schedule_policy", self.schedule_policy, ("fcfs", "lpm"))
+        _one_of("radix_eviction_policy", self.radix_eviction_policy, ("lru", "lfu", "priority"))
         _one_of("attention_backend", self.attention_backend, ("auto", "torch", "native", "triton", "flashinfer"))
         _one_of("page_size", self.page_size, (1,))
 
@@ -151,6 +157,7 @@ class EngineConfig:
         for name in ("max_running_requests", "max_queued_requests", "max_prefill_tokens", "stream_interval", "tp_size"):
             _at_least(name, getattr(self, name), 1)
         _at_least("torch_compile_max_bs", self.torch_compile_max_bs, 1)
+        _at_least("priority_scheduling_preemption_threshold", self.priority_scheduling_preemption_threshold, 0)
         for name in ("context_length", "max_total_tokens", "num_threads"):
             if getattr(self, name) is not None:
                 _at_least(name, getattr(self, name), 1)
@@ -164,6 +171,14 @@ class EngineConfig:
             raise ConfigError(f"shadow_fraction: must lie between 0 and 1, got {self.shadow_fraction}")
         if not self.watchdog_timeout > 0:  # false for nan too
             raise ConfigError(f"watchdog_timeout: must be positive, got {self.watchdog_timeout}")
+
+    def _check_priorities(self) -> None:
+        if self.enable_priority_scheduling:
+            return
+        if self.schedule_low_priority_values_first:
+            raise ConfigError("schedule_low_priority_values_first: is set, but enable_priority_scheduling is not")
+        if self.radix_eviction_policy == "priority":
+            raise ConfigError("radix_eviction_policy: is priority, but enable_priority_scheduling is not set")
 
     def _refuse_speculative(self, prefix: str, reason: str) -> None:
         for f in fields(self):

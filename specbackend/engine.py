@@ -148,7 +148,9 @@ class Engine:
         if config.speculative_adaptive:
             tree = tree_of(SamplingParams(), config)
             self.decoder = AdaptiveDecoder(self.decoder, self.plain, runner, drafter, tree)
-        self.slots = SlotManager(num_slots, cache_rule.successor_keys, cache_prefixes=not config.disable_radix_cache)
+        self.slots = SlotManager(
+            num_slots, cache_rule.successor_keys, not config.disable_radix_cache, config.radix_eviction_policy
+        )
         self.scheduler = Scheduler(
             config,
             self.slots,
@@ -352,6 +354,8 @@ class Engine:
         if request.params.n != 1:
             raise InvalidRequest("n", "a request to the engine has one answer; `of_answer` gives each its own")
         request.params.check_vocabulary(vocab, self.model_config.eos_token_ids)
+        if request.params.priority and not self.config.enable_priority_scheduling:
+            raise InvalidRequest("priority", "is not served by this server (enable_priority_scheduling)")
         if request.params.custom_params is not None and not self._processors:
             raise InvalidRequest("custom_params", "this server has no logits processors of its own (logits_processors)")
 

@@ -54,6 +54,8 @@ class Request:
 
     status: RequestStatus = RequestStatus.WAITING
     output_ids: list[int] = field(default_factory=list)
+    arrival: int = 0  # place among all that have come
+    has_made_way: bool = False  # for a more urgent request, which is asked of it once
     row: int = -1  # place in the RequestTable
     num_computed: int = 0  # tokens whose KV is in the pool
     num_cached: int = 0  # of these, how many the prefix cache supplied

@@ -18,6 +18,7 @@ MOST_BAD_WORDS, LONGEST_BAD_WORD = 256, 32  # every one is compared with the end
 MOST_STOPS = 64  # looked for after every token, in the thread that answers everybody
 MOST_LOGPROBS = 20  # alternatives per token, as in vLLM
 MOST_SEQUENCES = 64  # of one prompt
+LONGEST_SALT = 1024  # characters
 
 # Other names of the same, vLLM's first.
 ALIASES = {
@@ -26,6 +27,7 @@ ALIASES = {
     "extra_args": "custom_params",
     "no_stop_trim": "include_stop_str_in_output",
     "sampling_seed": "seed",
+    "extra_key": "cache_salt",
     "guided_json": "json_schema",
     "guided_regex": "regex",
     "guided_grammar": "ebnf",
@@ -77,7 +79,6 @@ NOT_SERVED: dict[str, tuple[tuple, str]] = {
     "image_data": (([],), "prompts are text or token ids"),
     "video_data": (([],), "prompts are text or token ids"),
     "audio_data": (([],), "prompts are text or token ids"),
-    "priority": ((0,), "who comes first is schedule_policy's to say"),
 }
 LONGEST_GUIDE = {"json_schema": 1 << 16, "regex": 1 << 13, "ebnf": 1 << 13, "choice": 1 << 16}  # bytes
 MOST_CHOICES = 1024
@@ -117,6 +118,9 @@ class SamplingParams:
     speculative_num_steps: int | None = None  # None: the server's; no more than that, as the next two
     speculative_eagle_topk: int | None = None
     speculative_num_draft_tokens: int | None = None
+    # who runs when, on what is cached; it changes no token
+    priority: int = 0  # served with enable_priority_scheduling only
+    cache_salt: str | None = None  # the prefix cache is shared with requests of the same salt only
     # which tokens may be picked, in place of those that are less likely
     top_k: int = -1  # -1: all
     top_p: float = 1.0
@@ -158,6 +162,11 @@ class SamplingParams:
         for name in TREE:
             if getattr(self, name) is not None:
                 _require_int(name, getattr(self, name), low=1, high=UNLIMITED)
+        _require_int("priority", self.priority, low=-UNLIMITED, high=UNLIMITED)
+        if self.cache_salt is not None:
+            _require_text("cache_salt", self.cache_salt)
+            if not 0 < len(self.cache_salt) <= LONGEST_SALT:
+                raise InvalidRequest("cache_salt", f"must have 1 to {LONGEST_SALT} characters")
         for flag in ("ignore_eos", "speculative", "include_stop_str_in_output", "skip_special_tokens"):
             _require_bool(flag, getattr(self, flag))
         self._check_filters()

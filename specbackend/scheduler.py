@@ -1,15 +1,20 @@
 """Who runs next, on which slots, and what became of it."""
 
-from collections import deque
+import bisect
+from array import array
 
 from specbackend.batch import Accepted, DecodeBatch, ExtendBatch
 from specbackend.cache.kv_pool import RequestTable
-from specbackend.cache.radix_tree import PrefixMatch
-from specbackend.cache.slots import SlotManager
+from specbackend.cache.radix_tree import shared_length
+from specbackend.cache.slots import PinnedPrefix, SlotManager
 from specbackend.config import EngineConfig
 from specbackend.errors import QueueFull
 from specbackend.request import Failure, FinishReason, Request, RequestStatus, TokenLogprob, Update
+from specbackend.sampling_params import UNLIMITED
 from specbackend.speculative.drafter import CacheRule
+
+OLDEST_EVERY = 16  # of so many admissions one is the oldest's, whatever the policy says, so that nobody waits for ever
+MOST_COMPARED = 128  # of the waiting requests, by lpm: looking for prefixes takes time
 
 
 class Scheduler:
@@ -32,11 +37,14 @@ class Scheduler:
         self.config, self.slots, self.table = config, slots, table
         self.num_nodes, self.context_length, self.eos_token_ids = num_nodes, context_length, eos_token_ids
         self.cache_rule = cache_rule
-        self.waiting: deque[Request] = deque()
+        self.waiting: list[Request] = []  # in order of arrival
         self.prefilling: list[Request] = []
         self.running: list[Request] = []
-        self._pinned: dict[Request, PrefixMatch] = {}
+        self._pinned: dict[Request, PinnedPrefix] = {}
         self._num_owned: dict[Request, int] = {}  # table columns that hold a slot
+        self._num_drafted: dict[Request, int | None] = {}  # see `SlotManager.share`
+        self._num_arrived = 0
+        self._num_admitted = 0
         self._last_was_extend = False
         self._last_was_plain = False
 
@@ -44,9 +52,18 @@ class Scheduler:
     def has_work(self) -> bool:
         return bool(self.waiting or self.prefilling or self.running)
 
+    @property
+    def least_priority(self) -> int:
+        """Of a request that is more urgent than nobody."""
+        if not self.config.enable_priority_scheduling:
+            return 0
+        return UNLIMITED if self.config.schedule_low_priority_values_first else -UNLIMITED
+
     def add(self, request: Request) -> None:
         if len(self.waiting) >= self.config.max_queued_requests:
             raise QueueFull("Exceeds maximum queue size")
+        request.arrival = self._num_arrived
+        self._num_arrived += 1
         self.waiting.append(request)
 
     def cancel(self, request_id: str) -> Request | None:
@@ -71,17 +88,78 @@ class Scheduler:
         return self._decode_batch()
 
     def _admit(self) -> None:
-        if self.config.schedule_policy == "lpm" and len(self.waiting) > 1 and self.table.num_free_rows:
-            self.waiting = deque(sorted(self.waiting, key=lambda request: -self.slots.cached_length(request.all_ids)))
-        while self.waiting and self.table.num_free_rows and self._start(self.waiting[0]):
-            self.prefilling.append(self.waiting.popleft())
+        """Start those whose turn it is, until one does not fit: it is not overtaken by smaller ones."""
+        while (request := self._next_waiting()) and self._find_room(request):
+            self.waiting.remove(request)
+            self.prefilling.append(request)
+            self._num_admitted += 1
+
+    def _next_waiting(self) -> Request | None:
+        if not self.waiting or not (self.table.num_free_rows or self.config.enable_priority_scheduling):
+            return None
+        is_oldest_turn = self._num_admitted % OLDEST_EVERY == OLDEST_EVERY - 1
+        line = self.waiting if is_oldest_turn else self._by_policy()
+        return next((request for request in line if not self._will_find_its_prefix(request)), None)
+
+    def _by_policy(self) -> list[Request]:
+        line = list(self.waiting)
+        if self.config.enable_priority_scheduling:
+            line.sort(key=self._urgency, reverse=True)  # equals stay in order of arrival
+        if self.config.schedule_policy == "lpm" and len(line) > 1:
+            compared = line[:MOST_COMPARED]
+            compared.sort(key=lambda request: (-self._urgency(request), -self._cached_length(request)))
+            line[:MOST_COMPARED] = compared
+        return line
+
+    def _urgency(self, request: Request) -> int:
+        """The priority as one where more is more urgent."""
+        priority = request.params.priority
+        return -priority if self.config.schedule_low_priority_values_first else priority
+
+    def _cached_length(self, request: Request) -> int:
+        return self.slots.cached_length(request.text_array(), request.params.cache_salt)
+
+    def _will_find_its_prefix(self, request: Request) -> bool:
+        """Whether at least half of what it would compute is just being computed for others, and will be cached then."""
+        salt = request.params.cache_salt
+        others = [other for other in self.prefilling if other.params.cache_salt == salt]
+        if not others or _wants_prompt_rows(request):
+            return False
+        keys = self.slots.keys(request.text_array())
+        coming = max(shared_length(keys, self.slots.keys(other.text_array())) for other in others)
+        missing = request.num_tokens - self._cached_length(request)
+        return 2 * (request.num_tokens - coming) <= missing
+
+    def _find_room(self, request: Request) -> bool:
+        """Start it, if need be in the place of requests that are much less urgent."""
+        while not self._start(request):
+            least = min(self._yielding_to(request), key=self._worth, default=None)
+            if least is None:
+                return False
+            least.has_made_way = True
+            self._retract(least)
+        return True
+
+    def _yielding_to(self, request: Request) -> list[Request]:
+        if not self.config.enable_priority_scheduling:
+            return []
+        bound = self._urgency(request) - self.config.priority_scheduling_preemption_threshold
+        active = self.prefilling + self.running
+        return [other for other in active if self._urgency(other) < bound and not other.has_made_way]
+
+    def _worth(self, request: Request) -> tuple[int, int]:
+        """Whoever is worth least goes first when there is no room: the least urgent, and of these the youngest."""
+        return self._urgency(request), -request.arrival
 
     def _start(self, request: Request) -> bool:
         """Give the request a row, its cached prefix and slots for its other tokens and one tree; False if full."""
-        tokens = request.all_ids
-        pinned = self.slots.match(tokens if not _wants_prompt_rows(request) else [])
+        if not self.table.num_free_rows:
+            return False
+        needs_drafts = self._needs_drafts(request)
+        tokens = request.text_array() if not _wants_prompt_rows(request) else []
+        pinned = self.slots.match(tokens, request.params.cache_salt, needs_drafts)
         cached = len(pinned.slots)
-        needed = len(tokens) - cached + self.num_nodes
+        needed = request.num_tokens - cached + self.num_nodes
         headroom = self.num_nodes * (len(self.running) + len(self.prefilling))  # else the next step retracts it again
         fresh = self.slots.allocate(needed) if needed + headroom <= self.slots.num_available else None
         if fresh is None:
@@ -93,21 +171,30 @@ class Scheduler:
         if not request.output_ids:  # else it was retracted, and what it finds is its own
             request.num_cached = cached
         self._pinned[request] = pinned
+        if not needs_drafts:  # the draft reads the prompt, too, unless something that it would read before is missing
+            self._num_drafted[request] = request.num_tokens if pinned.num_drafted == cached else pinned.num_drafted
         self._own(request, pinned.slots + fresh)
         return True
+
+    def _needs_drafts(self, request: Request) -> bool:
+        return request.tree is not None or not self.cache_rule.has_draft_kv
 
     def _own(self, request: Request, slots: list[int]) -> None:
         self.table.write([request.row] * len(slots), list(range(len(slots))), slots)
         self._num_owned[request] = len(slots)
 
     def _extend_batch(self) -> ExtendBatch:
-        """The next chunk of every prefilling request, up to max_prefill_tokens as padded."""
+        """The next chunk of every prefilling request, up to max_prefill_tokens as padded.
+
+        Where others decode, which wait for it meanwhile, it is no more than one chunk's tokens.
+        """
         limit = self.config.chunked_prefill_size if self.config.chunked_prefill_size > 0 else self.context_length
+        most = min(limit, self.config.max_prefill_tokens) if self.running else self.config.max_prefill_tokens
         requests, chunk_lens, width = [], [], 0
         for request in self.prefilling:
             chunk = min(limit, request.num_tokens - request.num_computed)
             wider = max(width, chunk)
-            if requests and wider * (len(requests) + 1) > self.config.max_prefill_tokens:
+            if requests and wider * (len(requests) + 1) > most:
                 break
             requests.append(request)
             chunk_lens.append(chunk)
@@ -126,9 +213,10 @@ class Scheduler:
         return DecodeBatch(kept) if kept else None
 
     def _refill_windows(self, requests: list[Request]) -> list[Request]:
-        """Make each request own num_nodes slots beyond its computed ones; the youngest step back when slots run out.
+        """Make each request own num_nodes slots beyond its computed ones; when slots run out, the youngest of the least
+        urgent step back.
 
-        All of them may have to, if prompts and requests of the other kind hold the rest; these go on then.
+        All of these may have to, if prompts and requests of the other kind hold the rest; those go on then.
         """
         kept = list(requests)
         while kept:
@@ -137,7 +225,9 @@ class Scheduler:
             if fresh is not None:
                 self._append_slots(kept, missing, fresh)
                 return kept
-            self._retract(kept.pop())
+            least = min(self.prefilling + self.running, key=self._worth)
+            self._retract(least)
+            kept = [request for request in kept if request is not least]
         assert self.running or self.prefilling, "a single request always fits: Engine sizes the pool for it"
         return []
 
@@ -152,11 +242,13 @@ class Scheduler:
             self.table.write(rows, columns, slots)
 
     def _retract(self, request: Request) -> None:
-        """Take a running request's slots; it goes to the head of the queue and is recomputed, outputs included."""
-        self.running.remove(request)
-        self._release(request)
+        """Take a request's slots; it waits in its old place in line and is recomputed, outputs included."""
+        (self.running if request in self.running else self.prefilling).remove(request)
+        self.slots.unpin(self._release(request))
+        if not request.output_ids:
+            request.prompt_logprobs.clear()  # maybe of a part
         request.status = RequestStatus.WAITING
-        self.waiting.appendleft(request)
+        bisect.insort(self.waiting, request, key=lambda each: each.arrival)
 
     # ---- commit ----
 
@@ -183,7 +275,7 @@ class Scheduler:
         self.prefilling.remove(request)
         self.running.append(request)
         request.status = RequestStatus.RUNNING
-        self._share(request, request.all_ids + [first_token], request.num_computed)
+        self._share(request, request.text_array() + array("q", [first_token]), request.num_computed)
 
     def _append(self, request: Request, tokens: list[int], logprobs: list[TokenLogprob]) -> Update:
         tokens, reason = self._cut(request, tokens)
@@ -238,29 +330,30 @@ class Scheduler:
         request.status = RequestStatus.FINISHED
         request.grammar = None
         if request in self._pinned:
-            self._release(request)
+            self.slots.finish(self._release(request))
 
-    def _release(self, request: Request) -> None:
-        """Cache what may be cached of the request's KV, free the rest and its row."""
+    def _release(self, request: Request) -> PinnedPrefix:
+        """Cache what may be cached of the request's KV, free the rest and its row. What is cached is left pinned."""
         # Tokens past num_tokens - 1 may have KV too (a stop token cut the path short), but no known successor.
         known, cacheable = len(self._pinned[request].slots), min(request.num_computed, request.num_tokens - 1)
-        if self.cache_rule.has_draft_kv:
-            unfed = request.num_unfed + self.cache_rule.unfed_tokens
-            cacheable = cacheable - unfed if request.tree is not None else 0
+        if self._needs_drafts(request):
+            cacheable -= self.cache_rule.unfed_tokens + request.num_unfed
         if cacheable > known:  # a failure at the first token leaves less text than is cached
-            self._share(request, request.all_ids, cacheable)
+            self._share(request, request.text_array(), cacheable)
         pinned = self._pinned.pop(request)
         owned = self.table.read(request.row, self._num_owned.pop(request))
         self.slots.release(owned[len(pinned.slots) :])
-        self.slots.unpin(pinned)
+        self._num_drafted.pop(request, None)
         self.table.give_back(request.row)
         request.row, request.num_unfed = -1, 0
+        return pinned
 
-    def _share(self, request: Request, token_ids: list[int], count: int) -> None:
+    def _share(self, request: Request, token_ids: array, count: int) -> None:
         """Hand the first `count` slots to the prefix cache and use the cache's own wherever it had them already."""
         mine = self.table.read(request.row, count)
         known = len(self._pinned[request].slots)
-        pinned = self.slots.share(token_ids, mine, self._pinned[request])
+        num_drafted, urgency = self._num_drafted.get(request), self._urgency(request)
+        pinned = self.slots.share(token_ids, mine, self._pinned[request], num_drafted, urgency)
         self._pinned[request] = pinned
         replaced = [column for column in range(known, len(pinned.slots)) if mine[column] != pinned.slots[column]]
         if replaced:

@@ -76,7 +76,8 @@ class ShadowRuns:
         """One more, if there is room and nobody waits. To be called before the scheduler chooses a batch."""
         if self._pending and len(self._runs) < MOST_AT_ONCE and self._is_worth_a_step() and self._has_room():
             shadowed = self._pending.popleft()
-            request = Request(f"shadow {next(self._numbers)}", shadowed.input_ids, shadowed.params)
+            params = replace(shadowed.params, priority=self._scheduler.least_priority)
+            request = Request(f"shadow {next(self._numbers)}", shadowed.input_ids, params)
             self._runs[request] = shadowed
             self._submit(request)
 

@@ -83,6 +83,10 @@ REFUSED = [
     ("dtype", "int8"),
     ("quantization", "fp8"),
     ("schedule_policy", "random"),
+    ("schedule_low_priority_values_first", True),  # there are no priorities here
+    ("radix_eviction_policy", "priority"),
+    ("radix_eviction_policy", "fifo"),
+    ("priority_scheduling_preemption_threshold", -1),
     ("attention_backend", "fa3"),
     ("page_size", 16),
     ("max_running_requests", 0),

@@ -112,6 +112,12 @@ REFUSED = [
     ("bad_words_ids", [[True]]),
     ("bad_words_ids", [[1] * (LONGEST_BAD_WORD + 1)]),
     ("bad_words_ids", [[1]] * (MOST_BAD_WORDS + 1)),
+    ("priority", "high"),
+    ("priority", 1.5),
+    ("cache_salt", ""),
+    ("cache_salt", 7),
+    ("cache_salt", "x" * 1025),
+    ("cache_salt", "\ud800"),
     ("n", 0),
     ("n", True),
     ("n", 1.0),
@@ -283,6 +289,9 @@ def test_each_answer_has_a_seed_of_its_own():
 
 # Where a parameter needs others beside it, or its type does not say what would change something.
 EXAMPLES = {
+    "priority": -3,
+    "cache_salt": "x",
+    "extra_key": "x",
     "n": 3,
     "temperature": 0.3,
     "top_p": 0.3,

@@ -7,7 +7,7 @@ slots.
 
 import random
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate
 
 import pytest
@@ -35,9 +35,10 @@ def next_token(seed: int, position: int) -> int:
     return random.Random(1000 * seed + position).randrange(VOCABULARY)
 
 
-def prefix_hashes(tokens: list[int]) -> list[int]:
-    """One number for each prefix, as KV depends on all tokens up to its own."""
-    return list(accumulate(tokens, lambda known, token: hash((known, token)), initial=17))[1:]
+def prefix_hashes(request: Request, tokens: list[int]) -> list[int]:
+    """One number for each prefix, as KV depends on all tokens up to its own; and on the salt, so that sharing shows."""
+    salt = hash(request.params.cache_salt)
+    return list(accumulate(tokens, lambda known, token: hash((known, token)), initial=salt))[1:]
 
 
 class FakeDecoder:
@@ -52,15 +53,19 @@ class FakeDecoder:
         self.target_kv: dict[int, int] = {}  # slot -> hash of the tokens up to it
         self.draft_kv: dict[int, int] = {}  # slot -> hash of the tokens up to it, or up to the one after it
         self.shift = int(rule.successor_keys)
+        self.num_extended = 0  # prompt tokens computed
 
     def extend(self, batch: ExtendBatch) -> Accepted:
         rows = []
         for index, (request, length) in enumerate(zip(batch.requests, batch.chunk_lens, strict=True)):
             assert length > 0 and request.num_unfed == 0
             start, end = request.num_computed, request.num_computed + length
-            self.check_prefix(request, num_drafted=start if self.rule.has_draft_kv else 0)
+            num_drafted = self.count_drafted(request)
+            self.check_prefix(request, num_drafted=start if self.rule.has_draft_kv and request.tree else 0)
             new = [next_token(request.seed, end)] if batch.is_final(index) else []
-            self.write(request, self.table.read(request.row, end)[start:], request.all_ids + new, draft=True)
+            slots = self.table.read(request.row, end)[start:]
+            self.write(request, slots, request.all_ids + new, draft=num_drafted == start)
+            self.num_extended += length
             rows.append(new)
         return accepted(rows)
 
@@ -82,7 +87,7 @@ class FakeDecoder:
         new = [next_token(request.seed, start + 1 + offset) for offset in range(count)]
         self.write(request, window[:count], request.all_ids + new, draft=not self.rule.unfed_tokens)
         if self.rule.unfed_tokens:  # the root has been read
-            self.draft_kv[window[0]] = prefix_hashes(request.all_ids)[start]
+            self.draft_kv[window[0]] = prefix_hashes(request, request.all_ids)[start]
         return new
 
     def num_drafted(self, request: Request) -> int:
@@ -90,7 +95,7 @@ class FakeDecoder:
         return request.num_computed - unfed if self.rule.has_draft_kv else 0
 
     def catch_up(self, request: Request) -> None:
-        slots, hashes = self.table.read(request.row, request.num_computed), prefix_hashes(request.all_ids)
+        slots, hashes = self.table.read(request.row, request.num_computed), prefix_hashes(request, request.all_ids)
         for position in range(max(0, self.num_drafted(request)), len(slots)):
             self.draft_kv[slots[position]] = hashes[position + self.shift]
         request.num_unfed = 0
@@ -112,16 +117,22 @@ class FakeDecoder:
             rows.append(new)
         return accepted(rows)
 
+    def count_drafted(self, request: Request) -> int:
+        """The first so many computed tokens have right draft KV: what it is computed from must be right, too."""
+        slots, hashes = self.table.read(request.row, request.num_computed), prefix_hashes(request, request.all_ids)
+        pairs = zip(slots, hashes[self.shift :], strict=False)
+        return [*(self.draft_kv[slot] == known for slot, known in pairs), False].index(False)
+
     def check_prefix(self, request: Request, num_drafted: int) -> None:
         slots = self.table.read(request.row, request.num_computed)
-        hashes = prefix_hashes(request.all_ids)
+        hashes = prefix_hashes(request, request.all_ids)
         assert [self.target_kv[slot] for slot in slots] == hashes[: len(slots)]
         drafted = slots[: max(0, num_drafted)]
         assert [self.draft_kv[slot] for slot in drafted] == hashes[self.shift : len(drafted) + self.shift]
 
     def write(self, request: Request, slots: list[int], tokens: list[int], draft: bool) -> None:
         assert DUMMY_SLOT not in slots
-        hashes = prefix_hashes(tokens)
+        hashes = prefix_hashes(request, tokens)
         for position, slot in enumerate(slots, start=request.num_computed):
             self.target_kv[slot] = hashes[position]
             known = draft and position + self.shift < len(tokens)
@@ -147,6 +158,9 @@ class Setup:
     max_prefill: int = 64
     policy: str = "fcfs"
     radix: bool = True
+    priorities: bool = False
+    low_first: bool = False
+    eviction: str = "lru"
 
     @property
     def rule(self) -> CacheRule:
@@ -165,11 +179,13 @@ class Simulation:
             chunked_prefill_size=setup.chunk,
             max_prefill_tokens=setup.max_prefill,
             schedule_policy=setup.policy,
+            enable_priority_scheduling=setup.priorities,
+            schedule_low_priority_values_first=setup.low_first,
             speculative_algorithm="NGRAM" if setup.speculative else None,
         )
         self.table = RequestTable(setup.rows, setup.context + setup.num_nodes, "cpu")
         num_slots = setup.context + setup.num_nodes + setup.spare_slots
-        self.slots = SlotManager(num_slots, setup.rule.successor_keys, cache_prefixes=setup.radix)
+        self.slots = SlotManager(num_slots, setup.rule.successor_keys, setup.radix, setup.eviction)
         self.decoder = FakeDecoder(self.table, setup.num_nodes, setup.rule, rng)
         self.scheduler = Scheduler(
             config, self.slots, self.table, setup.num_nodes, setup.context, frozenset({EOS}), setup.rule
@@ -294,13 +310,19 @@ def random_request(index: int, setup: Setup, rng: random.Random) -> Request:
         ignore_eos=rng.random() < 0.5,
         stop_token_ids=(rng.randrange(VOCABULARY),) if rng.random() < 0.3 else (),
         speculative=rng.random() < 0.6,
+        priority=rng.choice([-20, 0, 1, 20]) if setup.priorities else 0,
+        cache_salt="salt" if rng.random() < 0.2 else None,
     )
     return Request(f"r{index}", prompt, params, seed=seed)
 
 
 SETUPS = st.builds(
-    lambda num_nodes, late, **rest: Setup(
-        num_nodes=num_nodes, speculative=num_nodes > 1, drafts_late=late and num_nodes > 1, **rest
+    lambda num_nodes, late, low_first, **rest: Setup(
+        num_nodes=num_nodes,
+        speculative=num_nodes > 1,
+        drafts_late=late and num_nodes > 1,
+        low_first=low_first and rest["priorities"],
+        **rest,
     ),
     num_nodes=st.sampled_from([1, 2, 4, 8]),
     late=st.booleans(),
@@ -311,6 +333,9 @@ SETUPS = st.builds(
     max_prefill=st.sampled_from([1, 10, 64]),
     policy=st.sampled_from(["fcfs", "lpm"]),
     radix=st.booleans(),
+    priorities=st.booleans(),
+    low_first=st.booleans(),
+    eviction=st.sampled_from(["lru", "lfu", "priority"]),
 )
 
 
@@ -355,7 +380,7 @@ def test_the_youngest_steps_back_first_in_line_and_loses_nothing(monkeypatch):
     scheduler, retract, retracted = simulation.scheduler, simulation.scheduler._retract, []
 
     def checked_retract(request: Request) -> None:
-        assert request is scheduler.running[-1]
+        assert request is max(scheduler.prefilling + scheduler.running, key=lambda each: each.arrival)
         retract(request)
         assert request is scheduler.waiting[0]
         retracted.append(request)
@@ -439,6 +464,182 @@ def test_longest_cached_prefix_first():
     simulation.step()
     assert known.num_cached == 4
     assert other.status == RequestStatus.WAITING
+
+
+@pytest.mark.parametrize("count", [2, 8])
+def test_equal_prompts_that_come_together_are_computed_once(count):
+    simulation = Simulation(Setup(spare_slots=400, rows=count), random.Random(0))
+    requests = [endless(f"r{index}", list(range(10)), max_new_tokens=3) for index in range(count)]
+    for request in requests:
+        simulation.add(request)
+    simulation.run([])
+    assert simulation.decoder.num_extended == 10 + (count - 1)
+    assert [simulation.updates[request.request_id][0].cached_tokens for request in requests] == [0] + [9] * (count - 1)
+    for request in requests:
+        simulation.check_answer(request)
+
+
+@pytest.mark.parametrize("num_shared, is_worth_it", [(5, True), (4, False)])
+def test_a_request_waits_for_a_prefix_that_saves_it_half(num_shared, is_worth_it):
+    simulation = Simulation(Setup(spare_slots=400), random.Random(0))
+    simulation.add(endless("first", [1] * 20))
+    simulation.add(endless("second", [1] * num_shared + [2] * (10 - num_shared)))
+    simulation.add(endless("third", [3] * 10))
+    batch = simulation.scheduler.schedule()
+    assert [request.request_id for request in batch.requests] == ["first", *["second"] * (not is_worth_it), "third"]
+
+
+@pytest.mark.parametrize("change", [{"cache_salt": "other"}, {"prompt_logprobs": 0}], ids=str)
+def test_who_cannot_use_a_prefix_does_not_wait_for_it(change):
+    simulation = Simulation(Setup(spare_slots=400), random.Random(0))
+    simulation.add(endless("first", [1] * 10))
+    simulation.add(endless("second", [1] * 10, **change))
+    assert len(simulation.scheduler.schedule().requests) == 2
+
+
+def test_who_waited_for_a_prefix_that_is_dropped_computes_it():
+    simulation = Simulation(Setup(spare_slots=400, chunk=2), random.Random(0))
+    first, second = endless("first", [1] * 10), endless("second", [1] * 10)
+    simulation.add(first)
+    simulation.add(second)
+    for _ in range(2):
+        simulation.step()
+    assert second.status == RequestStatus.WAITING
+    simulation.cancel(first)
+    simulation.step()
+    assert second.num_cached == 4, "what the first had done is not lost"
+    simulation.run([])
+    simulation.check_answer(second)
+
+
+PRIORITIES = Setup(rows=1, spare_slots=100, priorities=True)
+
+
+@pytest.mark.parametrize("low_first", [False, True])
+def test_the_most_urgent_first_and_of_equals_the_oldest(low_first):
+    simulation = Simulation(replace(PRIORITIES, low_first=low_first), random.Random(0))
+    sign = -1 if low_first else 1
+    for index, urgency in enumerate([0, 3, 1, 3]):
+        simulation.add(endless(f"r{index}", [index], max_new_tokens=2, priority=sign * urgency))
+    order = []
+    while simulation.scheduler.has_work:
+        order += [update.request_id for update in simulation.step() if update.finished]
+    assert order == ["r1", "r3", "r2", "r0"]
+
+
+@pytest.mark.parametrize("priority, takes_it", [(11, True), (10, False)])
+def test_the_much_more_urgent_takes_a_place_that_is_given_once(priority, takes_it):
+    simulation = Simulation(PRIORITIES, random.Random(0))
+    first, urgent = endless("first", [1]), endless("urgent", [2], priority=priority, max_new_tokens=3)
+    simulation.add(first)
+    run_until(simulation, lambda: len(first.output_ids) == 4)
+    simulation.add(urgent)
+    simulation.step()
+    assert (urgent.status == RequestStatus.RUNNING) == takes_it
+    run_until(simulation, lambda: urgent.finish_reason or not takes_it)
+    run_until(simulation, lambda: first.status == RequestStatus.RUNNING)
+    again = endless("again", [3], priority=priority)
+    simulation.add(again)
+    simulation.step()
+    assert again.status == RequestStatus.WAITING
+    simulation.run([])
+    for request in (first, urgent, again):
+        simulation.check_answer(request)
+
+
+def test_the_youngest_of_the_least_urgent_steps_back(monkeypatch):
+    """Wherever it is: decoding plainly or with drafts, or half prefilled."""
+    setup = Setup(num_nodes=4, speculative=True, spare_slots=40, priorities=True, chunk=1, rows=6)
+    simulation = Simulation(setup, random.Random(0))
+    scheduler, retract, retracted = simulation.scheduler, simulation.scheduler._retract, []
+
+    def checked_retract(request: Request) -> None:
+        active = scheduler.prefilling + scheduler.running
+        assert request is min(active, key=lambda each: (each.params.priority, -each.arrival))
+        retracted.append(request.status)
+        retract(request)
+
+    monkeypatch.setattr(scheduler, "_retract", checked_retract)
+    requests = [
+        endless(f"r{i}", [i % 5] * (1 + i % 13), speculative=i % 2 == 0, priority=i % 3, max_new_tokens=12)
+        for i in range(30)
+    ]
+    simulation.run(requests)
+    assert {RequestStatus.PREFILLING, RequestStatus.RUNNING} <= set(retracted)
+    for request in requests:
+        simulation.check_answer(request)
+
+
+@pytest.mark.parametrize(
+    "setup, hot",
+    [
+        (Setup(policy="lpm", rows=2, spare_slots=200), {}),
+        (Setup(priorities=True, rows=2, spare_slots=200), {"priority": 20}),
+        (Setup(priorities=True, policy="lpm", rows=2, spare_slots=200), {"priority": 20}),
+    ],
+    ids=["lpm", "priority", "both"],
+)
+def test_under_overload_nobody_waits_for_ever(setup, hot):
+    """Those that the policy prefers keep coming. The k-th oldest is admitted among the next 16 k all the same."""
+    simulation = Simulation(setup, random.Random(0))
+    simulation.run([endless("warm", [1] * 10, max_new_tokens=1)])
+    names = (f"hot{index}" for index in range(10_000))
+    for _ in range(8):
+        simulation.add(endless(next(names), [1] * 10, max_new_tokens=2, **hot))
+    cold = [endless(f"cold{index}", [2 + index] * 10, max_new_tokens=2) for index in range(5)]
+    for request in cold:
+        simulation.add(request)
+    before = simulation.scheduler._num_admitted
+    admitted: dict[str, int] = {}
+    while not all(request.finish_reason for request in cold):
+        while len(simulation.scheduler.waiting) < 12:
+            simulation.add(endless(next(names), [1] * 10, max_new_tokens=2, **hot))
+        simulation.step()
+        for request in cold:
+            if request.status != RequestStatus.WAITING:
+                admitted.setdefault(request.request_id, simulation.scheduler._num_admitted - before)
+        assert simulation.steps < 5000, "somebody starves"
+    waits = [admitted[request.request_id] for request in cold]
+    assert waits == sorted(waits)
+    # 8 hot ones are older than the first, and 2 may be admitted in one step
+    assert all(wait <= 16 * (8 + place) + 2 for place, wait in enumerate(waits, start=1))
+    assert waits[-1] > 16, "the policy prefers nobody"
+
+
+@pytest.mark.parametrize("num_nodes", [1, 2])
+def test_prompts_that_keep_coming_hold_up_decoding_by_one_chunk_at_a_time(num_nodes):
+    setup = Setup(num_nodes=num_nodes, speculative=num_nodes > 1, context=60, chunk=5, rows=8, spare_slots=2000)
+    simulation = Simulation(setup, random.Random(0))
+    running = [endless("a", [1], max_new_tokens=20), endless("b", [2], max_new_tokens=20, speculative=False)]
+    for request in running:
+        simulation.add(request)
+    run_until(simulation, lambda: all(request.status == RequestStatus.RUNNING for request in running))
+    last_step = {request.request_id: simulation.steps for request in running}
+    for index in range(1000):
+        simulation.add(endless(f"prompt{index}", [index % 12, *range(40)], max_new_tokens=1))
+        before = simulation.decoder.num_extended
+        for update in simulation.step():
+            if update.request_id in last_step:
+                assert simulation.steps - last_step[update.request_id] <= 4  # a chunk, the other kind, a chunk, this
+                last_step[update.request_id] = simulation.steps
+        assert simulation.decoder.num_extended - before <= 5
+        if all(request.finish_reason for request in running):
+            return
+    pytest.fail("decoding starves")
+
+
+def test_answers_without_drafts_are_cached_for_their_like():
+    """And what is drafted after one of them is as good as ever, which FakeDecoder checks."""
+    for late in (False, True):
+        setup = Setup(num_nodes=4, speculative=True, drafts_late=late, spare_slots=60)
+        simulation = Simulation(setup, random.Random(0))
+        first = endless("a", [1, 2, 3], max_new_tokens=10, speculative=False)
+        simulation.run([first])
+        text = first.all_ids
+        simulation.run([endless("plain", [*text, 5], max_new_tokens=2, speculative=False)])
+        simulation.run([endless("drafting", [*text, 5], max_new_tokens=2)])
+        assert simulation.updates["plain"][0].cached_tokens == len(text) - 1
+        assert simulation.updates["drafting"][0].cached_tokens == 3
 
 
 def test_a_finished_prompt_is_shared_at_once():

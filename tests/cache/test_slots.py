@@ -7,14 +7,15 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from specbackend.cache.radix_tree import PrefixMatch
-from specbackend.cache.slots import DUMMY_SLOT, SlotManager
+from specbackend.cache.radix_tree import CachedPrefix, prefix_keys
+from specbackend.cache.slots import DUMMY_SLOT, PinnedPrefix, SlotManager
 
+SALTS = st.sampled_from([None, "a"])
 TOKENS = st.lists(st.integers(0, 2), min_size=1, max_size=10)
 
 
 def tree_slots(manager: SlotManager) -> list[int]:
-    slots, stack = [], [manager.tree.root]
+    slots, stack = [], list(manager.tree.roots.values())
     while stack:
         node = stack.pop()
         slots += node.slots
@@ -28,11 +29,15 @@ class User:
 
     tokens: list[int]
     slots: list[int]
-    pinned: PrefixMatch
+    pinned: PinnedPrefix
+    num_drafted: int | None  # see `SlotManager.share`
 
     @property
     def own(self) -> list[int]:
         return self.slots[len(self.pinned.slots) :]
+
+    def has_draft_kv(self, position: int) -> bool:
+        return self.num_drafted is None or position < self.num_drafted
 
 
 class SlotMachine(RuleBasedStateMachine):
@@ -41,18 +46,25 @@ class SlotMachine(RuleBasedStateMachine):
         self.manager = SlotManager(num_slots, successor, cache)
         self.successor, self.cache = successor, cache
         self.users: list[User] = []
-        self.written: dict[int, tuple] = {}  # what the KV in a slot was computed from
+        self.written: dict[int, tuple] = {}  # what the target's KV in a slot was computed from
+        self.drafted: set[int] = set()  # slots that have the draft's KV, too
 
-    def kv_source(self, tokens: list[int], position: int) -> tuple:
-        return tuple(tokens[: position + 1 + self.successor])
+    def kv_source(self, tokens: list[int], position: int, salt: str | None) -> tuple:
+        return (salt, *tokens[: position + 1 + self.successor])
 
-    @rule(tokens=TOKENS)
-    def admit(self, tokens):
+    def write(self, tokens: list[int], position: int, slot: int, salt: str | None, draft: bool) -> None:
+        self.written[slot] = self.kv_source(tokens, position, salt)
+        (self.drafted.add if draft else self.drafted.discard)(slot)
+
+    @rule(tokens=TOKENS, salt=SALTS, drafted=st.booleans(), data=st.data())
+    def admit(self, tokens, salt, drafted, data):
         available = self.manager.num_available
-        pinned = self.manager.match(tokens)
+        pinned = self.manager.match(tokens, salt, drafted)
         cached = len(pinned.slots)
         assert cached < len(tokens), "one token must be left to compute"
-        assert [self.written[s] for s in pinned.slots] == [self.kv_source(tokens, i) for i in range(cached)]
+        assert [self.written[s] for s in pinned.slots] == [self.kv_source(tokens, i, salt) for i in range(cached)]
+        assert set(pinned.slots[: pinned.num_drafted]) <= self.drafted
+        assert pinned.num_drafted == cached or not drafted
         fresh = self.manager.allocate(len(tokens) - cached)
         if fresh is None:
             assert self.manager.num_available < len(tokens) - cached
@@ -60,9 +72,13 @@ class SlotMachine(RuleBasedStateMachine):
             assert self.manager.num_available == available
             return
         assert len(fresh) == len(tokens) - cached
-        user = User(tokens, pinned.slots + fresh, pinned)
+        num_drafted = None
+        if not drafted:  # after a slot without draft KV there is none that is right
+            most = len(tokens) if pinned.num_drafted == cached else pinned.num_drafted
+            num_drafted = data.draw(st.integers(pinned.num_drafted, most))
+        user = User(tokens, pinned.slots + fresh, pinned, num_drafted)
         for position in range(cached, len(tokens)):
-            self.written[user.slots[position]] = self.kv_source(tokens, position)
+            self.write(tokens, position, user.slots[position], salt, user.has_draft_kv(position))
         self.users.append(user)
 
     @precondition(lambda self: self.users)
@@ -72,12 +88,14 @@ class SlotMachine(RuleBasedStateMachine):
         self.share_first(user, data.draw(st.integers(len(user.pinned.slots), len(user.tokens))))
 
     def share_first(self, user: User, length: int) -> None:
-        user.pinned = self.manager.share(user.tokens, user.slots[:length], user.pinned)
-        shared = user.pinned.slots
+        user.pinned = self.manager.share(user.tokens, user.slots[:length], user.pinned, user.num_drafted)
+        shared, salt = user.pinned.slots, user.pinned.salt
         if self.cache:
             assert len(shared) == min(length, len(user.tokens) - self.successor)
         user.slots[: len(shared)] = shared
-        assert [self.written[slot] for slot in shared] == [self.kv_source(user.tokens, i) for i in range(len(shared))]
+        expected = [self.kv_source(user.tokens, position, salt) for position in range(len(shared))]
+        assert [self.written[slot] for slot in shared] == expected
+        assert all(slot in self.drafted for i, slot in enumerate(shared) if user.has_draft_kv(i))
 
     @precondition(lambda self: self.users)
     @rule(data=st.data(), keep=st.booleans())
@@ -86,18 +104,31 @@ class SlotMachine(RuleBasedStateMachine):
         if keep:
             self.share_first(user, len(user.tokens))
         self.manager.release(user.own)
-        self.manager.unpin(user.pinned)
+        self.manager.finish(user.pinned)
+
+    @rule(tokens=TOKENS, salt=SALTS, data=st.data())
+    def adopt(self, tokens, salt, data):
+        count = data.draw(st.integers(0, len(tokens)))
+        before = self.manager.cached_length(tokens, salt)
+
+        def fill(start, slots):
+            for position, slot in enumerate(slots, start):
+                self.write(tokens, position, slot, salt, draft=True)
+
+        after = self.manager.adopt(tokens, count, fill, salt)
+        most = min(count, len(tokens) - 1) if self.cache else 0
+        assert after in (before, max(before, most))
 
     @rule()
     def evict_all(self):
         self.manager.release(self.manager.allocate(self.manager.num_available))
         assert self.manager.tree.num_evictable == 0
 
-    @rule(tokens=TOKENS)
-    def cached_length_changes_nothing(self, tokens):
+    @rule(tokens=TOKENS, salt=SALTS)
+    def cached_length_changes_nothing(self, tokens, salt):
         locked = self.manager.tree.num_locked
-        length = self.manager.cached_length(tokens)
-        pinned = self.manager.match(tokens)
+        length = self.manager.cached_length(tokens, salt)
+        pinned = self.manager.match(tokens, salt)
         assert len(pinned.slots) == length
         self.manager.unpin(pinned)
         assert self.manager.tree.num_locked == locked
@@ -188,3 +219,61 @@ def test_no_cache():
     manager = SlotManager(8, successor_keys=False, cache_prefixes=False)
     assert cached(manager, [1, 2, 3]) == []
     assert (manager.cached_length([1, 2, 3]), manager.num_free) == (0, 8)
+
+
+@pytest.mark.parametrize("successor", [False, True], ids=["token", "successor"])
+def test_what_lacks_draft_kv_is_for_requests_without_drafts(successor):
+    """The answer [3, 4] to [1, 2] was decoded plainly."""
+    manager = SlotManager(20, successor, cache_prefixes=True)
+    pinned = manager.match([1, 2], drafted=False)
+    text = [1, 2, 3, 4, 5]
+    manager.unpin(manager.share(text, manager.allocate(4), pinned, num_drafted=2))
+    plain, drafting = (manager.match([*text, 6], drafted=drafted) for drafted in (False, True))
+    assert (len(plain.slots), plain.num_drafted) == (4, 2)
+    assert drafting.slots == plain.slots[:2]
+
+
+def test_a_lower_tier_is_told_of_what_is_evicted_and_of_what_a_request_leaves():
+    evicted: list[CachedPrefix] = []
+    finished: list[CachedPrefix] = []
+
+    def on_evict(prefix: CachedPrefix) -> None:
+        assert not set(prefix.slots) & set(manager._free)
+        evicted.append(prefix)
+
+    def on_finish(prefix: CachedPrefix) -> None:
+        assert manager.tree.num_locked == len(prefix.slots)
+        finished.append(prefix)
+
+    manager = SlotManager(6, successor_keys=True, cache_prefixes=True, on_evict=on_evict, on_finish=on_finish)
+    last_slots = []
+    for text in ([1, 2, 3, 4], [1, 2, 3, 5]):
+        pinned = manager.match(text, salt="a")
+        slots = pinned.slots + manager.allocate(3 - len(pinned.slots))
+        manager.finish(manager.share(text, slots, pinned))
+        assert finished.pop() == CachedPrefix("a", prefix_keys(text, successor=True), slots)
+        last_slots.append(slots[-1])
+    manager.allocate(3)
+    assert evicted == [CachedPrefix("a", prefix_keys([1, 2, 3, 4], successor=True), last_slots[:1])]
+
+
+def test_a_lower_tier_fills_what_is_missing():
+    manager = SlotManager(6, successor_keys=False, cache_prefixes=True)
+    known = cached(manager, [1, 2])
+    calls = []
+    assert manager.adopt([1, 2, 3, 4, 9], 4, lambda *call: calls.append(call)) == 4
+    assert manager.match([1, 2, 3, 4, 9]).slots == known + calls[0][1]
+    assert calls[0][0] == 2
+    assert manager.adopt([1, 2, 3, 4, 9], 3, pytest.fail) == 4
+    assert manager.adopt([5] * 8, 7, pytest.fail) == 0  # there is no room
+
+
+def test_a_lower_tier_that_fails_leaves_nothing():
+    manager = SlotManager(6, successor_keys=False, cache_prefixes=True)
+
+    def fill(start: int, slots: list[int]) -> None:
+        raise OSError("gone")
+
+    with pytest.raises(OSError):
+        manager.adopt([1, 2, 3], 2, fill)
+    assert (manager.num_free, manager.tree.num_slots) == (6, 0)

@@ -126,6 +126,8 @@ def read(tokenizer):
         ),
         ({"parameters": {"stop": "x", "stop_token_ids": "[3, 4]"}}, {"stop": ("x",), "stop_token_ids": (3, 4)}),
         ({"parameters": {"stop_token_ids": 3, "temperature": 1}}, {"stop_token_ids": (3,), "temperature": 1}),
+        ({"parameters": {"priority": -3, "cache_salt": "a"}}, {"priority": -3, "cache_salt": "a"}),
+        ({"parameters": {"extra_key": "a"}}, {"cache_salt": "a"}),
         ({"parameters": {"id": "7", "priority": 0, "triton_enable_empty_final_response": True}}, {}),
     ],
 )
