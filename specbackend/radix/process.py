@@ -1,0 +1,72 @@
+"""A sidecar of one's own: a child process that is started again when it ends, and ends with its parent."""
+
+import logging
+import os
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from specbackend.radix.client import Connection
+from specbackend.radix.protocol import GetStats
+
+COMMAND = (sys.executable or "python3", "-m", "specbackend.radix.server")
+FIRST_DELAY_S, LONGEST_DELAY_S = 0.1, 30.0  # before restarts, as long as none has lived for the longest delay
+EXIT_LIMIT_S = 5.0
+
+log = logging.getLogger(__name__)
+
+
+class SidecarProcess:
+    def __init__(self, socket_path: Path, options: Sequence[str] = ()):
+        self._path = socket_path
+        self._command = [*COMMAND, "--socket", str(socket_path), "--follow", str(os.getpid()), *options]
+        self._closing = threading.Event()
+        self._process = self._start()
+        self._keeper = threading.Thread(target=self._keep, name="radix sidecar", daemon=True)
+        self._keeper.start()
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    def wait_ready(self, timeout_s: float) -> bool:
+        """Whether it answers within this time."""
+        deadline = time.monotonic() + timeout_s
+        while not self._answers():
+            if time.monotonic() > deadline:
+                return False
+            time.sleep(0.02)
+        return True
+
+    def close(self) -> None:
+        """End it, and wait until it has ended."""
+        self._closing.set()
+        self._process.terminate()
+        self._keeper.join(EXIT_LIMIT_S)
+        self._process.kill()
+        self._keeper.join()
+
+    def _answers(self) -> bool:
+        connection = Connection(self._path, None, timeout_s=1.0)
+        reply = connection.call(GetStats())
+        connection.close()
+        return reply is not None
+
+    def _start(self) -> subprocess.Popen:
+        return subprocess.Popen(self._command, stdin=subprocess.DEVNULL, start_new_session=True)
+
+    def _keep(self) -> None:
+        delay = FIRST_DELAY_S
+        while True:
+            start = time.monotonic()
+            code = self._process.wait()
+            if self._closing.is_set():
+                return
+            log.error("the radix sidecar ended with code %d", code)
+            delay = FIRST_DELAY_S if time.monotonic() - start > LONGEST_DELAY_S else min(2 * delay, LONGEST_DELAY_S)
+            if self._closing.wait(delay):
+                return
+            self._process = self._start()
