@@ -1,5 +1,6 @@
 """Real sidecars, and blocks whose bytes follow from their keys."""
 
+import socket
 import subprocess
 import sys
 import time
@@ -61,8 +62,13 @@ def running(path: Path, *options: str, num_units: int = 32) -> Iterator[subproce
     command = [sys.executable, "-m", "specbackend.radix.server", "--socket", path]
     process = subprocess.Popen([*command, "--size", str(num_units * UNIT_BYTES), *options])
     try:
-        wait_until(path.exists)
+        wait_until(lambda: _answers(path))
         yield process
     finally:
         process.terminate()
         process.wait(PATIENT_S)
+
+
+def _answers(path: Path) -> bool:
+    with socket.socket(socket.AF_UNIX) as probe:
+        return probe.connect_ex(str(path)) == 0
