@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
+import radix_stress
 
 from specbackend.radix.arena import UNIT_BYTES
 from specbackend.radix.client import RadixClient, ask
@@ -21,8 +22,7 @@ LAYOUT = Layout(b"model one", bytes_per_token=UNIT_BYTES // 4 + 1, block_tokens=
 
 def payload(key: bytes, num_bytes: int = LAYOUT.block_bytes) -> np.ndarray:
     """The bytes that belong under a key."""
-    seed = int.from_bytes(key, "little")
-    return np.random.Generator(np.random.PCG64(seed)).integers(0, 256, num_bytes, np.uint8)
+    return radix_stress.payload(key, num_bytes)
 
 
 def store(client: RadixClient, keys: Sequence[bytes]) -> int:

@@ -105,7 +105,7 @@ def test_what_a_killed_engine_held_is_free_again(sidecar, connect, socket_path, 
     store(connect(), keys)
     program = f"""
 import sys, time
-sys.path.insert(0, {os.getcwd()!r})
+sys.path[:0] = {sys.path!r}
 from tests.radix.sidecars import *
 from pathlib import Path
 client = RadixClient(Path({str(socket_path)!r}), LAYOUT, PATIENT_S)
