@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import logging
+import os
 import random
 import signal
 import subprocess
@@ -99,6 +101,7 @@ class FakeEngine:
 
 def run_engine(path: Path, number: int, seed: int) -> None:
     """Work until a signal comes, and print now and then what was done since the last time."""
+    logging.basicConfig(level=logging.ERROR)  # that there is no sidecar is no news here
     engine, reported = FakeEngine(path, number, seed), time.monotonic()
     stopped: list[int] = []
     signal.signal(signal.SIGTERM, lambda number, _: stopped.append(number))
@@ -153,8 +156,9 @@ class Stress:
         report = self._folder / f"report_{len(self._reports)}"
         self._reports.append(report)
         command = [sys.executable, __file__, str(self._path), str(number), str(self._random.randrange(1 << 30))]
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
         with open(report, "w") as file:
-            return Worker(subprocess.Popen(command, stdout=file, stderr=subprocess.DEVNULL), report)
+            return Worker(subprocess.Popen(command, stdout=file, env=environment), report)
 
     def _kill_engine(self) -> None:
         self.counts["engines_killed"] += 1
@@ -193,7 +197,7 @@ class Stress:
         ask(self._path, Flush())
         stats = ask(self._path, GetStats())
         reports = [json.loads(line) for path in self._reports for line in path.read_text().split("\n")[:-1]]
-        longest_s = max(report.pop("longest_s") for report in reports)
+        longest_s = max((report.pop("longest_s") for report in reports), default=0.0)
         for report in reports:
             self.counts.update(report)
         lost_units = stats["units"] - stats["free_units"]

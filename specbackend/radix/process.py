@@ -13,7 +13,8 @@ from specbackend.radix.client import Connection
 from specbackend.radix.protocol import GetStats
 
 COMMAND = (sys.executable or "python3", "-m", "specbackend.radix.server")
-FIRST_DELAY_S, LONGEST_DELAY_S = 0.1, 30.0  # before restarts, as long as none has lived for the longest delay
+FIRST_DELAY_S, LONGEST_DELAY_S = 0.1, 30.0  # before restarts, twice as long after each that did not live
+LIVED_S = 1.0  # what fails to start takes less
 EXIT_LIMIT_S = 5.0
 
 log = logging.getLogger(__name__)
@@ -31,6 +32,9 @@ class SidecarProcess:
     @property
     def pid(self) -> int:
         return self._process.pid
+
+    def send_signal(self, number: int) -> None:
+        self._process.send_signal(number)
 
     def wait_ready(self, timeout_s: float) -> bool:
         """Whether it answers within this time."""
@@ -66,7 +70,7 @@ class SidecarProcess:
             if self._closing.is_set():
                 return
             log.error("the radix sidecar ended with code %d", code)
-            delay = FIRST_DELAY_S if time.monotonic() - start > LONGEST_DELAY_S else min(2 * delay, LONGEST_DELAY_S)
+            delay = FIRST_DELAY_S if time.monotonic() - start > LIVED_S else min(2 * delay, LONGEST_DELAY_S)
             if self._closing.wait(delay):
                 return
             self._process = self._start()
