@@ -41,15 +41,16 @@ class Arena:
 
 
 def create_memory(size: int) -> int:
-    """A descriptor of `size` bytes, rounded down to units, all of them there. Raises OSError if they cannot be had."""
+    """A descriptor of `size` bytes, rounded down to units, which come into being with `provide`."""
     fd = os.memfd_create("specbackend_radix", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
-    try:
-        os.posix_fallocate(fd, 0, size // UNIT_BYTES * UNIT_BYTES)  # now, not by a signal in the middle of a copy
-        fcntl.fcntl(fd, fcntl.F_ADD_SEALS, SEALS)
-    except BaseException:
-        os.close(fd)
-        raise
+    os.ftruncate(fd, size // UNIT_BYTES * UNIT_BYTES)
+    fcntl.fcntl(fd, fcntl.F_ADD_SEALS, SEALS)
     return fd
+
+
+def provide(fd: int, first: int, count: int) -> None:
+    """Make sure of the memory of these units, before somebody touches it who would die of its lack. Raises OSError."""
+    os.posix_fallocate(fd, first * UNIT_BYTES, count * UNIT_BYTES)
 
 
 def units_for(num_bytes: int) -> int:

@@ -22,8 +22,10 @@ class CircuitBreaker:
         with self._lock:
             self._num_failures = 0
 
-    def fail(self) -> None:
+    def fail(self) -> int:
+        """Returns how many failures there were since the last success."""
         with self._lock:
             delay = min(FIRST_DELAY_S * 2 ** min(self._num_failures, 30), LONGEST_DELAY_S)
             self._num_failures += 1
             self._open_until = time.monotonic() + delay
+            return self._num_failures

@@ -3,6 +3,7 @@
 import logging
 import os
 import socket
+import struct
 import time
 from array import array
 from collections.abc import Callable, Sequence
@@ -38,6 +39,7 @@ TIMEOUT_S = 0.25  # of a call in the engine's thread, connecting included
 WRITE_TIMEOUT_S = 1.0  # of one in the background
 ADMIN_TIMEOUT_S = 2.0
 MOST_WAITING = 64  # texts to write; more are dropped
+PEER = struct.Struct("3i")  # pid, uid, gid
 
 Fill = Callable[[list[int]], np.ndarray]  # positions of blocks -> their bytes, uint8 [len(positions), block_bytes]
 
@@ -74,9 +76,9 @@ class Connection:
 
     def fail(self, error: Exception) -> None:
         """Leave a sidecar that is gone, does not answer or talks nonsense."""
-        log.warning("no radix sidecar for a while: %s: %s", type(error).__name__, error)
         self.num_failures += 1
-        self._breaker.fail()
+        if self._breaker.fail() == 1:
+            log.warning("no radix sidecar for a while: %s: %s", type(error).__name__, error)
         self.close()
 
     def close(self) -> None:
@@ -88,6 +90,7 @@ class Connection:
         self._socket = socket.socket(socket.AF_UNIX)
         self._socket.settimeout(self._timeout_s)
         self._socket.connect(str(self._path))
+        _check_peer(self._socket)
         if self._layout is not None:
             self.arena = self._attach(deadline)
 
@@ -219,6 +222,13 @@ class RadixClient:
         if len(numbers) != num_blocks * size or max(numbers) >= arena.num_units:
             raise ValueError(f"{len(numbers)} units of {arena.num_units} for {num_blocks} blocks of {size}")
         return [numbers[start : start + size] for start in range(0, len(numbers), size)]
+
+
+def _check_peer(sock: socket.socket) -> None:
+    """Raises PermissionError for another user's sidecar, which could answer anything."""
+    _, uid, _ = PEER.unpack(sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, PEER.size))
+    if uid not in (0, os.geteuid()):
+        raise PermissionError(f"the sidecar belongs to user {uid}")
 
 
 def ask(path: Path, request: Request, timeout_s: float = ADMIN_TIMEOUT_S) -> dict:

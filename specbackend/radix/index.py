@@ -1,15 +1,19 @@
 """Which block lies where, who uses it, and which one goes when room is needed."""
 
+import logging
 import threading
 from array import array
 from collections import Counter, OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import count
 
 from specbackend.radix.arena import units_for
 
+GROWTH_UNITS = 64  # a few MiB, so that nobody waits long for them
 COUNTERS = ("lookups", "hit_blocks", "missed_blocks", "committed_blocks", "evicted_blocks", "poisoned_blocks")
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(eq=False)
@@ -51,11 +55,14 @@ class BlockIndex:
     published and not leased goes when room is needed, the longest unused first, of one text the end before the start.
     """
 
-    def __init__(self, num_units: int):
+    def __init__(self, num_units: int, provide: Callable[[int, int], None] = lambda first, count: None):
+        """`provide` is called for units before their first use, by first and count; OSError: there are no more."""
         self.num_units = num_units
+        self._provide = provide
+        self._num_provided = 0
         self._counters = Counter(dict.fromkeys(COUNTERS, 0))
         self._lock = threading.Lock()
-        self._free = array("I", range(num_units))
+        self._free = array("I")  # of those provided
         self._blocks: dict[bytes, Block] = {}
         self._idle: OrderedDict[bytes, Block] = OrderedDict()  # published and not leased, next to go first
         self._holders: set[Holder] = set()
@@ -147,7 +154,7 @@ class BlockIndex:
             reserved = sum(len(blocks) for holder in self._holders for blocks in holder.reserved.values())
             return {
                 "units": self.num_units,
-                "free_units": len(self._free),
+                "free_units": self.num_units - self._num_provided + len(self._free),
                 "published_blocks": len(self._blocks) - reserved,
                 "leased_blocks": len(self._blocks) - reserved - len(self._idle),
                 "reserved_blocks": reserved,
@@ -178,7 +185,7 @@ class BlockIndex:
         uses = Counter(self._free)
         for block in blocks:
             uses.update(block.unit_numbers())
-        for unit in range(self.num_units):
+        for unit in range(self._num_provided):
             if uses[unit] != 1:
                 yield f"unit {unit} has {uses[unit]} owners"
 
@@ -225,6 +232,8 @@ class BlockIndex:
 
     def _take(self, count: int) -> bytes | None:
         while len(self._free) < count:
+            if self._grow():
+                continue
             if not self._idle:
                 return None
             self._unlist(next(iter(self._idle.values())))
@@ -232,3 +241,17 @@ class BlockIndex:
         units = self._free[len(self._free) - count :]
         del self._free[len(self._free) - count :]
         return units.tobytes()
+
+    def _grow(self) -> bool:
+        first, count = self._num_provided, min(GROWTH_UNITS, self.num_units - self._num_provided)
+        if count == 0:
+            return False
+        try:
+            self._provide(first, count)
+        except OSError as error:
+            log.error("the arena stays at %d units: %s", first, error)
+            self.num_units = first
+            return False
+        self._free.extend(range(first, first + count))
+        self._num_provided += count
+        return True

@@ -4,13 +4,13 @@ import logging
 import os
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from specbackend.radix.client import Connection
-from specbackend.radix.protocol import GetStats
+from specbackend.radix.server import is_served
 
 COMMAND = (sys.executable or "python3", "-m", "specbackend.radix.server")
 FIRST_DELAY_S, LONGEST_DELAY_S = 0.1, 30.0  # before restarts, twice as long after each that did not live
@@ -18,6 +18,18 @@ LIVED_S = 1.0  # what fails to start takes less
 EXIT_LIMIT_S = 5.0
 
 log = logging.getLogger(__name__)
+
+
+def own_socket(server_pid: int) -> Path:
+    """Where the models of one tritonserver meet if nobody says where."""
+    return Path(tempfile.gettempdir()) / f"specbackend-{os.getuid()}" / f"radix-{server_pid}.sock"
+
+
+def make_private(folder: Path) -> None:
+    """A folder in which only this user can put something. Raises PermissionError if somebody else was there first."""
+    folder.mkdir(mode=0o700, exist_ok=True)
+    if folder.lstat().st_uid != os.getuid():
+        raise PermissionError(f"{folder}: belongs to somebody else")
 
 
 class SidecarProcess:
@@ -37,9 +49,9 @@ class SidecarProcess:
         self._process.send_signal(number)
 
     def wait_ready(self, timeout_s: float) -> bool:
-        """Whether it answers within this time."""
+        """Whether it listens within this time."""
         deadline = time.monotonic() + timeout_s
-        while not self._answers():
+        while not is_served(self._path):
             if time.monotonic() > deadline:
                 return False
             time.sleep(0.02)
@@ -52,12 +64,6 @@ class SidecarProcess:
         self._keeper.join(EXIT_LIMIT_S)
         self._process.kill()
         self._keeper.join()
-
-    def _answers(self) -> bool:
-        connection = Connection(self._path, None, timeout_s=1.0)
-        reply = connection.call(GetStats())
-        connection.close()
-        return reply is not None
 
     def _start(self) -> subprocess.Popen:
         return subprocess.Popen(self._command, stdin=subprocess.DEVNULL, start_new_session=True)

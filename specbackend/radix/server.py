@@ -15,10 +15,11 @@ import sys
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 
 from specbackend.radix import snapshot
-from specbackend.radix.arena import Arena, create_memory, units_for
+from specbackend.radix.arena import Arena, create_memory, provide, units_for
 from specbackend.radix.cache import BlockCache
 from specbackend.radix.index import Block, BlockIndex
 from specbackend.radix.keys import Layout
@@ -53,13 +54,11 @@ log = logging.getLogger(__name__)
 
 
 class Sidecar:
-    """Raises OSError if there is not so much memory."""
-
     def __init__(self, arena_bytes: int, store_url: str | None = None):
         self.memory_fd = create_memory(arena_bytes)
         self.arena_bytes = os.fstat(self.memory_fd).st_size
         arena = Arena(self.memory_fd, self.arena_bytes)
-        self.cache = BlockCache(BlockIndex(arena.num_units), arena)
+        self.cache = BlockCache(BlockIndex(arena.num_units, partial(provide, self.memory_fd)), arena)
         self.tier = StoreTier(ValkeyStore(store_url), self.cache) if store_url else None
         self.layouts: set[Layout] = set()
 
@@ -181,7 +180,7 @@ def listen(path: Path) -> Iterator[socket.socket]:
     """A socket that only this user reaches; its file goes at the end. Raises OSError if a sidecar serves there."""
     listener = socket.socket(socket.AF_UNIX)
     with _locked(path.parent):
-        if _answers(path):
+        if is_served(path):
             raise OSError(f"{path}: a sidecar serves there already")
         path.unlink(missing_ok=True)  # of one that was killed
         umask = os.umask(0o177)
@@ -206,7 +205,8 @@ def _locked(folder: Path) -> Iterator[None]:
         os.close(fd)
 
 
-def _answers(path: Path) -> bool:
+def is_served(path: Path) -> bool:
+    """Whether a sidecar listens there."""
     with socket.socket(socket.AF_UNIX) as probe:
         return probe.connect_ex(str(path)) == 0
 
@@ -237,27 +237,27 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if args.follow:
         end_with(args.follow)
     try:
-        with listen(args.socket) as listener:
-            run(Sidecar(args.size, args.valkey), listener, args.snapshot)
+        run(Sidecar(args.size, args.valkey), args.socket, args.snapshot)
     except KeyboardInterrupt:
         return 0
-    except (OSError, ImportError) as error:
+    except (OSError, ImportError, ValueError) as error:
         print(f"radix sidecar: {error}", file=sys.stderr)
         return 1
 
 
-def run(sidecar: Sidecar, listener: socket.socket, snapshot_path: Path | None) -> None:
+def run(sidecar: Sidecar, path: Path, snapshot_path: Path | None) -> None:
     """Serve until a signal comes; start with the snapshot, if there is one, and leave one."""
     if snapshot_path:
         with suppress(FileNotFoundError):
             sidecar.restore(snapshot_path)
-    try:
+    with listen(path) as listener:
         log.info("ready")
-        sidecar.serve(listener)
-    finally:
-        sidecar.close()
-        if snapshot_path:
-            sidecar.save(snapshot_path)
+        try:
+            sidecar.serve(listener)
+        finally:
+            sidecar.close()
+            if snapshot_path:
+                sidecar.save(snapshot_path)
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:

@@ -1,6 +1,7 @@
 """The third tier: blocks of many hosts in a Valkey or Redis server, or a cluster of them."""
 
 import logging
+import re
 import struct
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
@@ -19,6 +20,7 @@ TIMEOUT_S = 0.5
 KEEP_S = 24 * 3600  # the server's own maxmemory-policy may drop it earlier
 BATCH = 8  # blocks in one answer of the server
 MOST_WAITING = 64  # texts to write, and as many to fetch; what comes on top is dropped
+URL = re.compile("(valkey|redis)(s|-cluster)?://")
 CLUSTER = "-cluster://"
 
 log = logging.getLogger(__name__)
@@ -37,10 +39,16 @@ class Store(Protocol):
 class ValkeyStore:
     """What fails is a miss, and for a while after that so is everything. For any thread.
 
-    `url` is valkey://HOST:PORT/DB, valkeys:// with TLS, valkey-cluster://HOST:PORT, or the same with redis.
+    `url` is valkey://HOST:PORT/DB, valkeys:// with TLS, valkey-cluster://HOST:PORT, or the same with redis. Raises
+    ValueError for another, and ImportError without redis, the Python package.
     """
 
     def __init__(self, url: str):
+        from redis.exceptions import RedisError
+
+        if not URL.match(url):
+            raise ValueError(f"{url!r} is no store: valkey://host:port, valkey-cluster://host:port, ...")
+        self._failures = (RedisError, OSError)
         self._url = url.replace("valkey", "redis", 1)
         self._client: Any = None  # made when first needed: a cluster's is not without the cluster
         self._breaker = CircuitBreaker()
@@ -57,17 +65,15 @@ class ValkeyStore:
         self._attempt(lambda client: client.set(PREFIX + key, value, ex=KEEP_S))
 
     def _attempt(self, action: Callable[[Any], Any]) -> Any:
-        from redis.exceptions import RedisError
-
         if self._breaker.is_open:
             return None
         try:
             self._client = self._client or self._connect()
             result = action(self._client)
-        except (RedisError, OSError) as error:
+        except self._failures as error:
             self.num_errors += 1
-            self._breaker.fail()
-            log.warning("the store is left alone for a while: %s", type(error).__name__)
+            if self._breaker.fail() == 1:
+                log.warning("the store fails, and is left alone for a while: %s", type(error).__name__)
             return None
         self._breaker.succeed()
         return result

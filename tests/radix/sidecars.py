@@ -1,6 +1,5 @@
 """Real sidecars, and blocks whose bytes follow from their keys."""
 
-import socket
 import subprocess
 import sys
 import time
@@ -15,6 +14,7 @@ from specbackend.radix.arena import UNIT_BYTES
 from specbackend.radix.client import RadixClient, ask
 from specbackend.radix.keys import Layout
 from specbackend.radix.protocol import Audit, GetStats
+from specbackend.radix.server import is_served
 
 PATIENT_S = 30.0  # for calls that have to succeed on a machine that is busy
 LAYOUT = Layout(b"model one", bytes_per_token=UNIT_BYTES // 4 + 1, block_tokens=4, successor=True, model_path="one")
@@ -62,13 +62,8 @@ def running(path: Path, *options: str, num_units: int = 32) -> Iterator[subproce
     command = [sys.executable, "-m", "specbackend.radix.server", "--socket", path]
     process = subprocess.Popen([*command, "--size", str(num_units * UNIT_BYTES), *options])
     try:
-        wait_until(lambda: _answers(path))
+        wait_until(lambda: is_served(path))
         yield process
     finally:
         process.terminate()
         process.wait(PATIENT_S)
-
-
-def _answers(path: Path) -> bool:
-    with socket.socket(socket.AF_UNIX) as probe:
-        return probe.connect_ex(str(path)) == 0

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from specbackend.radix.arena import UNIT_BYTES
-from specbackend.radix.index import Block, BlockIndex, Grant, Holder
+from specbackend.radix.index import GROWTH_UNITS, Block, BlockIndex, Grant, Holder
 
 NUM_UNITS = 9
 CHAINS = st.lists(st.sampled_from("abcdefg"), min_size=1, max_size=5, unique=True).map(
@@ -173,3 +173,23 @@ def test_audit_sees_each_kind_of_leak():
     assert damaged(lambda index: setattr(index._blocks[b"c"], "checksum", 1))
     assert damaged(lambda index: index._blocks.pop(b"b"))
     assert damaged(lambda index: index._holders.clear())
+
+
+def test_units_are_provided_before_their_first_use():
+    """Where the memory ends early, so does the arena."""
+    provided = []
+
+    def provide(first: int, count: int) -> None:
+        if first >= 2 * GROWTH_UNITS:
+            raise OSError("no more")
+        provided.extend(range(first, first + count))
+
+    index = BlockIndex(5 * GROWTH_UNITS, provide)
+    holder = index.join()
+    for i in range(5):
+        keys = [bytes([i, j]) for j in range(GROWTH_UNITS)]
+        grant = index.reserve(holder, keys, 1)
+        assert {unit for block in grant.blocks for unit in block.unit_numbers()} <= set(provided)
+        assert len(grant.blocks) == (GROWTH_UNITS if i < 2 else 0)
+    assert index.stats()["units"] == 2 * GROWTH_UNITS
+    assert index.audit() == []

@@ -17,13 +17,15 @@ import pytest
 from specbackend.radix import arena as arena_module
 from specbackend.radix.arena import UNIT_BYTES, Arena, create_memory
 from specbackend.radix.client import RadixClient, ask
+from specbackend.radix.index import GROWTH_UNITS
 from specbackend.radix.process import SidecarProcess
 from specbackend.radix.protocol import Attach, Attached, Commit, Flush, Found, Lookup, Release, Reserve, receive, send
-from specbackend.radix.server import listen, parse_size
+from specbackend.radix.server import Sidecar, listen, parse_size
 from tests.radix.sidecars import LAYOUT, PATIENT_S, leaks, payload, read, running, stats, store, wait_until
 
 TOKENS = list(range(21))  # five blocks of four tokens, and the successor of the last
 LONGEST_CALL_S = 2.0
+OTHER_USER = 65534
 
 
 def test_what_is_stored_is_found_by_every_engine(sidecar, connect, socket_path):
@@ -107,7 +109,6 @@ def test_what_a_killed_engine_held_is_free_again(sidecar, connect, socket_path, 
 import sys, time
 sys.path[:0] = {sys.path!r}
 from tests.radix.sidecars import *
-from pathlib import Path
 client = RadixClient(Path({str(socket_path)!r}), LAYOUT, PATIENT_S)
 if {holds!r} == "leases":
     lease = client.lookup(LAYOUT.keys(range(21)))
@@ -229,10 +230,14 @@ def test_a_stopped_sidecar_costs_a_timeout_and_no_more(sidecar, connect):
 class FakeSidecar:
     """Answers every connection's first request with `attached` and each later one with `reply`."""
 
-    def __init__(self, path, attached, memory_fd, reply=None):
+    def __init__(self, path, attached, memory_fd, reply=None, user=None):
         self._listener = socket.socket(socket.AF_UNIX)
         self._listener.bind(str(path))
+        if user is not None:
+            os.seteuid(user)  # a socket belongs to who listens
         self._listener.listen()
+        if user is not None:
+            os.seteuid(0)
         self._attached, self._memory_fd, self._reply = attached, memory_fd, reply
         threading.Thread(target=self._serve, daemon=True).start()
 
@@ -316,6 +321,22 @@ def test_requests_out_of_order_are_refused(sidecar, socket_path, request_):
 
 def test_a_block_larger_than_the_arena_is_refused(sidecar, connect):
     assert connect(replace(LAYOUT, bytes_per_token=UNIT_BYTES * 9)).lookup([b"k"]) is None
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs another user")
+def test_another_users_sidecar_is_not_believed(connect, socket_path):
+    memory = create_memory(8 * UNIT_BYTES)
+    FakeSidecar(socket_path, Attached(8 * UNIT_BYTES), memory, Found(0, [0], bytes(8)), user=OTHER_USER)
+    assert connect().lookup(LAYOUT.keys(TOKENS)) is None
+    FakeSidecar(socket_path.with_name("ours"), Attached(8 * UNIT_BYTES), memory, Found(0, [0], bytes(8)))
+    assert RadixClient(socket_path.with_name("ours"), LAYOUT, PATIENT_S).lookup(LAYOUT.keys(TOKENS)) is not None
+
+
+def test_memory_is_taken_as_it_is_needed():
+    sidecar = Sidecar(4 * GROWTH_UNITS * UNIT_BYTES)
+    assert os.fstat(sidecar.memory_fd).st_blocks == 0
+    sidecar.cache.publish(sidecar.cache.index.join(), b"key", np.zeros(1, np.uint8))
+    assert os.fstat(sidecar.memory_fd).st_blocks * 512 == GROWTH_UNITS * UNIT_BYTES
 
 
 # ---- the process

@@ -4,6 +4,7 @@ import os
 import shutil
 import socket
 import subprocess
+import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -161,6 +162,23 @@ def test_a_server_that_never_was_costs_nothing(tmp_path):
         assert read(client, KEYS) == 10
         wait_until(lambda: stats(path)["store_errors"] > 0)
         client.close()
+
+
+@pytest.mark.parametrize("url", ["localhost:6379", "valkeyx://localhost", "http://localhost"])
+def test_other_urls_are_refused(socket_path, url):
+    command = [
+        sys.executable,
+        "-m",
+        "specbackend.radix.server",
+        "--socket",
+        socket_path,
+        "--size",
+        "1M",
+        "--valkey",
+        url,
+    ]
+    sidecar = subprocess.run(command, capture_output=True, text=True, timeout=PATIENT_S)
+    assert sidecar.returncode == 1 and sidecar.stderr.startswith(f"radix sidecar: {url!r} is no store: valkey://")
 
 
 def test_a_silent_server_is_left_alone():
