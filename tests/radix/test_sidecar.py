@@ -121,9 +121,10 @@ else:
 time.sleep(3600)
 """
     with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True) as engine:
-        assert engine.stdout.readline() == "5\n"
-        assert stats(socket_path)["leased_blocks" if holds == "leases" else "reserved_blocks"] == 5
+        holds_five = engine.stdout.readline() == "5\n"
+        held = stats(socket_path)["leased_blocks" if holds == "leases" else "reserved_blocks"]
         engine.kill()
+    assert (holds_five, held) == (True, 5)
     wait_until(lambda: stats(socket_path)["leased_blocks"] + stats(socket_path)["reserved_blocks"] == 0)
     assert stats(socket_path)["free_units"] == 32 - 10
     assert leaks(socket_path) == []
