@@ -21,9 +21,8 @@ class Arena:
         """
         if not fcntl.fcntl(fd, fcntl.F_GET_SEALS) & fcntl.F_SEAL_SHRINK:
             raise ValueError("the arena is not sealed against truncation")
-        if os.fstat(fd).st_size < size:
-            raise ValueError(f"the arena has {os.fstat(fd).st_size} bytes, {size} were announced")
-        self._units = np.frombuffer(mmap.mmap(fd, size), np.uint8).reshape(-1, UNIT_BYTES)
+        memory = mmap.mmap(fd, size)  # which looks whether there is so much
+        self._units = np.frombuffer(memory, np.uint8).reshape(-1, UNIT_BYTES)
 
     @property
     def num_units(self) -> int:

@@ -4,7 +4,8 @@ import logging
 import threading
 from array import array
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import count
 
@@ -81,6 +82,15 @@ class BlockIndex:
             for number in list(holder.reserved):
                 self._commit(holder, number, [])
             self._holders.remove(holder)
+
+    @contextmanager
+    def holding(self) -> Iterator[Holder]:
+        """`join` for a while."""
+        holder = self.join()
+        try:
+            yield holder
+        finally:
+            self.leave(holder)
 
     def lookup(self, holder: Holder, keys: Sequence[bytes]) -> Grant:
         """Lease the blocks of the longest prefix of `keys` that is published."""

@@ -15,7 +15,7 @@ from specbackend.radix.server import is_served
 COMMAND = (sys.executable or "python3", "-m", "specbackend.radix.server")
 FIRST_DELAY_S, LONGEST_DELAY_S = 0.1, 30.0  # before restarts, twice as long after each that did not live
 LIVED_S = 1.0  # what fails to start takes less
-EXIT_LIMIT_S = 5.0
+EXIT_LIMIT_S = 10.0
 
 log = logging.getLogger(__name__)
 
@@ -58,12 +58,10 @@ class SidecarProcess:
         return True
 
     def close(self) -> None:
-        """End it, and wait until it has ended."""
+        """End it. Does not wait for ever: a large snapshot may take longer."""
         self._closing.set()
         self._process.terminate()
         self._keeper.join(EXIT_LIMIT_S)
-        self._process.kill()
-        self._keeper.join()
 
     def _start(self) -> subprocess.Popen:
         return subprocess.Popen(self._command, stdin=subprocess.DEVNULL, start_new_session=True)

@@ -61,6 +61,7 @@ class Sidecar:
         self.cache = BlockCache(BlockIndex(arena.num_units, partial(provide, self.memory_fd)), arena)
         self.tier = StoreTier(ValkeyStore(store_url), self.cache) if store_url else None
         self.layouts: set[Layout] = set()
+        self._saving = threading.Lock()
 
     def serve(self, listener: socket.socket) -> None:
         """Accept connections for ever."""
@@ -73,7 +74,8 @@ class Sidecar:
         return {"arena_bytes": self.arena_bytes, **self.cache.index.stats(), **of_store, "layouts": list(self.layouts)}
 
     def save(self, path: Path) -> None:
-        log.info("snapshot of %d blocks", snapshot.save(path, self.cache, list(self.layouts)))
+        with self._saving:
+            log.info("snapshot of %d blocks", snapshot.save(path, self.cache, list(self.layouts)))
 
     def restore(self, path: Path) -> None:
         self.layouts.update(snapshot.restore(path, self.cache))
@@ -90,23 +92,20 @@ class Session:
     def __init__(self, sidecar: Sidecar, sock: socket.socket):
         self._sidecar, self._socket = sidecar, sock
         self._index = sidecar.cache.index
-        self._holder = self._index.join()
         self._block_bytes = 0  # until it attaches
 
     def run(self) -> None:
-        try:
-            while True:
-                self._socket.settimeout(None)
-                request = receive(self._socket)
-                self._socket.settimeout(SEND_TIMEOUT_S)
-                self._reply(self._answer(request))
-        except (EOFError, OSError):
-            pass  # the client is gone
-        except ValueError as error:
-            log.warning("a client is dropped: %s", error)
-        finally:
-            self._index.leave(self._holder)
-            self._socket.close()
+        with self._socket, self._index.holding() as self._holder:
+            try:
+                while True:
+                    self._socket.settimeout(None)
+                    request = receive(self._socket)
+                    self._socket.settimeout(SEND_TIMEOUT_S)
+                    self._reply(self._answer(request))
+            except (EOFError, OSError):
+                pass  # the client is gone
+            except ValueError as error:
+                log.warning("a client is dropped: %s", error)
 
     def _reply(self, reply: Reply) -> None:
         send(self._socket, reply, (self._sidecar.memory_fd,) if isinstance(reply, Attached) else ())

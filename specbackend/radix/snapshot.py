@@ -19,37 +19,37 @@ LONGEST_PAYLOAD = 1 << 30
 
 
 def save(path: Path, cache: BlockCache, layouts: Iterable[Layout]) -> int:
-    """Write all published blocks, the longest unused first; returns their number. Replaces `path` when it is done."""
-    holder = cache.index.join()
-    fresh = path.with_name(f"{path.name}.{os.getpid()}")
-    try:
+    """Write all published blocks, the longest unused first; returns their number. Replaces `path` when it is done.
+
+    For one thread at a time.
+    """
+    fresh = path.with_name(f"{path.name}.new")
+    with cache.index.holding() as holder, open(fresh, "wb", opener=_open_private) as file:
         blocks = cache.index.lease_all(holder).blocks
-        with open(fresh, "wb", opener=lambda name, flags: os.open(name, flags, 0o600)) as file:
-            _write(file, LAYOUTS, msgpack.packb([astuple(layout) for layout in layouts]))
-            for block in blocks:
-                if (payload := cache.read(block)) is not None:
-                    _write(file, block.key, payload)
-            file.flush()
-            os.fsync(file.fileno())
-        fresh.replace(path)
-    finally:
-        fresh.unlink(missing_ok=True)
-        cache.index.leave(holder)
+        _write(file, LAYOUTS, msgpack.packb([astuple(layout) for layout in layouts]))
+        for block in blocks:
+            if (payload := cache.read(block)) is not None:
+                _write(file, block.key, payload)
+        file.flush()
+        os.fsync(file.fileno())
+    fresh.replace(path)
     return len(blocks)
 
 
 def restore(path: Path, cache: BlockCache) -> list[Layout]:
     """Publish what is sound in a snapshot and return its layouts. Raises OSError if there is none."""
     layouts: list[Layout] = []
-    holder = cache.index.join()
-    with open(path, "rb") as file:
+    with cache.index.holding() as holder, open(path, "rb") as file:
         for key, payload in _sound_records(file):
             if key == LAYOUTS:
                 layouts = [Layout(*values) for values in msgpack.unpackb(payload)]
             else:
                 cache.publish(holder, key, np.frombuffer(payload, np.uint8))
-    cache.index.leave(holder)
     return layouts
+
+
+def _open_private(name: str, flags: int) -> int:
+    return os.open(name, flags, 0o600)
 
 
 def _write(file: BinaryIO, key: bytes, payload: bytes | np.ndarray) -> None:

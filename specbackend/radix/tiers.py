@@ -3,6 +3,7 @@
 import logging
 import re
 import struct
+import threading
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
@@ -96,6 +97,7 @@ class StoreTier:
     def __init__(self, store: Store, cache: BlockCache):
         self._store, self._cache = store, cache
         self._writer, self._fetcher = (BoundedWorker(name, MOST_WAITING) for name in ("store writes", "store fetches"))
+        self._closing = threading.Event()
 
     def write_behind(self, blocks: Sequence[Block]) -> None:
         self._writer.submit(self._write, [block.key for block in blocks])
@@ -104,6 +106,8 @@ class StoreTier:
         self._fetcher.submit(self._fetch, list(keys), num_bytes)
 
     def close(self) -> None:
+        """Leave what is not done."""
+        self._closing.set()
         self._writer.close()
         self._fetcher.close()
 
@@ -115,26 +119,24 @@ class StoreTier:
         }
 
     def _write(self, keys: list[bytes]) -> None:
-        holder = self._cache.index.join()
-        try:
+        with self._cache.index.holding() as holder:
             for block in self._cache.index.lookup(holder, keys).blocks:
+                if self._closing.is_set():
+                    return
                 if (payload := self._cache.read(block)) is not None:
                     self._store.put(block.key, CHECKSUM.pack(block.checksum) + payload.tobytes())
-        finally:
-            self._cache.index.leave(holder)
 
     def _fetch(self, keys: list[bytes], num_bytes: int) -> None:
-        holder = self._cache.index.join()
-        try:
+        with self._cache.index.holding() as holder:
             known = len(self._cache.index.lookup(holder, keys).blocks)
             for start in range(known, len(keys), BATCH):
+                if self._closing.is_set():
+                    return
                 batch = keys[start : start + BATCH]
                 for key, value in zip(batch, self._store.get(batch), strict=True):
                     if value is None or not _is_sound(key, value, num_bytes):
                         return
                     self._cache.publish(holder, key, np.frombuffer(value, np.uint8, offset=CHECKSUM.size))
-        finally:
-            self._cache.index.leave(holder)
 
 
 def _is_sound(key: bytes, value: bytes, num_bytes: int) -> bool:

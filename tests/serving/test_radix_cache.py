@@ -183,11 +183,11 @@ def test_metrics(start, tmp_path, monkeypatch):
         return metrics[0].value if metrics else None
 
     layout = Layout(b"f", bytes_per_token=100, block_tokens=4, successor=False)
-    for total in (3, 6):  # the second sidecar counts from 0
+    for num_blocks, total in ((3, 3), (2, 5)):  # the second sidecar counts from 0
         with running(tmp_path / "radix.sock"):
             client = RadixClient(tmp_path / "radix.sock", layout, PATIENT_S)
-            store(client, layout.keys(range(12)))
-            wait_until(lambda: value("specbackend:radix_published_blocks") == 3)
+            store(client, layout.keys(range(4 * num_blocks)))
+            wait_until(lambda num_blocks=num_blocks: value("specbackend:radix_published_blocks") == num_blocks)
             wait_until(lambda total=total: value("specbackend:radix_committed_blocks_total") == total)
             client.close()
     threads = {t for f in FakePbUtils.metric_families for m in f.metrics.values() for t in m.threads}
