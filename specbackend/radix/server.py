@@ -13,6 +13,7 @@ import signal
 import socket
 import sys
 import threading
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
@@ -47,6 +48,8 @@ from specbackend.radix.protocol import (
 )
 from specbackend.radix.tiers import StoreTier, ValkeyStore
 
+ENDS = {signal.SIGTERM, signal.SIGINT}
+REFUSED_PAUSE_S = 0.5
 SEND_TIMEOUT_S = 10.0  # for a client that asks and does not read
 SUFFIXES = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 
@@ -66,8 +69,12 @@ class Sidecar:
     def serve(self, listener: socket.socket) -> None:
         """Accept connections for ever."""
         while True:
-            connection, _ = listener.accept()
-            threading.Thread(target=Session(self, connection).run, daemon=True).start()
+            try:
+                connection, _ = listener.accept()
+                threading.Thread(target=Session(self, connection).run, daemon=True).start()
+            except (OSError, RuntimeError) as error:  # too many files or threads, which may change
+                log.error("a client is not served: %s", error)
+                time.sleep(REFUSED_PAUSE_S)
 
     def stats(self) -> dict:
         of_store = self.tier.stats() if self.tier else {}
@@ -232,16 +239,15 @@ def parse_size(text: str) -> int:
 def main(arguments: Sequence[str] | None = None) -> int:
     args = _parse(arguments)
     logging.basicConfig(level=logging.INFO, format="radix sidecar: %(message)s")
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
-    if args.follow:
-        end_with(args.follow)
+    signal.pthread_sigmask(signal.SIG_BLOCK, ENDS)  # in all threads; `run` waits for them
     try:
+        if args.follow:
+            end_with(args.follow)
         run(Sidecar(args.size, args.valkey), args.socket, args.snapshot)
-    except KeyboardInterrupt:
-        return 0
     except (OSError, ImportError, ValueError) as error:
         print(f"radix sidecar: {error}", file=sys.stderr)
         return 1
+    return 0
 
 
 def run(sidecar: Sidecar, path: Path, snapshot_path: Path | None) -> None:
@@ -250,13 +256,12 @@ def run(sidecar: Sidecar, path: Path, snapshot_path: Path | None) -> None:
         with suppress(FileNotFoundError):
             sidecar.restore(snapshot_path)
     with listen(path) as listener:
+        threading.Thread(target=sidecar.serve, args=(listener,), daemon=True).start()
         log.info("ready")
-        try:
-            sidecar.serve(listener)
-        finally:
-            sidecar.close()
-            if snapshot_path:
-                sidecar.save(snapshot_path)
+        signal.sigwait(ENDS)
+        sidecar.close()
+        if snapshot_path:
+            sidecar.save(snapshot_path)
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
