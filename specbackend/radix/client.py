@@ -194,7 +194,7 @@ class RadixClient:
 
     def prefetch(self, keys: Sequence[bytes]) -> None:
         """Have the sidecar fetch what it lacks from the third tier, for a lookup some time later."""
-        self._worker.submit(self._writer.call, Prefetch(list(keys)))
+        self._reader.call(Prefetch(list(keys)))
 
     def close(self) -> None:
         self._worker.close()

@@ -9,8 +9,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import count
 
+import numpy as np
+
 from specbackend.radix.arena import units_for
 
+UNIT_TYPE = "I"  # of a unit's number, for array and numpy
 GROWTH_UNITS = 64  # a few MiB, so that nobody waits long for them
 COUNTERS = ("lookups", "hit_blocks", "missed_blocks", "committed_blocks", "evicted_blocks", "poisoned_blocks")
 
@@ -29,7 +32,7 @@ class Block:
     is_listed: bool = True  # else it is gone with its last lease
 
     def unit_numbers(self) -> array:
-        return array("I", self.units)
+        return array(UNIT_TYPE, self.units)
 
 
 @dataclass(eq=False)
@@ -38,7 +41,7 @@ class Holder:
 
     leased: dict[int, list[Block]] = field(default_factory=dict)
     reserved: dict[int, list[Block]] = field(default_factory=dict)
-    numbers: Iterable[int] = field(default_factory=count)
+    numbers: Iterator[int] = field(default_factory=count)
 
 
 @dataclass(frozen=True)
@@ -50,7 +53,7 @@ class Grant:
 
 
 class BlockIndex:
-    """Hands out the arena's units as blocks by key. For any thread; nothing here takes longer than its arguments.
+    """Hands out the arena's units as blocks by key. For any thread; only those that look at all blocks take long.
 
     A unit is free or one block's. A block is reserved by one holder, published, or unlisted and still leased. What is
     published and not leased goes when room is needed, the longest unused first, of one text the end before the start.
@@ -63,7 +66,7 @@ class BlockIndex:
         self._num_provided = 0
         self._counters = Counter(dict.fromkeys(COUNTERS, 0))
         self._lock = threading.Lock()
-        self._free = array("I")  # of those provided
+        self._free = array(UNIT_TYPE)  # of those provided
         self._blocks: dict[bytes, Block] = {}
         self._idle: OrderedDict[bytes, Block] = OrderedDict()  # published and not leased, next to go first
         self._holders: set[Holder] = set()
@@ -192,12 +195,10 @@ class BlockIndex:
             is_idle = self._idle.get(block.key) is block
             if is_idle != (block.is_listed and block.checksum is not None and not block.leases):
                 yield f"block {name} is {'' if is_idle else 'not '}up for eviction"
-        uses = Counter(self._free)
-        for block in blocks:
-            uses.update(block.unit_numbers())
-        for unit in range(self._num_provided):
-            if uses[unit] != 1:
-                yield f"unit {unit} has {uses[unit]} owners"
+        owned = np.frombuffer(b"".join([self._free.tobytes(), *(block.units for block in blocks)]), UNIT_TYPE)
+        num_owners = np.bincount(owned, minlength=self._num_provided)
+        for unit in np.flatnonzero(num_owners != 1):
+            yield f"unit {unit} has {num_owners[unit]} owners"
 
     def _lease(self, holder: Holder, blocks: list[Block]) -> Grant:
         for block in blocks:

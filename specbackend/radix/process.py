@@ -33,6 +33,8 @@ def make_private(folder: Path) -> None:
 
 
 class SidecarProcess:
+    """Started at once, and again until it is closed. `options` are the server's own, see `--help` there."""
+
     def __init__(self, socket_path: Path, options: Sequence[str] = ()):
         self._path = socket_path
         self._command = [*COMMAND, "--socket", str(socket_path), "--follow", str(os.getpid()), *options]

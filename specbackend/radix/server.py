@@ -4,6 +4,7 @@ A thread for each connection. What a connection holds ends with it, also when it
 """
 
 import argparse
+import errno
 import fcntl
 import logging
 import os
@@ -212,9 +213,10 @@ def _locked(folder: Path) -> Iterator[None]:
 
 
 def is_served(path: Path) -> bool:
-    """Whether a sidecar listens there."""
+    """Whether a sidecar listens there, be it one that does not answer."""
     with socket.socket(socket.AF_UNIX) as probe:
-        return probe.connect_ex(str(path)) == 0
+        probe.setblocking(False)
+        return probe.connect_ex(str(path)) not in (errno.ENOENT, errno.ECONNREFUSED)
 
 
 def end_with(pid: int) -> None:

@@ -10,9 +10,8 @@ from specbackend.radix.arena import UNIT_BYTES
 from specbackend.radix.index import GROWTH_UNITS, Block, BlockIndex, Grant, Holder
 
 NUM_UNITS = 9
-CHAINS = st.lists(st.sampled_from("abcdefg"), min_size=1, max_size=5, unique=True).map(
-    lambda names: [name.encode() * 16 for name in names]
-)
+TEXTS = ("abcde", "abxyz", "ax", "mn")
+CHAINS = st.sampled_from([[t[: i + 1].encode() for i in range(n)] for t in TEXTS for n in range(1, len(t) + 1)])
 NUM_BYTES = st.sampled_from([1, UNIT_BYTES, UNIT_BYTES + 1, 3 * UNIT_BYTES])
 
 
@@ -147,6 +146,8 @@ def test_the_longest_unused_goes_first_and_of_a_text_its_end():
     publish(index, [b"c1", b"c2"])
     assert found(index, [b"b1", b"b2", b"b3"]) == 1
     assert found(index, [b"a1", b"a2", b"a3"]) == 3
+    publish(index, [b"d1", b"d2", b"d3", b"d4"])
+    assert found(index, [b"a1", b"a2", b"a3"]) == 2
 
 
 def test_a_text_longer_than_the_arena_is_kept_from_its_start():
