@@ -88,7 +88,7 @@ class FakeEngine:
     def _text_keys(self) -> list[bytes]:
         choices = self._random.choices(range(3), k=self._random.randrange(2, 8))
         tokens = [choice for choice in choices for _ in range(self._layout.block_tokens)]
-        return self._layout.keys([*tokens, 0], self._random.choice(("", "salt")))
+        return self._layout.keys(tokens, self._random.choice((None, "salt")))
 
     def _poison(self) -> None:
         """Flip a bit behind the sidecar's back."""

@@ -175,9 +175,9 @@ class RadixClient:
         if lease.arena is self._reader.arena:  # else it ended with its connection
             self._reader.call(Release(lease.number, list(poisoned)))
 
-    def cached_tokens(self, token_ids: Sequence[int], salt: str = "") -> int:
+    def cached_tokens(self, token_ids: Sequence[int], salt: str | None = None) -> int:
         """How many tokens, from the first on, a lookup would find."""
-        lease = self.lookup(self.layout.keys(token_ids, salt))
+        lease = self.lookup(self.layout.token_keys(token_ids, salt))
         if lease is None:
             return 0
         self.release(lease)

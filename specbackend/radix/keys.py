@@ -11,8 +11,10 @@ import msgpack
 import numpy as np
 import xxhash
 
+from specbackend.cache.radix_tree import prefix_keys
+
 KEY_BYTES = 16
-TOKEN = array("q").itemsize
+BYTES_PER_KEY = array("q").itemsize
 READ_BYTES = 16 << 20
 WEIGHTS = ("*.safetensors", "*.bin", "*.json")
 
@@ -24,27 +26,32 @@ class Layout:
     fingerprint: bytes  # at most 64 bytes, of all that the KV's values and order depend on; see `fingerprint`
     bytes_per_token: int  # K and V of all of the target's layers, then the draft's
     block_tokens: int
-    successor: bool  # the KV of a token depends on the one behind it: a draft model's
+    successor: bool  # the KV of a token depends on the one behind it, as a draft's does: see `prefix_keys`
     model_path: str = ""  # for people, and for who looks for its tokenizer
 
     @property
     def block_bytes(self) -> int:
         return self.block_tokens * self.bytes_per_token
 
-    def keys(self, token_ids: Sequence[int], salt: str = "") -> list[bytes]:
-        """A key for each whole block of the tokens: a hash of all of the text up to the block's end.
+    def keys(self, prefix_keys: Sequence[int], salt: str | None = None) -> list[bytes]:
+        """A key for each whole block of a text, given as the radix tree knows it, an integer for each slot.
 
-        `salt` is hashed in front: who does not know it can neither find these blocks nor learn whether they exist.
+        Each is a hash of all of the text up to the block's end. `salt` is hashed in front: who does not know it can
+        neither find these blocks nor learn whether they exist.
         """
         origin = msgpack.packb([salt, self.bytes_per_token, self.block_tokens, self.successor])
         key = _digest(origin, self.fingerprint)
-        tokens = memoryview(array("q", token_ids).tobytes())
-        step, length = self.block_tokens * TOKEN, (self.block_tokens + self.successor) * TOKEN
+        text = memoryview(array("q", prefix_keys).tobytes())
+        size = self.block_tokens * BYTES_PER_KEY
         keys = []
-        for start in range(0, len(tokens) - length + 1, step):
-            key = _digest(tokens[start : start + length], key)
+        for start in range(0, len(text) - size + 1, size):
+            key = _digest(text[start : start + size], key)
             keys.append(key)
         return keys
+
+    def token_keys(self, token_ids: Sequence[int], salt: str | None = None) -> list[bytes]:
+        """The same for a text given as tokens."""
+        return self.keys(prefix_keys(token_ids, self.successor), salt)
 
 
 def fingerprint(checkpoints: Sequence[Path], **facts: object) -> bytes:

@@ -106,7 +106,7 @@ class RadixCache:
     def _lookup(self, layout: Layout, inputs: Mapping[str, list]) -> dict:
         ids = inputs.get("input_ids") or _encode(layout.model_path, inputs.get("text_input", [""]))
         client = RadixClient(self._path, layout, LOOKUP_S)
-        cached = client.cached_tokens(ids, only_value("cache_salt", inputs.get("cache_salt", [""])))
+        cached = client.cached_tokens(ids, only_value("cache_salt", inputs.get("cache_salt", [None])))
         client.close()
         return {"model_path": layout.model_path, "prompt_tokens": len(ids), "cached_tokens": cached}
 

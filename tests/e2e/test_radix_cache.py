@@ -49,7 +49,7 @@ def sidecar_pid(server: TritonServer) -> int:
 def test_what_engines_store_shows(server):
     client = RadixClient(own_socket(server.process.pid), LAYOUT, PATIENT_S)
     ids = Tokenizer(DEMO_TARGET).encode("Tom has 3 apples and buys 4 more.")
-    assert store(client, LAYOUT.keys(ids)) == (len(ids) - 1) // 4
+    assert store(client, LAYOUT.token_keys(ids)) == (len(ids) - 1) // 4
     client.close()
     status, stats = ask(server, action="stats")
     assert (status, stats["published_blocks"], stats["arena_bytes"]) == (200, (len(ids) - 1) // 4, 64 << 20)

@@ -23,7 +23,7 @@ from specbackend.radix.protocol import Attach, Attached, Commit, Flush, Found, L
 from specbackend.radix.server import Sidecar, listen, parse_size
 from tests.radix.sidecars import LAYOUT, PATIENT_S, leaks, payload, read, running, stats, store, wait_until
 
-TOKENS = list(range(21))  # five blocks of four tokens, and the successor of the last
+TOKENS = list(range(21))  # five blocks of four tokens, and one more
 LONGEST_CALL_S = 2.0
 OTHER_USER = 65534
 
@@ -35,9 +35,15 @@ def test_what_is_stored_is_found_by_every_engine(sidecar, connect, socket_path):
     assert store(reader, keys) == 0  # known already
     assert read(reader, LAYOUT.keys([*TOKENS[:9], 99, *TOKENS[9:]])) == 2
     assert read(reader, keys[2:]) == 3  # the first two are in the engine's own tree, say
-    assert reader.cached_tokens(TOKENS) == 20
     assert leaks(socket_path) == []
     assert (stats(socket_path)["published_blocks"], stats(socket_path)["leased_blocks"]) == (5, 0)
+
+
+def test_cached_tokens(sidecar, connect):
+    client = connect()
+    store(client, LAYOUT.token_keys(TOKENS))
+    assert [client.cached_tokens(TOKENS[:count]) for count in (4, 5, 9, 20, 21)] == [0, 4, 8, 16, 20]
+    assert client.cached_tokens(TOKENS, "salt") == 0
 
 
 def test_only_what_is_missing_is_written(sidecar, connect):
@@ -56,9 +62,9 @@ def test_only_what_is_missing_is_written(sidecar, connect):
 
 def test_salts_and_fingerprints_see_nothing_of_each_other(sidecar, connect):
     """Each stores the same tokens, with other bytes, and finds its own."""
-    texts = [(LAYOUT, ""), (LAYOUT, "salt"), (replace(LAYOUT, fingerprint=b"model two"), "")]
+    texts = [(LAYOUT, None), (LAYOUT, "salt"), (replace(LAYOUT, fingerprint=b"model two"), None)]
     for layout, salt in texts:
-        assert connect(layout).cached_tokens(TOKENS, salt) == 0
+        assert read(connect(layout), layout.keys(TOKENS, salt)) == 0
         assert store(connect(layout), layout.keys(TOKENS, salt)) == 5
     for layout, salt in texts:
         assert read(connect(layout), layout.keys(TOKENS, salt)) == 5
@@ -67,7 +73,7 @@ def test_salts_and_fingerprints_see_nothing_of_each_other(sidecar, connect):
 def test_models_with_blocks_of_other_sizes_share_the_memory(sidecar, connect, socket_path):
     small = replace(LAYOUT, fingerprint=b"small", bytes_per_token=10)
     client = connect(small)
-    assert store(client, small.keys(range(100))) == 24
+    assert store(client, small.keys(range(100))) == 25
     assert store(connect(), LAYOUT.keys(range(200))) == 16  # of two units each
     assert read(client, small.keys(range(100))) == 0  # and of a text the first block goes last
     assert leaks(socket_path) == []

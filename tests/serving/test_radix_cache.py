@@ -75,7 +75,7 @@ def test_it_starts_a_sidecar_of_its_own(start, tmp_path, checkpoint):
     assert path.name == f"radix-{os.getppid()}.sock"
     layout, ids = layout_of(checkpoint), Tokenizer(checkpoint).encode("a prompt of some length")
     client = RadixClient(path, layout, PATIENT_S)
-    assert store(client, layout.keys(ids[:12])) == 3
+    assert store(client, layout.token_keys(ids[:12])) == 3
     client.close()
 
     stats = ask(model)
