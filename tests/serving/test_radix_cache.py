@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import time
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 
@@ -135,10 +136,11 @@ def test_a_sidecar_that_cannot_start_stops_nobody(start, tmp_path, monkeypatch):
     assert ask(model).code == FakeError.UNAVAILABLE
 
 
-def test_a_folder_of_somebody_else_stops_nobody(start, tmp_path, monkeypatch):
+def test_a_folder_of_somebody_else_stops_nobody(start, tmp_path, monkeypatch, caplog):
     (tmp_path / "private").symlink_to("/proc/1")
     monkeypatch.setattr(os, "getuid", lambda: 12345)
     assert ask(start()).code == FakeError.UNAVAILABLE
+    assert "belongs to somebody else" in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -190,5 +192,7 @@ def test_metrics(start, tmp_path, monkeypatch):
             wait_until(lambda num_blocks=num_blocks: value("specbackend:radix_published_blocks") == num_blocks)
             wait_until(lambda total=total: value("specbackend:radix_committed_blocks_total") == total)
             client.close()
+            time.sleep(0.1)  # some publications more, with nothing new
+            assert value("specbackend:radix_committed_blocks_total") == total
     threads = {t for f in FakePbUtils.metric_families for m in f.metrics.values() for t in m.threads}
     assert len(threads) == 1
