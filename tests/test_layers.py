@@ -21,7 +21,7 @@ LAYERS = [  # top to bottom
     ["specbackend.shadow", "specbackend.step_graphs", "specbackend.followers"],
     ["specbackend.scheduler", "specbackend.speculative", "specbackend.runner", "specbackend.forward_graphs"],
     ["specbackend.models", "specbackend.attention", "specbackend.sampling"],
-    ["specbackend.cache", "specbackend.cuda_graphs"],
+    ["specbackend.cache", "specbackend.radix", "specbackend.cuda_graphs"],
     [*NO_TORCH_NOUNS, "specbackend.batch", "specbackend.ranks"],
     ["specbackend.kernels"],
 ]
@@ -29,6 +29,7 @@ ONLY_IN = {  # a third-party package and the one place that may import it
     "triton_python_backend_utils": "model_repository",
     "flashinfer": "specbackend.attention.flashinfer",
     "transformers": "specbackend.tokenizer",
+    "redis": "specbackend.radix.tiers",
 }
 INTEGERS_ONLY = ["specbackend.cache.radix_tree", "specbackend.cache.slots"]
 

@@ -198,11 +198,20 @@ PREPROCESSING_OUTPUTS = (Output("input_ids", "INT32", LIST, asked_by=ALWAYS),)
 ENSEMBLE_INPUTS = (*(i for i in LLM_INPUTS if i.name not in NOT_IN_ENSEMBLE), APPLY_CHAT_TEMPLATE)
 ENSEMBLE_OUTPUTS = LLM_OUTPUTS
 
+RADIX_CACHE_INPUTS = (
+    Input("action", "STRING"),  # a key of radix_cache.ACTIONS
+    Input("text_input", "STRING"),  # of lookup: the prompt as llm gets it, or its ids
+    Input("input_ids", "INT32", LIST),
+    Input("cache_salt", "STRING"),
+)
+RADIX_CACHE_OUTPUTS = (Output("result", "STRING", asked_by=ALWAYS),)  # JSON
+
 
 TENSORS = {
     "llm": (LLM_INPUTS, LLM_OUTPUTS),
     "preprocessing": (PREPROCESSING_INPUTS, PREPROCESSING_OUTPUTS),
     "ensemble": (ENSEMBLE_INPUTS, ENSEMBLE_OUTPUTS),
+    "radix_cache": (RADIX_CACHE_INPUTS, RADIX_CACHE_OUTPUTS),
 }
 
 
