@@ -74,6 +74,7 @@ class Share:
     """How long a step must take and how long it takes."""
 
     shortest: StepTime
+    reading: float  # seconds to read the target's weights at the measured bandwidth
     measured: float  # seconds of a step
 
     @property
@@ -84,7 +85,8 @@ class Share:
     def __str__(self) -> str:
         parts = [f"{name} {1e3 * getattr(self.shortest, name):.2f}" for name in ("verify", "draft")]
         shortest = f"{1e3 * self.shortest.total:.2f} ms/step at least ({' + '.join(parts)})"
-        return f"{shortest}, {1e3 * self.measured:.2f} measured: {self.reached:.2f} of the ceiling"
+        measured = f"{1e3 * self.measured:.2f} measured: {self.reached:.2f} of the ceiling"
+        return f"{shortest}, {measured}; reading the target alone {1e3 * self.reading:.2f}"
 
 
 class StepClock:
@@ -131,7 +133,8 @@ class DecodeCeilings:
         )
         for name, decoding in self._decodings.items():
             run = Run.of(totals[name])
-            share = Share(predict(decoding.workload(run), machine).step, run.step_seconds)
+            reading = decoding.target.weight_bytes / machine.read_bandwidth
+            share = Share(predict(decoding.workload(run), machine).step, reading, run.step_seconds)
             print(f"{name:12} {share}")
             shares[name] = asdict(run) | asdict(share) | {"reached": share.reached}
         return {"ceilings": asdict(machine), "shares": shares}
