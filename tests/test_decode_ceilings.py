@@ -83,9 +83,12 @@ def test_means_of_a_run():
 
 
 def test_a_share():
-    share = Share(StepTime(verify=2e-3, draft=1e-3, host=0), measured=4e-3)
+    share = Share(StepTime(verify=2e-3, draft=1e-3, host=0), reading=1.5e-3, measured=4e-3)
     assert share.reached == 0.75
-    assert str(share) == "3.00 ms/step at least (verify 2.00 + draft 1.00), 4.00 measured: 0.75 of the ceiling"
+    assert str(share) == (
+        "3.00 ms/step at least (verify 2.00 + draft 1.00), 4.00 measured: 0.75 of the ceiling; "
+        "reading the target alone 1.50"
+    )
 
 
 @pytest.fixture

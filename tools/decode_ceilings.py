@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 from machine_ceilings import ROWS, measure
-from roofline import Draft, Network, StepTime, Workload, predict
+from roofline import Ceilings, Draft, Network, StepTime, Workload, predict
 
 from specbackend.config import EngineConfig, TreeShape
 from specbackend.models.draft import read_token_map
@@ -77,6 +77,11 @@ class Share:
     reading: float  # seconds to read the target's weights at the measured bandwidth
     measured: float  # seconds of a step
 
+    @classmethod
+    def of(cls, decoding: Decoding, run: Run, machine: Ceilings) -> "Share":
+        shortest = predict(decoding.workload(run), machine).step
+        return cls(shortest, decoding.target.weight_bytes / machine.read_bandwidth, run.step_seconds)
+
     @property
     def reached(self) -> float:
         """1: as fast as the machine allows."""
@@ -133,8 +138,7 @@ class DecodeCeilings:
         )
         for name, decoding in self._decodings.items():
             run = Run.of(totals[name])
-            reading = decoding.target.weight_bytes / machine.read_bandwidth
-            share = Share(predict(decoding.workload(run), machine).step, reading, run.step_seconds)
+            share = Share.of(decoding, run, machine)
             print(f"{name:12} {share}")
             shares[name] = asdict(run) | asdict(share) | {"reached": share.reached}
         return {"ceilings": asdict(machine), "shares": shares}

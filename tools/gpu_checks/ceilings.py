@@ -4,7 +4,6 @@ from dataclasses import asdict, dataclass, replace
 
 from decode_ceilings import Decoding, Run, Share
 from machine_ceilings import measure
-from roofline import predict
 
 from gpu_checks.context import Context
 from gpu_checks.decode import subjects
@@ -31,7 +30,7 @@ def check_ceilings(context: Context, out: dict) -> None:
     machine = measure(shapes, decodings[0].dtype, context.device, rows)
     out["ceilings"] = asdict(machine)
     for each in timed:
-        share = Share(predict(each.decoding.workload(each.run), machine).step, each.run.step_seconds)
+        share = Share.of(each.decoding, each.run, machine)
         out[each.name] = asdict(each.run) | asdict(share) | {"reached": share.reached}
         print(f"{each.name:<56} {share}", flush=True)
 
