@@ -1,7 +1,7 @@
 """Programmatic dependent launch: from Hopper on, a kernel starts while the one before it is still running.
 
 A kernel that is launched with `launch_options` calls `wait_for_previous` before it reads or writes memory. There it
-lets the next kernel start as well, and waits for the end of all kernels before it, as each of them has waited in turn.
+waits for the end of the kernel before it, and then lets the next one start: sooner, that would be in its way.
 Until then it may compute addresses and prefetch, even what is not written yet: the L2 cache is where all writes go.
 """
 
@@ -29,8 +29,8 @@ def current_arch() -> int:
 @triton.jit
 def wait_for_previous(DEPENDENT: tl.constexpr):
     if DEPENDENT:
-        gdc_launch_dependents()
         gdc_wait()
+        gdc_launch_dependents()
 
 
 @triton.jit

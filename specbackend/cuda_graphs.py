@@ -26,7 +26,12 @@ def graph_recorder(device: torch.device) -> Recorder | None:
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=pool, stream=stream):
             compute()
-        return graph.replay
+
+        def replay() -> None:
+            graph.replay()
+
+        replay.of = compute  # the tensors that it uses must not go before the graph does
+        return replay
 
     return record
 
