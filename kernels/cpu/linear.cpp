@@ -29,6 +29,7 @@ constexpr int MOST_ROWS = 6, ACCUMULATORS = 6;
 constexpr int MOST_PANELS = 4;
 constexpr long CACHED_INPUTS = 1024;  // of the panels at hand, which all rows go through before the next inputs
 constexpr long PREFETCH_BYTES = 1024;
+constexpr long CACHED_BYTES = 1 << 20;  // of x, while all panels pass by
 
 constexpr int panels_at_once(int rows) { return std::clamp(ACCUMULATORS / rows, 1, MOST_PANELS); }
 
@@ -237,6 +238,20 @@ void tiles(const Product<bfloat16>& product, int threads) {
 
 #endif
 
+// Calls run with one part of the rows after the other: as many as stay in a core's own cache.
+template <class X, class Run>
+void cached_rows(const Product<X>& whole, Run run) {
+  const long D = whole.D, E = whole.E, at_once = std::max<long>(64, CACHED_BYTES / (D * sizeof(X)) / 16 * 16);
+  for (long t = 0; t < whole.T; t += at_once) {
+    Product<X> part = whole;
+    part.T = std::min(at_once, whole.T - t);
+    part.x += t * D;
+    part.y += t * E;
+    if (part.residual) part.residual += t * E;
+    run(part);
+  }
+}
+
 }  // namespace
 
 extern "C" {
@@ -245,26 +260,30 @@ extern "C" {
 
 void linear_float32_float32(const float* x, const float* weight, const float* scale, const float* bias,
                             const float* residual, float* y, long T, long D, long E, int threads) {
-  vectors<float>(Product<float>{x, weight, scale, bias, residual, y, T, D, E}, x, threads);
+  cached_rows(Product<float>{x, weight, scale, bias, residual, y, T, D, E},
+              [&](const Product<float>& part) { vectors<float>(part, part.x, threads); });
 }
 
 void linear_float32_int8(const float* x, const int8_t* weight, const float* scale, const float* bias,
                          const float* residual, float* y, long T, long D, long E, int threads) {
-  vectors<int8_t>(Product<float>{x, weight, scale, bias, residual, y, T, D, E}, x, threads);
+  cached_rows(Product<float>{x, weight, scale, bias, residual, y, T, D, E},
+              [&](const Product<float>& part) { vectors<int8_t>(part, part.x, threads); });
 }
 
 void linear_bfloat16_bfloat16(const bfloat16* x, const bfloat16* weight, const float* scale, const float* bias,
                               const bfloat16* residual, bfloat16* y, long T, long D, long E, int threads) {
-  Product<bfloat16> product{x, weight, scale, bias, residual, y, T, D, E};
+  cached_rows(Product<bfloat16>{x, weight, scale, bias, residual, y, T, D, E}, [&](const Product<bfloat16>& part) {
 #ifdef __AMX_BF16__
-  if (D % 32 == 0 && matrix_unit_granted()) return tiles(product, threads);
+    if (D % 32 == 0 && matrix_unit_granted()) return tiles(part, threads);
 #endif
-  vectors<bfloat16>(product, floats(x, T * D).data(), threads);
+    vectors<bfloat16>(part, floats(part.x, part.T * D).data(), threads);
+  });
 }
 
 void linear_bfloat16_int8(const bfloat16* x, const int8_t* weight, const float* scale, const float* bias,
                           const bfloat16* residual, bfloat16* y, long T, long D, long E, int threads) {
-  Product<bfloat16> product{x, weight, scale, bias, residual, y, T, D, E};
-  vectors<int8_t>(product, floats(x, T * D).data(), threads);
+  cached_rows(Product<bfloat16>{x, weight, scale, bias, residual, y, T, D, E}, [&](const Product<bfloat16>& part) {
+    vectors<int8_t>(part, floats(part.x, part.T * D).data(), threads);
+  });
 }
 }
