@@ -59,6 +59,7 @@ class ForwardBatch:
     window_slot_BW: torch.Tensor  # int64
     window_mask_BQW: torch.Tensor  # bool; every row sees at least itself
     window_is_causal: bool = False  # the mask is the lower triangle of Q = W, which a backend need not read
+    row_T: torch.Tensor | None = None  # int64, of the B * Q rows those that are no padding; None: it is not worth it
 
 
 @dataclass(frozen=True)

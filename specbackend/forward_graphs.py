@@ -53,7 +53,7 @@ class Inputs:
         B, L = batch.prefix_slot_BL.shape
         self.batch.prefix_slot_BL[:B, :L] = batch.prefix_slot_BL
         for field in fields(ForwardBatch):
-            if field.name not in ("prefix_slot_BL", "window_is_causal"):
+            if field.name not in ("prefix_slot_BL", "window_is_causal", "row_T"):
                 getattr(self.batch, field.name)[:B] = getattr(batch, field.name)
         self.batch.slot_BQ[B:] = DUMMY_SLOT
         self.batch.prefix_len_B[B:] = 0

@@ -1,8 +1,11 @@
 """Lays requests out as forward batches and runs the target over them."""
 
+from itertools import chain
+
 import torch
 
-from specbackend.attention.base import AttentionBackend
+from specbackend.attention.base import AttentionBackend, AttentionPlan
+from specbackend.attention.unpadded import run_unpadded
 from specbackend.batch import ExtendBatch, ForwardBatch, Sequences
 from specbackend.cache.kv_pool import KVPool, RequestTable
 from specbackend.cache.slots import DUMMY_SLOT
@@ -10,6 +13,8 @@ from specbackend.cuda_graphs import Recorder
 from specbackend.forward_graphs import PROMPT_WIDTHS, ForwardGraphs, Forwards
 from specbackend.models.llama import LlamaModel, TargetOutput
 from specbackend.request import Request
+
+MOST_FULL = 0.9  # of a batch's rows: a fuller one is computed with its padding
 
 
 class TargetRunner:
@@ -39,8 +44,12 @@ class TargetRunner:
         recorded = self._prompt_widths if len(chunk_lens) == 1 else ()
         return next((width for width in recorded if width >= longest), longest)
 
-    def _run_eagerly(self, batch: ForwardBatch, _: None) -> tuple[torch.Tensor, torch.Tensor]:
-        output = self.model.forward(batch, self.attention.plan(batch, self.dtype), self.kv_pool)
+    def _run_eagerly(self, batch: ForwardBatch, _: None) -> tuple[torch.Tensor, ...]:
+        plan = self.attention.plan(batch, self.dtype)
+        return self._compute(batch, plan) if batch.row_T is None else run_unpadded(self._compute, batch, plan)
+
+    def _compute(self, batch: ForwardBatch, plan: AttentionPlan) -> tuple[torch.Tensor, torch.Tensor]:
+        output = self.model.forward(batch, plan, self.kv_pool)
         return output.hidden_TD, output.feature_TF
 
     def sequences(self, requests: list[Request]) -> Sequences:
@@ -87,7 +96,16 @@ def text_forward_batch(
         window_slot_BW=slot_BQ,
         window_mask_BQW=causal_mask(Q, runner.device).expand(len(requests), Q, Q),
         window_is_causal=True,
+        row_T=_rows_apart(lengths, Q, runner.device),
     )
+
+
+def _rows_apart(lengths: list[int], width: int, device) -> torch.Tensor | None:
+    """The rows that are no padding, if so many are that it is worth leaving them out. See ForwardBatch."""
+    if len(lengths) == 1 or sum(lengths) > MOST_FULL * len(lengths) * width:
+        return None
+    rows = [range(b * width, b * width + length) for b, length in enumerate(lengths)]
+    return torch.tensor(list(chain.from_iterable(rows)), device=device)
 
 
 def _padded(tokens: list[int], width: int) -> list[int]:

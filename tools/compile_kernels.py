@@ -22,6 +22,7 @@ from triton.compiler import CompiledKernel
 from triton.runtime import JITFunction, driver
 
 from specbackend import kernels
+from specbackend.kernels import dependent_launch
 
 MAX_SHARED = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # bytes a block may have on an A100, H100 or H200, B200
 
@@ -103,6 +104,7 @@ def report(binary: CompiledKernel, arch: int) -> bool:
 
 
 def main(names: list[str]) -> int:
+    dependent_launch.enabled = True  # the stricter of the two
     binaries = [
         (binary, arch)
         for module in load_kernels(names)

@@ -20,7 +20,7 @@ LINES = (64, 256, 1024, 2048)  # of a program's weight, to prefetch; others than
 TRY_SECONDS = 60
 
 
-def switch_off_unless_it_works(out: dict) -> None:
+def try_elsewhere(out: dict) -> None:
     """Try it in a process of its own: what hangs or breaks the device there would take all later stages with it."""
     env = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
     command = [sys.executable, "-c", "from gpu_checks import dependent_launch as d; d.try_out('cuda', 4096, 200)"]
@@ -29,7 +29,6 @@ def switch_off_unless_it_works(out: dict) -> None:
         problem = child.stderr[-2000:] if child.returncode else None
     except subprocess.TimeoutExpired:
         problem = f"not done after {TRY_SECONDS} s"
-    dependent_launch.enabled = problem is None
     out["dependent_launch"] = problem or "works"
 
 
@@ -74,28 +73,21 @@ def _layers(device: torch.device, D: int, T: int = 8, count: int = 8) -> Callabl
 
 
 def check_dependent_launch(context: Context, out: dict) -> None:
-    """Fills out with a dict for either kind of launch, whether answers are equal, and a dict per prefetched size.
-
-    Where it does not work or answers differ, later stages do without.
-    """
-    if not dependent_launch.enabled:
+    """Fills out with a dict for either kind of launch, whether answers are equal, and a dict per prefetched size."""
+    if context.results.get("probe", {}).get("dependent_launch") != "works":
         out["skipped"] = "it does not work here"
         return
-    answers = {}
+    answers, default = {}, linear_small_m.PREFETCHED_LINES
     try:
-        for name, enabled in (("early", True), ("one by one", False)):
+        for name, enabled in (("one by one", False), ("early", True)):
             dependent_launch.enabled = enabled
             out[name], answers[name] = _measure(context, (1, 2) if context.rehearsal else (1, 8))
         out["equal"] = [a == b for a, b in zip(*answers.values(), strict=True)]
-    finally:
-        dependent_launch.enabled = all(out.get("equal", [False]))
-    default = linear_small_m.PREFETCHED_LINES
-    try:
         for lines in LINES:
             linear_small_m.PREFETCHED_LINES = lines
             out[f"{lines} lines"], _ = _measure(context, (1,))
     finally:
-        linear_small_m.PREFETCHED_LINES = default
+        dependent_launch.enabled, linear_small_m.PREFETCHED_LINES = False, default
 
 
 def _measure(context: Context, batches: tuple[int, ...]) -> tuple[dict, list[list[int]]]:

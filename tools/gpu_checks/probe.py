@@ -28,7 +28,7 @@ def check_probe(context: Context, out: dict) -> None:
             "--query-gpu=name,driver_version,clocks.max.sm,clocks.max.memory",
             "--format=csv,noheader",
         ]
-        from gpu_checks.dependent_launch import switch_off_unless_it_works
+        from gpu_checks.dependent_launch import try_elsewhere
 
-        switch_off_unless_it_works(out)
+        try_elsewhere(out)
         out["nvidia_smi"] = subprocess.run(query, capture_output=True, text=True).stdout.strip()
