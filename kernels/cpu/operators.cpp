@@ -3,12 +3,37 @@
 #include <omp.h>
 
 #include <cmath>
+#include <type_traits>
 
 #include "vectors.h"
 
 namespace {
 
 constexpr long MIN_SHARED = 1 << 16;  // elements from which on threads share the rows
+
+// 16 elements, or the `there` that are left.
+template <class X>
+INLINE Vec load_part(const X* p, long there) {
+  if (there >= WIDTH) return load(p);
+  X part[WIDTH] = {};
+  memcpy(part, p, there * sizeof(X));
+  return load(part);
+}
+template <class X>
+INLINE void store_part(X* p, Vec v, long there) {
+  if (there >= WIDTH) return store(p, v);
+  X part[WIDTH];
+  store(part, v);
+  memcpy(p, part, there * sizeof(X));
+}
+
+template <class X>
+INLINE Vec rounded(Vec v) {
+  if constexpr (std::is_same_v<X, float>) return v;
+  X stored[WIDTH];
+  store(stored, v);
+  return load(stored);
+}
 
 // y = x / rms(x) * weight; row t has weight row t % num_weights. As Hugging Face rounds: before the weight, and after.
 template <class X>
@@ -18,38 +43,26 @@ void rms_norm(const X* all_x, const X* weight, X* all_y, long T, long D, long nu
     const X *x = all_x + t * D, *w = weight + t % num_weights * D;
     X* y = all_y + t * D;
     Vec squares = {};
-    long d = 0;
-    for (; d + WIDTH <= D; d += WIDTH) squares += load(x + d) * load(x + d);
-    float total = sum(squares);
-    for (long i = d; i < D; i++) total += as_float(x[i]) * as_float(x[i]);
-    const float inverse = 1 / std::sqrt(total / D + eps);
-    for (d = 0; d < D; d += WIDTH) {
-      const long there = D - d < WIDTH ? D - d : WIDTH;
-      X in[WIDTH], normed[WIDTH], out[WIDTH], by[WIDTH];
-      memcpy(in, x + d, there * sizeof(X));
-      memcpy(by, w + d, there * sizeof(X));
-      store(normed, load(in) * inverse);
-      store(out, load(normed) * load(by));
-      memcpy(y + d, out, there * sizeof(X));
+    for (long d = 0; d < D; d += WIDTH) {
+      Vec v = load_part(x + d, D - d);
+      squares += v * v;
     }
+    const float inverse = 1 / std::sqrt(sum(squares) / D + eps);
+    for (long d = 0; d < D; d += WIDTH)
+      store_part(y + d, rounded<X>(load_part(x + d, D - d) * inverse) * load_part(w + d, D - d), D - d);
   }
 }
 
 // Rotates the pairs (2i, 2i + 1) of a head by the complex numbers of its row.
 template <class X>
 INLINE void rotate(const X* head, const float* rope, X* out, long D) {
-  for (long d = 0; d < D; d += 2) {
-    float a = as_float(head[d]), b = as_float(head[d + 1]), c = rope[d], s = rope[d + 1];
-    X pair[WIDTH];
-    store(pair, Vec{a * c - b * s, a * s + b * c});
-    memcpy(out + d, pair, 2 * sizeof(X));
-  }
-}
-INLINE void rotate(const float* head, const float* rope, float* out, long D) {
-  for (long d = 0; d < D; d += 2) {
-    float a = head[d], b = head[d + 1], c = rope[d], s = rope[d + 1];
-    out[d] = a * c - b * s;
-    out[d + 1] = a * s + b * c;
+  const Ints even = {0, 0, 2, 2, 4, 4, 6, 6, 8, 8, 10, 10, 12, 12, 14, 14}, odd = even + 1;
+  const Ints swapped = {1, 0, 3, 2, 5, 4, 7, 6, 9, 8, 11, 10, 13, 12, 15, 14};
+  const Vec sign = {-1, 1, -1, 1, -1, 1, -1, 1, -1, 1, -1, 1, -1, 1, -1, 1};
+  for (long d = 0; d < D; d += WIDTH) {
+    Vec v = load_part(head + d, D - d), turn = load_part(rope + d, D - d);
+    Vec real = __builtin_shuffle(turn, even), imaginary = __builtin_shuffle(turn, odd);
+    store_part(out + d, v * real + __builtin_shuffle(v, swapped) * imaginary * sign, D - d);
   }
 }
 
@@ -75,14 +88,8 @@ void silu_mul(const X* all_gate_up, X* all_y, long T, long I, int threads) {
     const X* gate_up = all_gate_up + t * 2 * I;
     X* y = all_y + t * I;
     for (long i = 0; i < I; i += WIDTH) {
-      const long there = I - i < WIDTH ? I - i : WIDTH;
-      X gate[WIDTH] = {}, up[WIDTH] = {}, out[WIDTH];
-      memcpy(gate, gate_up + i, there * sizeof(X));
-      memcpy(up, gate_up + I + i, there * sizeof(X));
-      Vec g = load(gate);
-      store(out, g / (1.0f + exponential(-g)));
-      store(out, load(out) * load(up));
-      memcpy(y + i, out, there * sizeof(X));
+      Vec gate = load_part(gate_up + i, I - i), up = load_part(gate_up + I + i, I - i);
+      store_part(y + i, rounded<X>(gate / (1.0f + exponential(-gate))) * up, I - i);
     }
   }
 }
