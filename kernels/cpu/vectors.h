@@ -3,6 +3,9 @@
 
 #include <cstdint>
 #include <cstring>
+#ifdef __AVX512F__
+#include <immintrin.h>
+#endif
 
 #define INLINE static inline __attribute__((always_inline))
 
@@ -12,6 +15,7 @@ typedef float Vec __attribute__((vector_size(64)));
 typedef uint32_t Bits __attribute__((vector_size(64)));
 typedef int32_t Ints __attribute__((vector_size(64)));
 typedef uint16_t Halves __attribute__((vector_size(32)));
+typedef int16_t Shorts __attribute__((vector_size(32)));
 typedef int8_t Bytes __attribute__((vector_size(16)));
 
 struct bfloat16 {
@@ -27,7 +31,13 @@ INLINE V read(const void* p) {
 
 INLINE Vec load(const float* p) { return read<Vec>(p); }
 INLINE Vec load(const bfloat16* p) { return (Vec)(__builtin_convertvector(read<Halves>(p), Bits) << 16); }
-INLINE Vec load(const int8_t* p) { return __builtin_convertvector(read<Bytes>(p), Vec); }
+INLINE Vec load(const int8_t* p) {
+#ifdef __AVX512F__
+  return (Vec)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)p)));
+#else  // step by step, or GCC 12 goes element by element
+  return __builtin_convertvector(__builtin_convertvector(__builtin_convertvector(read<Bytes>(p), Shorts), Ints), Vec);
+#endif
+}
 
 INLINE void store(float* p, Vec v) { memcpy(p, &v, sizeof v); }
 INLINE void store(bfloat16* p, Vec v) {  // to the nearest, ties to even
