@@ -10,8 +10,11 @@ import pytest
 from specbackend import Engine
 from specbackend.errors import ConfigError
 from specbackend.radix.client import TIMEOUT_S
+from specbackend.request import Request
+from specbackend.sampling_params import SamplingParams
 from tests.conftest import DEMO_TARGET
-from tests.radix.sidecars import PATIENT_S, leaks, running, stats
+from tests.radix.sidecars import PATIENT_S, leaks, running, stats, wait_until
+from tests.radix.test_tiers import MISSING, SERVER, Server
 from tests.test_prefix_cache import ALGORITHMS, DRAFTED, GREEDY, PLAIN
 
 BLOCK_TOKENS = 16
@@ -182,3 +185,26 @@ def test_a_request_without_drafts_keeps_what_it_finds_in_the_pool(sidecar, new_e
         "device": len(text) - 1,
         "host": 0,
     }
+
+
+@pytest.mark.skipif(SERVER is None, reason=MISSING)
+def test_a_prompt_that_waits_is_fetched_from_another_host(tmp_path, new_engine, demo_prompts):
+    """Two sidecars play two hosts. The store between them dies later, which costs its blocks only."""
+    store, cold, prompts = Server(tmp_path), new_engine(**NO_TIER), demo_prompts[3:5]
+    hosts = [tmp_path / "one.sock", tmp_path / "other.sock"]
+    url = f"valkey://127.0.0.1:{store.port}"
+    with running(hosts[0], "--valkey", url, num_units=400), running(hosts[1], "--valkey", url, num_units=400):
+        one, other = (new_engine(radix_cache_socket=str(host)) for host in hosts)
+        expected = [ask_engine(one, prompt) for prompt in prompts]
+        num_stored = stats(hosts[0])["published_blocks"]
+        wait_until(lambda: store.num_keys() == num_stored)
+        other.submit(Request("waits", prompts[0], SamplingParams.from_dict(GREEDY)))
+        num_usable = (len(prompts[0]) - 1) // BLOCK_TOKENS
+        wait_until(lambda: stats(hosts[1])["published_blocks"] == num_usable)
+        updates = [update for _ in iter(lambda: other.has_work, False) for update in other.step()]
+        assert updates[-1].host_cached_tokens == num_usable * BLOCK_TOKENS
+        assert [token for update in updates for token in update.token_ids] == expected[0]["output_ids"]
+        store.end()
+        again = [ask_engine(engine, prompts[1]) for engine in (one, other)]
+        assert [said(answer) for answer in again] == [said(expected[1])] * 2
+        assert said(expected[1]) == said(cold.generate(input_ids=prompts[1], sampling_params=GREEDY))

@@ -1,6 +1,7 @@
 """Two engines' caches at a real sidecar: what one leaves, the other finds, bit for bit, or nothing."""
 
 import random
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from dataclasses import replace
@@ -242,3 +243,11 @@ def test_without_a_sidecar_the_cache_is_the_pool(tmp_path, new_engine):
         assert one.written() == NUM_BLOCKS
     one.forget()
     assert one.bring(TEXT) == 0
+
+
+def test_what_was_given_arrives_before_the_end(path, new_engine):
+    one = new_engine()
+    one.client._worker.submit(time.sleep, 0.2)  # is before it in the queue
+    one.compute(TEXT)
+    one.tier.close()
+    assert new_engine().bring(TEXT) == NUM_BLOCKS * BLOCK_TOKENS
