@@ -162,16 +162,13 @@ class Scheduler:
         needs_drafts = self._needs_drafts(request)
         tokens = request.text_array() if not _wants_prompt_rows(request) else []
         pinned = self.slots.match(tokens, request.params.cache_salt, needs_drafts)
-        needed = request.num_tokens - len(pinned.slots) + self.num_nodes
+        on_device = len(pinned.slots)
+        needed = request.num_tokens - on_device + self.num_nodes
         headroom = self.num_nodes * (len(self.running) + len(self.prefilling))  # else the next step retracts it again
         if needed + headroom > self.slots.num_available:
             self.slots.unpin(pinned)
             return False
-        on_device = len(pinned.slots)
-        if self._bring and pinned.num_drafted == on_device:  # else KV without drafts goes further
-            self._bring(tokens, pinned.salt)
-            self.slots.unpin(pinned)
-            pinned = self.slots.match(tokens, pinned.salt, needs_drafts)
+        pinned = self._with_lower_tier(tokens, pinned, needs_drafts)  # what it brings is no longer needed
         cached = len(pinned.slots)
         fresh = self.slots.allocate(request.num_tokens - cached + self.num_nodes)
         request.row = self.table.take_row()
@@ -184,6 +181,14 @@ class Scheduler:
             self._num_drafted[request] = request.num_tokens if pinned.num_drafted == cached else pinned.num_drafted
         self._own(request, pinned.slots + fresh)
         return True
+
+    def _with_lower_tier(self, tokens: Sequence[int], pinned: PinnedPrefix, needs_drafts: bool) -> PinnedPrefix:
+        """The cached prefix once a lower tier has added to it. KV without drafts goes further, and stays as it is."""
+        if self._bring is None or pinned.num_drafted < len(pinned.slots):
+            return pinned
+        self._bring(tokens, pinned.salt)
+        self.slots.unpin(pinned)
+        return self.slots.match(tokens, pinned.salt, needs_drafts)
 
     def _needs_drafts(self, request: Request) -> bool:
         return request.tree is not None or not self.cache_rule.has_draft_kv
