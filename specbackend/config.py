@@ -9,7 +9,7 @@ from pathlib import Path
 
 from specbackend.errors import ConfigError
 
-PATHS = ("model_path", "speculative_draft_model_path", "speculative_token_map")
+PATHS = ("model_path", "speculative_draft_model_path", "speculative_token_map", "radix_cache_socket")
 TREE = ("speculative_num_steps", "speculative_eagle_topk", "speculative_num_draft_tokens")
 
 
@@ -82,6 +82,9 @@ class EngineConfig:
     page_size: int = 1
     disable_radix_cache: bool = False
     radix_eviction_policy: str = "lru"  # lru, lfu, or priority: of the requests that used a prefix
+    enable_hierarchical_cache: bool = False  # keep prefixes in the radix sidecar, too, and look for them there
+    hicache_write_policy: str = "write_through"  # when a request ends; or write_back: when its prefix is evicted
+    radix_cache_socket: str | None = None  # the sidecar's; None: of the one that tritonserver's radix_cache starts
     attention_backend: str = "auto"  # torch, native, triton or flashinfer; auto: triton on a GPU, else native
     cuda_graph_max_bs: int | None = None  # largest batch whose decode step is a CUDA graph; None: 32
     disable_cuda_graph: bool = False
@@ -100,6 +103,7 @@ class EngineConfig:
         self._check_choices()
         self._check_ranges()
         self._check_priorities()
+        self._check_hierarchical_cache()
         if self.tp_size > 1 and (self.quantization or self.enable_torch_compile):
             name = "quantization" if self.quantization else "enable_torch_compile"
             raise ConfigError(f"{name}: is served on one rank only, tp_size is {self.tp_size}")
@@ -150,6 +154,7 @@ class EngineConfig:
         _one_of("quantization", self.quantization, (None, "int8wo", "fp8wo"))
         _one_of("schedule_policy", self.schedule_policy, ("fcfs", "lpm"))
         _one_of("radix_eviction_policy", self.radix_eviction_policy, ("lru", "lfu", "priority"))
+        _one_of("hicache_write_policy", self.hicache_write_policy, ("write_through", "write_back"))
         _one_of("attention_backend", self.attention_backend, ("auto", "torch", "native", "triton", "flashinfer"))
         _one_of("page_size", self.page_size, (1,))
 
@@ -179,6 +184,15 @@ class EngineConfig:
             raise ConfigError("schedule_low_priority_values_first: is set, but enable_priority_scheduling is not")
         if self.radix_eviction_policy == "priority":
             raise ConfigError("radix_eviction_policy: is priority, but enable_priority_scheduling is not set")
+
+    def _check_hierarchical_cache(self) -> None:
+        if not self.enable_hierarchical_cache:
+            if self.radix_cache_socket is not None:
+                raise ConfigError("radix_cache_socket: is set, but enable_hierarchical_cache is not")
+        elif self.disable_radix_cache:
+            raise ConfigError("enable_hierarchical_cache: is set, but so is disable_radix_cache")
+        elif self.tp_size > 1:
+            raise ConfigError(f"enable_hierarchical_cache: is served on one rank only, tp_size is {self.tp_size}")
 
     def _refuse_speculative(self, prefix: str, reason: str) -> None:
         for f in fields(self):

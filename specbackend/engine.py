@@ -13,6 +13,7 @@ import random
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -20,6 +21,7 @@ import torch.distributed as dist
 
 from specbackend.attention.registry import attention_backend
 from specbackend.batch import DecodeBatch, ExtendBatch
+from specbackend.cache.host_tier import HostTier, kv_layout
 from specbackend.cache.kv_pool import KVPool, RequestTable
 from specbackend.cache.slots import SlotManager
 from specbackend.config import EngineConfig
@@ -34,6 +36,7 @@ from specbackend.models.model_config import ModelConfig
 from specbackend.models.quantization import quantize
 from specbackend.models.registry import load_draft
 from specbackend.offline import OfflineAnswer, Question, read_questions
+from specbackend.radix.client import RadixClient
 from specbackend.ranks import ONE_RANK, Ranks, Seat, join_ranks
 from specbackend.request import Request, Update
 from specbackend.runner import TargetRunner
@@ -55,6 +58,7 @@ from specbackend.step_graphs import RecordedDecoder
 from specbackend.tokenizer import Tokenizer
 
 DEFAULT_GRAPH_MAX_BS = 32
+WRITE_HOOKS = {"write_through": "on_finish", "write_back": "on_evict"}  # of SlotManager
 
 
 @dataclass(frozen=True)
@@ -98,6 +102,7 @@ class Engine:
         self._processors = load_processors(config.logits_processors) if config.logits_processors else ()
         self._compiler: GrammarCompiler | None = None
         self._followers: Followers | None = None
+        self._tier: HostTier | None = None
         if config.tp_size == 1:
             self._load(target_path, ONE_RANK)
         elif seat:
@@ -148,8 +153,15 @@ class Engine:
         if config.speculative_adaptive:
             tree = tree_of(SamplingParams(), config)
             self.decoder = AdaptiveDecoder(self.decoder, self.plain, runner, drafter, tree)
+        if config.enable_hierarchical_cache:
+            pools = [runner.kv_pool] + ([drafter.grower.kv_pool] if cache_rule.has_draft_kv else [])
+            self._tier = _host_tier(config, pools, cache_rule)
         self.slots = SlotManager(
-            num_slots, cache_rule.successor_keys, not config.disable_radix_cache, config.radix_eviction_policy
+            num_slots,
+            cache_rule.successor_keys,
+            not config.disable_radix_cache,
+            config.radix_eviction_policy,
+            **({WRITE_HOOKS[config.hicache_write_policy]: self._tier.keep} if self._tier else {}),
         )
         self.scheduler = Scheduler(
             config,
@@ -159,6 +171,7 @@ class Engine:
             context,
             frozenset(self.model_config.eos_token_ids),
             cache_rule,
+            partial(self._tier.bring, self.slots) if self._tier else None,
         )
         self.shadows = ShadowRuns(config.shadow_fraction, self.scheduler, self._queue)
         ranks.least(0, self.device)  # wait for the last
@@ -208,6 +221,8 @@ class Engine:
         if params.guide:
             request.grammar = self._grammars(params.guide).start(*params.guide)
         self.scheduler.add(request)
+        if self._tier:
+            self._tier.prefetch(self.slots, request.text_array(), params.cache_salt)
 
     def cancel(self, request_id: str) -> None:
         """Drop a request; no update of it follows. Unknown ids are ignored."""
@@ -300,8 +315,13 @@ class Engine:
         return answers[0] if single and len(answers) == 1 else answers
 
     def shutdown(self) -> None:
-        """Drop all requests and end the processes of other ranks. The tensors go with the object."""
+        """Drop all requests and end the processes of other ranks. The tensors go with the object.
+
+        What the sidecar was given arrives first.
+        """
         self.drop_requests()
+        if self._tier:
+            self._tier.close()
         if self._followers:
             self._followers.stop()
 
@@ -469,6 +489,13 @@ def _kv_pool(model: LlamaModel | DraftModel, num_slots: int, dtype: torch.dtype,
 def _bytes_per_slot(model: LlamaModel | DraftModel, dtype: torch.dtype) -> int:
     config = model.config
     return KVPool.bytes_per_slot(model.num_kv_layers, config.num_key_value_heads, config.head_dim, dtype)
+
+
+def _host_tier(config: EngineConfig, pools: list[KVPool], cache_rule: CacheRule) -> HostTier:
+    if config.radix_cache_socket is None:
+        raise ConfigError("radix_cache_socket: is required by enable_hierarchical_cache, but behind a tritonserver")
+    layout = kv_layout(config, pools, cache_rule.successor_keys)
+    return HostTier(RadixClient(Path(config.radix_cache_socket), layout), pools)
 
 
 def _compile_steps(config: EngineConfig, model: LlamaModel, draft: DraftModel | None, device) -> None:

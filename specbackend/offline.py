@@ -105,6 +105,10 @@ class OfflineAnswer:
                 "prompt_tokens": update.prompt_tokens,
                 "completion_tokens": len(self.output_ids),
                 "cached_tokens": update.cached_tokens,
+                "cached_tokens_details": {
+                    "device": update.cached_tokens - update.host_cached_tokens,
+                    "host": update.host_cached_tokens,
+                },
                 "finish_reason": reason.value if reason else None,
                 "spec_verify_ct": update.spec_verify_ct,
                 "accept_length": update.completion_tokens / max(update.spec_verify_ct, 1),

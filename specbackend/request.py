@@ -59,6 +59,7 @@ class Request:
     row: int = -1  # place in the RequestTable
     num_computed: int = 0  # tokens whose KV is in the pool
     num_cached: int = 0  # of these, how many the prefix cache supplied
+    num_cached_on_host: int = 0  # of these, how many a lower tier supplied
     spec_verify_ct: int = 0  # decode steps taken
     undrafted_ct: int = 0  # of these, how many verified the root alone although there is a tree; the decoder counts
     num_unfed: int = 0  # of num_computed, the last that the draft has yet to read for that; the decoder counts
@@ -105,6 +106,7 @@ class Update:
     logprobs: list[TokenLogprob] = field(default_factory=list)  # of token_ids, if asked for
     prompt_logprobs: list[TokenLogprob] = field(default_factory=list)  # of all but the first, on the first update
     failure: Failure | None = None  # on the last update, which says abort
+    host_cached_tokens: int = 0  # of cached_tokens, how many a lower tier supplied
 
     @property
     def finished(self) -> bool:

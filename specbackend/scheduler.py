@@ -2,6 +2,7 @@
 
 import bisect
 from array import array
+from collections.abc import Callable, Sequence
 
 from specbackend.batch import Accepted, DecodeBatch, ExtendBatch
 from specbackend.cache.kv_pool import RequestTable
@@ -22,6 +23,8 @@ class Scheduler:
 
     A request of n computed tokens owns the slots of table columns [0, n + reserve), where reserve is `num_nodes` while
     it decodes. The first `len(pinned.slots)` of them belong to the prefix cache and are pinned there.
+
+    bring: has a lower tier add to the cache what it knows of a text, given with its salt.
     """
 
     def __init__(
@@ -33,10 +36,11 @@ class Scheduler:
         context_length: int,
         eos_token_ids: frozenset[int],
         cache_rule: CacheRule,
+        bring: Callable[[Sequence[int], str | None], None] | None = None,
     ):
         self.config, self.slots, self.table = config, slots, table
         self.num_nodes, self.context_length, self.eos_token_ids = num_nodes, context_length, eos_token_ids
-        self.cache_rule = cache_rule
+        self.cache_rule, self._bring = cache_rule, bring
         self.waiting: list[Request] = []  # in order of arrival
         self.prefilling: list[Request] = []
         self.running: list[Request] = []
@@ -158,23 +162,33 @@ class Scheduler:
         needs_drafts = self._needs_drafts(request)
         tokens = request.text_array() if not _wants_prompt_rows(request) else []
         pinned = self.slots.match(tokens, request.params.cache_salt, needs_drafts)
-        cached = len(pinned.slots)
-        needed = request.num_tokens - cached + self.num_nodes
+        on_device = len(pinned.slots)
+        needed = request.num_tokens - on_device + self.num_nodes
         headroom = self.num_nodes * (len(self.running) + len(self.prefilling))  # else the next step retracts it again
-        fresh = self.slots.allocate(needed) if needed + headroom <= self.slots.num_available else None
-        if fresh is None:
+        if needed + headroom > self.slots.num_available:
             self.slots.unpin(pinned)
             return False
+        pinned = self._with_lower_tier(tokens, pinned, needs_drafts)  # what it brings is no longer needed
+        cached = len(pinned.slots)
+        fresh = self.slots.allocate(request.num_tokens - cached + self.num_nodes)
         request.row = self.table.take_row()
         request.status = RequestStatus.PREFILLING
         request.num_computed = cached
         if not request.output_ids:  # else it was retracted, and what it finds is its own
-            request.num_cached = cached
+            request.num_cached, request.num_cached_on_host = cached, cached - on_device
         self._pinned[request] = pinned
         if not needs_drafts:  # the draft reads the prompt, too, unless something that it would read before is missing
             self._num_drafted[request] = request.num_tokens if pinned.num_drafted == cached else pinned.num_drafted
         self._own(request, pinned.slots + fresh)
         return True
+
+    def _with_lower_tier(self, tokens: Sequence[int], pinned: PinnedPrefix, needs_drafts: bool) -> PinnedPrefix:
+        """The cached prefix once a lower tier has added to it. KV without drafts goes further, and stays as it is."""
+        if self._bring is None or pinned.num_drafted < len(pinned.slots):
+            return pinned
+        self._bring(tokens, pinned.salt)
+        self.slots.unpin(pinned)
+        return self.slots.match(tokens, pinned.salt, needs_drafts)
 
     def _needs_drafts(self, request: Request) -> bool:
         return request.tree is not None or not self.cache_rule.has_draft_kv
@@ -293,6 +307,7 @@ class Scheduler:
             prompt_tokens=len(request.input_ids),
             completion_tokens=len(request.output_ids),
             cached_tokens=request.num_cached,
+            host_cached_tokens=request.num_cached_on_host,
             spec_verify_ct=request.spec_verify_ct,
             draft_tokens=_num_drafted(request),
             has_end_token=reason is FinishReason.STOP and self._is_end_token(request, tokens[-1]),

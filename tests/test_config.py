@@ -87,6 +87,8 @@ REFUSED = [
     ("radix_eviction_policy", "priority"),
     ("radix_eviction_policy", "fifo"),
     ("priority_scheduling_preemption_threshold", -1),
+    ("hicache_write_policy", "write_through_selective"),
+    ("radix_cache_socket", "/run/radix.sock"),  # who would read it
     ("attention_backend", "fa3"),
     ("page_size", 16),
     ("max_running_requests", 0),
@@ -137,11 +139,19 @@ def test_speculative_parameters_without_an_algorithm(name):
         EngineConfig.from_params({**BASE, name: "3"})
 
 
-@pytest.mark.parametrize("name, value", [("quantization", "int8wo"), ("enable_torch_compile", "true")])
+@pytest.mark.parametrize(
+    "name, value",
+    [("quantization", "int8wo"), ("enable_torch_compile", "true"), ("enable_hierarchical_cache", "true")],
+)
 def test_what_is_not_served_on_several_ranks(name, value):
     EngineConfig.from_params({**BASE, name: value})
     with pytest.raises(ConfigError, match=rf"^{name}: .*tp_size is 2"):
         EngineConfig.from_params({**BASE, name: value, "tp_size": 2})
+
+
+def test_no_tier_below_a_cache_that_is_off():
+    with pytest.raises(ConfigError, match=r"^enable_hierarchical_cache: .*disable_radix_cache"):
+        EngineConfig.from_params({**BASE, "enable_hierarchical_cache": True, "disable_radix_cache": True})
 
 
 def test_unknown_parameters_are_named_and_the_known_listed():

@@ -6,7 +6,7 @@ slots.
 """
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
 
@@ -35,10 +35,13 @@ def next_token(seed: int, position: int) -> int:
     return random.Random(1000 * seed + position).randrange(VOCABULARY)
 
 
-def prefix_hashes(request: Request, tokens: list[int]) -> list[int]:
+def prefix_hashes(request: Request, tokens: Sequence[int]) -> list[int]:
+    return salted_hashes(tokens, request.params.cache_salt)
+
+
+def salted_hashes(tokens: Sequence[int], salt: str | None) -> list[int]:
     """One number for each prefix, as KV depends on all tokens up to its own; and on the salt, so that sharing shows."""
-    salt = hash(request.params.cache_salt)
-    return list(accumulate(tokens, lambda known, token: hash((known, token)), initial=salt))[1:]
+    return list(accumulate(tokens, lambda known, token: hash((known, token)), initial=hash(salt)))[1:]
 
 
 class FakeDecoder:
@@ -161,6 +164,7 @@ class Setup:
     priorities: bool = False
     low_first: bool = False
     eviction: str = "lru"
+    has_lower_tier: bool = False
 
     @property
     def rule(self) -> CacheRule:
@@ -187,8 +191,9 @@ class Simulation:
         num_slots = setup.context + setup.num_nodes + setup.spare_slots
         self.slots = SlotManager(num_slots, setup.rule.successor_keys, setup.radix, setup.eviction)
         self.decoder = FakeDecoder(self.table, setup.num_nodes, setup.rule, rng)
+        bring = self._bring if setup.has_lower_tier else None
         self.scheduler = Scheduler(
-            config, self.slots, self.table, setup.num_nodes, setup.context, frozenset({EOS}), setup.rule
+            config, self.slots, self.table, setup.num_nodes, setup.context, frozenset({EOS}), setup.rule, bring
         )
         self.updates: dict[str, list[Update]] = {}
         self.steps = 0
@@ -217,6 +222,16 @@ class Simulation:
             self.updates[update.request_id].append(update)
         self.check_ownership()
         return updates
+
+    def _bring(self, tokens: Sequence[int], salt: str | None) -> None:
+        """As a lower tier that knows some of every text."""
+        hashes, decoder = salted_hashes(tokens, salt), self.decoder
+
+        def fill(start: int, slots: list[int]) -> None:
+            for position, slot in enumerate(slots, start):
+                decoder.target_kv[slot], decoder.draft_kv[slot] = hashes[position], hashes[position + decoder.shift]
+
+        self.slots.adopt(tokens, self.rng.randint(0, len(tokens)), fill, salt)
 
     def run(self, requests: list[Request], cancel_rate: float = 0.0) -> set[str]:
         """Let the requests arrive at random moments and run until all is done; returns the ids that were cancelled."""
@@ -336,6 +351,7 @@ SETUPS = st.builds(
     priorities=st.booleans(),
     low_first=st.booleans(),
     eviction=st.sampled_from(["lru", "lfu", "priority"]),
+    has_lower_tier=st.booleans(),
 )
 
 

@@ -123,29 +123,68 @@ class Worker:
     report: Path
 
 
+class HarmedSidecar:
+    """A sidecar that is killed, or stopped for a while, and has to account for its memory whenever it can."""
+
+    def __init__(self, path: Path, num_units: int, counts: Counter[str]):
+        """counts: how often which happened is added there."""
+        self.path, self._counts = path, counts
+        self._process = SidecarProcess(path, ["--size", str(num_units * UNIT_BYTES)])
+        self._process.wait_ready(SETTLE_S)
+        self.leaks: list[str] = []
+
+    def kill(self) -> None:
+        self._counts["sidecars_killed"] += 1
+        self._process.send_signal(signal.SIGKILL)
+
+    def stop(self) -> None:
+        """It hangs, until `go_on`."""
+        self._counts["sidecars_stopped"] += 1
+        self._process.send_signal(signal.SIGSTOP)
+
+    def go_on(self) -> None:
+        self._process.send_signal(signal.SIGCONT)
+
+    def audit(self) -> None:
+        with suppress(ConnectionError):  # it may be the one that was killed
+            self.leaks += ask(self.path, Audit())["leaks"]
+            self._counts["audits"] += 1
+
+    def lost_units(self) -> int:
+        """What is neither free nor anybody's, once all engines are gone. Forgets all blocks."""
+        self._process.wait_ready(SETTLE_S)
+        deadline = time.monotonic() + SETTLE_S
+        while ask(self.path, GetStats())["holders"] > 1 and time.monotonic() < deadline:
+            time.sleep(0.05)
+        self.audit()
+        ask(self.path, Flush())
+        stats = ask(self.path, GetStats())
+        return stats["units"] - stats["free_units"]
+
+    def close(self) -> None:
+        self._process.close()
+
+
 class Stress:
     """Runs fake engines and a sidecar in `folder` and ends them at random."""
 
     def __init__(self, folder: Path, seed: int):
         self._folder, self._random = folder, random.Random(seed)
-        self._path = folder / "radix.sock"
-        self._sidecar = SidecarProcess(self._path, ["--size", str(ARENA_UNITS * UNIT_BYTES)])
+        self.counts: Counter[str] = Counter()
+        self._sidecar = HarmedSidecar(folder / "radix.sock", ARENA_UNITS, self.counts)
         self._workers: list[Worker] = []
         self._reports: list[Path] = []
-        self._leaks: list[str] = []
-        self.counts: Counter[str] = Counter()
 
     def run(self, seconds: float) -> dict:
         """Returns a summary; `problems` in it is empty if all is well."""
         try:
-            self._sidecar.wait_ready(SETTLE_S)
             self._workers = [self._start(number) for number in range(len(LAYOUTS))]
             deadline = time.monotonic() + seconds
             while time.monotonic() < deadline:
                 time.sleep(self._random.uniform(0.1, 0.6))
-                [harm] = self._random.choices((self._kill_engine, self._kill_sidecar, self._stop_sidecar), (10, 1, 1))
+                [harm] = self._random.choices((self._kill_engine, self._sidecar.kill, self._stop_sidecar), (10, 1, 1))
                 harm()
-                self._audit()
+                self._sidecar.audit()
             return self._finish()
         finally:
             for worker in self._workers:
@@ -155,7 +194,7 @@ class Stress:
     def _start(self, number: int) -> Worker:
         report = self._folder / f"report_{len(self._reports)}"
         self._reports.append(report)
-        command = [sys.executable, __file__, str(self._path), str(number), str(self._random.randrange(1 << 30))]
+        command = [sys.executable, __file__, str(self._sidecar.path), str(number), str(self._random.randrange(1 << 30))]
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
         with open(report, "w") as file:
             return Worker(subprocess.Popen(command, stdout=file, env=environment), report)
@@ -172,48 +211,26 @@ class Stress:
         process.send_signal(signal_number)
         process.wait()
 
-    def _kill_sidecar(self) -> None:
-        self.counts["sidecars_killed"] += 1
-        self._sidecar.send_signal(signal.SIGKILL)
-
     def _stop_sidecar(self) -> None:
-        """It hangs for a while."""
-        self.counts["sidecars_stopped"] += 1
-        self._sidecar.send_signal(signal.SIGSTOP)
+        self._sidecar.stop()
         time.sleep(0.5)
-        self._sidecar.send_signal(signal.SIGCONT)
-
-    def _audit(self) -> None:
-        with suppress(ConnectionError):  # it may be the one that was killed
-            self._leaks += ask(self._path, Audit())["leaks"]
-            self.counts["audits"] += 1
+        self._sidecar.go_on()
 
     def _finish(self) -> dict:
         for number in range(len(self._workers)):
             self._end(number, signal.SIGTERM)
-        self._sidecar.wait_ready(SETTLE_S)
-        self._wait_alone()
-        self._audit()
-        ask(self._path, Flush())
-        stats = ask(self._path, GetStats())
+        lost_units = self._sidecar.lost_units()
         reports = [json.loads(line) for path in self._reports for line in path.read_text().split("\n")[:-1]]
         longest_s = max((report.pop("longest_s") for report in reports), default=0.0)
         for report in reports:
             self.counts.update(report)
-        lost_units = stats["units"] - stats["free_units"]
         summary = {**self.counts, "longest_call_s": round(longest_s, 3), "lost_units": lost_units}
         return {**summary, "problems": self._problems(summary)}
-
-    def _wait_alone(self) -> None:
-        """Until the sidecar has seen the end of all engines."""
-        deadline = time.monotonic() + SETTLE_S
-        while ask(self._path, GetStats())["holders"] > 1 and time.monotonic() < deadline:
-            time.sleep(0.05)
 
     def _problems(self, summary: dict) -> list[str]:
         bad = ("engines_crashed", "blocks_wrong", "lost_units")
         problems = [f"{name}: {summary[name]}" for name in bad if summary[name]]
-        problems += [f"leak: {leak}" for leak in self._leaks[:3]]
+        problems += [f"leak: {leak}" for leak in self._sidecar.leaks[:3]]
         if summary["longest_call_s"] > 2:
             problems.append(f"a call took {summary['longest_call_s']} s")
         return problems

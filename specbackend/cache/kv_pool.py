@@ -16,6 +16,29 @@ class KVPool:
     def layer(self, index: int) -> torch.Tensor:
         return self._layers[index]
 
+    def layout(self) -> list[int | str]:
+        """What a slot's payload depends on, for two pools to understand each other."""
+        num_layers, _, *shape = self._kv.shape
+        return [num_layers, *shape, str(self._kv.dtype)]
+
+    @property
+    def device(self) -> torch.device:
+        return self._kv.device
+
+    @property
+    def slot_bytes(self) -> int:
+        return self._kv[:, 0].nbytes
+
+    def payload(self, slot_N: torch.Tensor) -> torch.Tensor:
+        """A copy of these slots' K and V in all layers, uint8 [N, slot_bytes]."""
+        return self._kv[:, slot_N].transpose(0, 1).flatten(1).view(torch.uint8)
+
+    def write(self, slot_N: torch.Tensor, payload_NB: torch.Tensor) -> None:
+        """The inverse of `payload`."""
+        num_layers, _, *shape = self._kv.shape
+        kv_NL = payload_NB.view(self._kv.dtype).unflatten(1, (num_layers, *shape))
+        self._kv[:, slot_N] = kv_NL.transpose(0, 1)
+
     @staticmethod
     def bytes_per_slot(num_layers: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype) -> int:
         return num_layers * 2 * num_kv_heads * head_dim * dtype.itemsize

@@ -86,7 +86,7 @@ class PrefixMatch:
 
 @dataclass(frozen=True)
 class CachedPrefix:
-    """What a lower tier may keep: the last len(slots) of `keys`, which start at the root, have their KV in `slots`."""
+    """What a lower tier may keep: `keys`, which start at the root, and the slots that hold their KV."""
 
     salt: str | None
     keys: Sequence[int]
@@ -96,7 +96,7 @@ class CachedPrefix:
 class RadixTree:
     """Prefix cache of one engine.
 
-    eviction_policy: a key of EVICTION_RANKS. on_evict: told of each prefix that goes, while its slots still hold it.
+    eviction_policy: a key of EVICTION_RANKS. on_evict: told of each prefix whose end goes, before it does.
     """
 
     def __init__(self, eviction_policy: str = "lru", on_evict: Callable[[CachedPrefix], None] | None = None) -> None:
@@ -175,12 +175,13 @@ class RadixTree:
         return freed
 
     def prefix_of(self, node: RadixNode) -> CachedPrefix:
-        """What leads to a node that is no root, and the node's slots."""
+        """What leads to a node that is no root, the node included."""
         path = list(node.path())
-        keys = node.keys[:0]
+        keys, slots = node.keys[:0], []
         for each in reversed(path):
             keys = keys + each.keys
-        return CachedPrefix(path[-1].parent.salt, keys, node.slots)
+            slots += each.slots
+        return CachedPrefix(path[-1].parent.salt, keys, slots)
 
     def _root(self, salt: str | None) -> RadixNode:
         return self.roots.get(salt) or RadixNode(keys=[], slots=[], parent=None, salt=salt)

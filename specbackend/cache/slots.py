@@ -110,7 +110,7 @@ class SlotManager:
     def finish(self, pinned: PinnedPrefix) -> None:
         """Unpin what a request has shared last."""
         if self._on_finish and pinned.slots:
-            self._on_finish(replace(self.tree.prefix_of(pinned.node), slots=pinned.slots))
+            self._on_finish(self.tree.prefix_of(pinned.node))
         self.unpin(pinned)
 
     def adopt(

@@ -143,7 +143,7 @@ class RadixClient:
     def lookup(self, keys: Sequence[bytes]) -> Lease | None:
         """Lease the longest prefix of these blocks that there is, in one round trip; None if there is none.
 
-        The lease has to be given back, by `read` or `release`.
+        The lease has to be given back, by `read`, or by `release` after `copy`.
         """
         reply = self._reader.call(Lookup(list(keys)))
         if not isinstance(reply, Found) or not reply.checksums:
@@ -161,14 +161,22 @@ class RadixClient:
 
         Returns how many rows, from the first on, are what was once written; the others may hold anything.
         """
-        for place, (key, units, row) in enumerate(zip(lease.keys, lease.units, out, strict=True)):
-            lease.arena.read(units, row)
-            if checksum(key, row) != lease.checksums[place]:
+        sound = self.copy(lease, 0, out)
+        self.release(lease, range(sound, lease.num_blocks)[:1])
+        return sound
+
+    def copy(self, lease: Lease, start: int, out: np.ndarray) -> int:
+        """Copy the blocks from `start` on to the rows of `out`, as many as it has. The lease stays.
+
+        Returns how many rows, from the first on, are sound; the block of the next one is poisoned.
+        """
+        for count, row in enumerate(out):
+            place = start + count
+            lease.arena.read(lease.units[place], row)
+            if checksum(lease.keys[place], row) != lease.checksums[place]:
                 self.num_poisoned += 1
-                self.release(lease, [place])
-                return place
-        self.release(lease)
-        return lease.num_blocks
+                return count
+        return len(out)
 
     def release(self, lease: Lease, poisoned: Sequence[int] = ()) -> None:
         """Give a lease back; blocks at the positions `poisoned` are removed."""

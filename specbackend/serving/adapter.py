@@ -1,12 +1,15 @@
 """The llm model inside Triton's stub process: load, execute, finalize. Thin: the engine is a process of its own."""
 
 import json
+import os
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from specbackend.config import EngineConfig
 from specbackend.errors import ConfigError, InvalidRequest
+from specbackend.radix.process import own_socket
 from specbackend.serving.calls import Call, CallReader, CancelCall
 from specbackend.serving.generation import Server
 from specbackend.serving.metrics import Metrics
@@ -29,6 +32,8 @@ class Adapter:
         metrics = Metrics(pb_utils, labels) if read_flag(params, "REPORT_CUSTOM_METRICS", False) else None
         config = EngineConfig.from_params({k: v for k, v in params.items() if k not in TRITON_PARAMETERS})
         config = config.resolve_paths(base_path(args))
+        if config.enable_hierarchical_cache and config.radix_cache_socket is None:
+            config = replace(config, radix_cache_socket=str(own_socket(os.getppid())))  # the stub is its server's child
         tokenizer = Tokenizer(config.model_path)
         supervisor = EngineSupervisor(config.to_params(), config.watchdog_timeout, engine_command)
         limits = supervisor.start()

@@ -1,6 +1,6 @@
 import torch
 
-from specbackend.cache.kv_pool import RequestTable
+from specbackend.cache.kv_pool import KVPool, RequestTable
 from specbackend.cache.slots import DUMMY_SLOT
 
 
@@ -28,3 +28,15 @@ def test_the_padding_row_is_no_requests_row():
     assert {table.take_row(), table.take_row()} == {0, 1}
     assert table.num_free_rows == 0
     assert table.padding_row == 2 < len(table.slots)
+
+
+def test_slots_go_from_pool_to_pool_as_bytes():
+    one, other = (KVPool(3, 5, 2, 4, torch.bfloat16, "cpu") for _ in range(2))
+    for index in range(3):
+        one.layer(index).copy_(torch.randn(5, 2, 2, 4))
+    payload = one.payload(torch.tensor([4, 1]))
+    assert payload.shape == (2, one.slot_bytes) == (2, KVPool.bytes_per_slot(3, 2, 4, torch.bfloat16))
+    other.write(torch.tensor([2, 3]), payload)
+    for index in range(3):
+        assert torch.equal(other.layer(index)[[2, 3]], one.layer(index)[[4, 1]])
+        assert not other.layer(index)[[0, 1, 4]].any()

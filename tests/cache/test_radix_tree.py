@@ -89,7 +89,9 @@ class TreeMachine(RuleBasedStateMachine):
     def take_note(self, prefix: CachedPrefix) -> None:
         """Still in the tree, and its keys are all that lead to its slots."""
         assert self.tree.matched_length(prefix.keys, prefix.salt) == len(prefix.keys)
-        for length, slot in zip(range(len(prefix.keys), 0, -1), reversed(prefix.slots), strict=False):
+        assert len(prefix.keys) == len(prefix.slots)
+        *_, (leaf, _) = self.tree._walk(self.tree._root(prefix.salt), prefix.keys)
+        for length, slot in zip(range(len(prefix.keys), 0, -1), reversed(leaf.slots), strict=False):
             self.evicted.append(((prefix.salt, *prefix.keys[:length]), slot))
 
     @rule(keys=KEYS, salt=SALTS)

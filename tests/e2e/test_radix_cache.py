@@ -16,7 +16,7 @@ from specbackend.serving.client import generate_http, read_metrics
 from specbackend.serving.tritonserver import TritonServer, processes_of
 from specbackend.tokenizer import Tokenizer
 from tests.conftest import DEMO_TARGET
-from tests.e2e.conftest import make_repository
+from tests.e2e.conftest import engine_pid, make_repository
 from tests.radix.sidecars import PATIENT_S, store, wait_until
 
 LAYOUT = Layout(b"f", bytes_per_token=100, block_tokens=4, successor=True, model_path=str(DEMO_TARGET))
@@ -28,7 +28,7 @@ def server(tmp_path_factory):
     prompts = folder / "prompts.jsonl"
     lines = [{"question": "How many eggs?"}, {"prompt": "Tom has 3 apples"}, {"prompt": "far too long " * 10000}]
     prompts.write_text("\n".join(map(json.dumps, lines)))
-    repository = make_repository(folder / "models")
+    repository = make_repository(folder / "models", enable_hierarchical_cache=True)
     params = {"size": "64MiB", "warm_up_prompts": str(prompts), "REPORT_CUSTOM_METRICS": True}
     (repository / "radix_cache" / "1" / "model.json").write_text(json.dumps(params))
     with TritonServer(repository, log_path=folder / "server.log") as running:
@@ -82,6 +82,30 @@ def test_warm_up_asks_llm(server):
     status, result = ask(server, action="warm_up")
     assert (status, result["prompts"], result["failed"]) == (200, 3, 1)
     assert "text_input" in result["first_failure"]
+
+
+def test_an_engine_finds_what_the_one_before_it_has_stored(server):
+    text = "Tom has 3 apples and buys 4 more. How many apples does he have?"
+    ask(server, action="flush")
+    before = ask_llm(server, text)
+    wait_until(lambda: cached_tokens(server, text))
+    os.kill(engine_pid(server), signal.SIGKILL)
+    wait_until(lambda: server.is_ready() and ask_llm(server, text))
+    hits = ask(server, action="stats")[1]["hit_blocks"]
+    assert ask_llm(server, text) == before
+    assert ask(server, action="stats")[1]["hit_blocks"] > hits
+
+
+def cached_tokens(server: TritonServer, text: str) -> int:
+    """Of the engine's model; others of these tests have the same path."""
+    return max(model["cached_tokens"] for model in ask(server, action="lookup", text_input=text)[1]["models"])
+
+
+def ask_llm(server: TritonServer, text: str) -> str | None:
+    """None: there is no engine at the moment."""
+    inputs = {"text_input": text, "max_tokens": 8, "temperature": 0.0, "ignore_eos": True}
+    status, body = generate_http(server.http_url, "llm", inputs)
+    return body["text_output"] if status == 200 else None
 
 
 def test_a_killed_sidecar_is_started_again_and_llm_does_not_care(server):
