@@ -53,3 +53,15 @@ def expected(hf_target, demo_prompts) -> list[list[int]]:
         output = hf_target.generate(torch.tensor([prompt]), do_sample=False, max_new_tokens=NEW_TOKENS)
         answers.append(output[0, len(prompt) :].tolist())
     return answers
+
+
+@pytest.fixture
+def no_compiler(monkeypatch):
+    """A CPU's kernels in C++ cannot be compiled."""
+    from specbackend.kernels import cpu
+    from specbackend.models.operators import operators
+
+    monkeypatch.setattr(cpu, "library", lambda: None)
+    operators.cache_clear()
+    yield
+    operators.cache_clear()

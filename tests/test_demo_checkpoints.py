@@ -58,6 +58,7 @@ def test_greedy_equals_hf_generate(name, answers, expected):
 
 
 @pytest.mark.parametrize("name", ["plain", "EAGLE3", "EAGLE+map", "NEXTN"])
+@pytest.mark.usefixtures("no_compiler")
 def test_packed_weights_change_nothing(name, demo_prompts, expected, monkeypatch):
     monkeypatch.setattr(linear, "MIN_PACKED_SIZE", 0)  # the demo's are too small to be packed
     engine = Engine(**{"model_path": str(DEMO_TARGET)} | SETUPS[name])

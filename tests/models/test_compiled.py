@@ -65,6 +65,7 @@ def test_compiled_steps_equal_hf_generate(algorithm, checkpoints):
     assert engine.stats().verify_steps == eager.stats().verify_steps
 
 
+@pytest.mark.usefixtures("no_compiler")
 def test_packed_weights_stay_packed(checkpoints, monkeypatch):
     monkeypatch.setattr(linear, "MIN_PACKED_SIZE", 0)
     folder, expected = checkpoints["llama"]

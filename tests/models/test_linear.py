@@ -48,11 +48,6 @@ def test_rows_of_the_weight(kind, weights):
     assert torch.equal(layer.rows(torch.arange(E)), weight_ED)
 
 
-@pytest.fixture
-def no_compiler(monkeypatch):
-    monkeypatch.setattr(cpu, "library", lambda: None)
-
-
 @pytest.mark.parametrize("kind", [PackedLinear, PanelLinear])
 def test_a_packed_row_does_not_depend_on_its_company(kind, weights):
     layer, x_TD, residual_TE = kind(*weights), torch.randn(64, D), torch.randn(64, E)
