@@ -120,7 +120,8 @@ class HostTier:
 
     def prefetch(self, slots: SlotManager, token_ids: Sequence[int], salt: str | None) -> None:
         """What will be brought is fetched from further away in the meantime."""
-        self._client.prefetch(self._layout.keys(slots.keys(token_ids), salt))
+        if keys := self._layout.keys(slots.keys(token_ids), salt):
+            self._client.prefetch(keys)
 
     def close(self) -> None:
         """Wait until all is written."""

@@ -251,3 +251,10 @@ def test_what_was_given_arrives_before_the_end(path, new_engine):
     one.compute(TEXT)
     one.tier.close()
     assert new_engine().bring(TEXT) == NUM_BLOCKS * BLOCK_TOKENS
+
+
+def test_a_text_of_less_than_a_block_costs_no_call(new_engine):
+    one = new_engine()
+    one.client.lookup = one.client.prefetch = pytest.fail
+    one.tier.prefetch(one.slots, TEXT[:BLOCK_TOKENS], None)
+    assert one.bring(TEXT[:BLOCK_TOKENS]) == 0
