@@ -73,9 +73,15 @@ void multiply(const W* weight, long panel_size, const float* x, long D, long inp
 template <class W>
 using Multiply = void (*)(const W*, long, const float*, long, long, float*, long);
 
-template <class W, bool SEVERAL, size_t... M>
-constexpr std::array<Multiply<W>, MOST_ROWS> instances(std::index_sequence<M...>) {
-  return {multiply<W, M + 1, SEVERAL ? panels_at_once(M + 1) : 1>...};
+template <class W, int P, size_t... M>
+constexpr std::array<Multiply<W>, MOST_ROWS> of_panels(std::index_sequence<M...>) {
+  return {multiply<W, M + 1, P>...};
+}
+
+// By panels and rows, each less one.
+template <class W, size_t... P>
+constexpr std::array<std::array<Multiply<W>, MOST_ROWS>, MOST_PANELS> instances(std::index_sequence<P...>) {
+  return {of_panels<W, P + 1>(std::make_index_sequence<MOST_ROWS>())...};
 }
 
 template <class X>
@@ -127,31 +133,24 @@ void share_panels(long E, int threads, Work work) {
 
 template <class W, class X>
 void vectors(const Product<X>& product, const float* x, int threads) {
-  constexpr auto one = instances<W, false>(std::make_index_sequence<MOST_ROWS>());
-  constexpr auto several = instances<W, true>(std::make_index_sequence<MOST_ROWS>());
+  constexpr auto multiply_by = instances<W>(std::make_index_sequence<MOST_PANELS>());
   const long T = product.T, D = product.D;
-  const long blocks = (T + MOST_ROWS - 1) / MOST_ROWS, most = (T + blocks - 1) / blocks;
+  const long blocks = (T + MOST_ROWS - 1) / MOST_ROWS, most = (T + blocks - 1) / blocks;  // rows of a block
   const long inputs = blocks == 1 ? D : CACHED_INPUTS;
   share_panels(product.E, threads, [&](long panel, long end) {
     std::vector<float> sums;
-    while (panel < end) {
-      bool is_group = end - panel >= panels_at_once(most);
-      int count = is_group ? panels_at_once(most) : 1;
+    for (int count; panel < end; panel += count) {
+      count = std::min<long>(panels_at_once(most), end - panel);
       sums.assign(T * count * WIDTH, 0);
       const W* weight = (const W*)product.weight + panel * D * WIDTH;
       for (long d = 0; d < D; d += inputs)
         for (long block = 0, t = 0; block < blocks; block++) {
-          long rows = T * (block + 1) / blocks - t;
-          // fewer rows than `most` could take more panels at once, of which there are `count`
-          auto run = is_group && panels_at_once(rows) == count ? several[rows - 1] : one[rows - 1];
-          int step = run == several[rows - 1] ? count : 1;
-          for (int p = 0; p < count; p += step)
-            run(weight + (p * D + d) * WIDTH, D * WIDTH, x + t * D + d, D, std::min(inputs, D - d),
-                &sums[(t * count + p) * WIDTH], count * WIDTH);
+          const long rows = T * (block + 1) / blocks - t;
+          multiply_by[count - 1][rows - 1](weight + d * WIDTH, D * WIDTH, x + t * D + d, D, std::min(inputs, D - d),
+                                           &sums[t * count * WIDTH], count * WIDTH);
           t += rows;
         }
       product.finish(panel, count, sums.data());
-      panel += count;
     }
   });
 }
