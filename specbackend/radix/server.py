@@ -241,26 +241,45 @@ def parse_size(text: str) -> int:
 def main(arguments: Sequence[str] | None = None) -> int:
     args = _parse(arguments)
     logging.basicConfig(level=logging.INFO, format="radix sidecar: %(message)s")
-    signal.pthread_sigmask(signal.SIG_BLOCK, ENDS)  # in all threads; `run` waits for them
     try:
-        if args.follow:
-            end_with(args.follow)
-        run(Sidecar(args.size, args.valkey), args.socket, args.snapshot)
+        with end_signals() as ends:
+            if args.follow:
+                end_with(args.follow)
+            run(Sidecar(args.size, args.valkey), args.socket, args.snapshot, ends)
     except (OSError, ImportError, ValueError) as error:
         print(f"radix sidecar: {error}", file=sys.stderr)
         return 1
     return 0
 
 
-def run(sidecar: Sidecar, path: Path, snapshot_path: Path | None) -> None:
-    """Serve until a signal comes; start with the snapshot, if there is one, and leave one."""
+@contextmanager
+def end_signals() -> Iterator[socket.socket]:
+    """What has something to receive once a signal came to end, to whichever thread.
+
+    Blocked and waited for, it would end the process at once whenever it comes to a thread that a library has started
+    before and whose mask nobody can set.
+    """
+    ends, told = socket.socketpair()
+    with ends, told:
+        told.setblocking(False)
+        signal.set_wakeup_fd(told.fileno())
+        for each in ENDS:
+            signal.signal(each, lambda *_: None)  # python's own handler tells the socket
+        try:
+            yield ends
+        finally:
+            signal.set_wakeup_fd(-1)
+
+
+def run(sidecar: Sidecar, path: Path, snapshot_path: Path | None, ends: socket.socket) -> None:
+    """Serve until `ends` has something to receive; start with the snapshot, if there is one, and leave one."""
     if snapshot_path:
         with suppress(FileNotFoundError):
             sidecar.restore(snapshot_path)
     with listen(path) as listener:
         threading.Thread(target=sidecar.serve, args=(listener,), daemon=True).start()
         log.info("ready")
-        signal.sigwait(ENDS)
+        ends.recv(1)
         sidecar.close()
         if snapshot_path:
             sidecar.save(snapshot_path)

@@ -20,7 +20,7 @@ from specbackend.radix.client import Lease, RadixClient, ask
 from specbackend.radix.index import GROWTH_UNITS
 from specbackend.radix.process import SidecarProcess
 from specbackend.radix.protocol import Attach, Attached, Commit, Flush, Found, Lookup, Release, Reserve, receive, send
-from specbackend.radix.server import Sidecar, listen, parse_size
+from specbackend.radix.server import Sidecar, is_served, listen, parse_size
 from tests.radix.sidecars import LAYOUT, PATIENT_S, leaks, payload, read, running, stats, store, wait_until
 
 TOKENS = list(range(21))  # five blocks of four tokens, and one more
@@ -378,6 +378,22 @@ def test_the_socket_is_this_users_only(sidecar, socket_path):
 def test_the_socket_is_gone_with_the_sidecar(socket_path):
     with running(socket_path):
         pass
+    assert not socket_path.exists()
+
+
+def test_a_signal_that_comes_early(socket_path):
+    """It serves, but does not wait for its end yet: numpy's threads would take the signal."""
+    program = """
+import threading, time
+from specbackend.radix import server
+start = threading.Thread.start
+threading.Thread.start = lambda thread: (start(thread), time.sleep(1))
+raise SystemExit(server.main(["--socket", %r, "--size", "1MiB"]))
+"""
+    child = subprocess.Popen([sys.executable, "-c", program % str(socket_path)])
+    wait_until(lambda: is_served(socket_path))
+    child.terminate()
+    assert child.wait(PATIENT_S) == 0
     assert not socket_path.exists()
 
 
