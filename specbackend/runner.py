@@ -45,10 +45,9 @@ class TargetRunner:
         return next((width for width in recorded if width >= longest), longest)
 
     def _run_eagerly(self, batch: ForwardBatch, _: None) -> tuple[torch.Tensor, ...]:
-        plan = self.attention.plan(batch, self.dtype)
-        return self._compute(batch, plan) if batch.row_T is None else run_unpadded(self._compute, batch, plan)
+        return run_unpadded(self._network, batch, None, self.attention.plan(batch, self.dtype))
 
-    def _compute(self, batch: ForwardBatch, plan: AttentionPlan) -> tuple[torch.Tensor, torch.Tensor]:
+    def _network(self, batch: ForwardBatch, _: None, plan: AttentionPlan) -> tuple[torch.Tensor, torch.Tensor]:
         output = self.model.forward(batch, plan, self.kv_pool)
         return output.hidden_TD, output.feature_TF
 

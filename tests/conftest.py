@@ -61,7 +61,7 @@ def no_compiler(monkeypatch):
     from specbackend.kernels import cpu
     from specbackend.models.operators import operators
 
-    monkeypatch.setattr(cpu, "library", lambda: None)
+    monkeypatch.setattr(cpu, "compiled", lambda: None)
     operators.cache_clear()
     yield
     operators.cache_clear()

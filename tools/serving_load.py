@@ -3,15 +3,40 @@
 Imports the client where it is called: on a machine for checks it comes out of a bundle first.
 """
 
+import argparse
 import json
+import os
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 from specbackend.config import EngineConfig
 
 ROOT = Path(__file__).resolve().parents[1]
+DEMO = ROOT / "tools" / "demo_checkpoints"
+DEMO_PARAMS = {
+    "model_path": str(DEMO / "llama-gsm8k"),
+    "speculative_algorithm": "EAGLE3",
+    "speculative_draft_model_path": str(DEMO / "llama-gsm8k-eagle3"),
+    "dtype": "float32",
+}
+
+
+def add_engine_options(parser: argparse.ArgumentParser) -> None:
+    """Those of tools/serve."""
+    group = parser.add_argument_group("engine")
+    for each in fields(EngineConfig):
+        group.add_argument("--" + each.name.replace("_", "-"))
+
+
+def engine_params(args: argparse.Namespace) -> dict[str, Any]:
+    """Those that were given; without model_path the demo's, too. One core is the server's and its clients'."""
+    given = {each.name: getattr(args, each.name) for each in fields(EngineConfig)}
+    given = {name: value for name, value in given.items() if value is not None}
+    num_threads = {"num_threads": max(1, len(os.sched_getaffinity(0)) - 1)}
+    return num_threads | (given if "model_path" in given else DEMO_PARAMS | given)
 
 
 def make_repository(folder: Path, params: Mapping[str, Any]) -> Path:

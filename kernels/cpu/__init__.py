@@ -25,7 +25,7 @@ NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}  # of the dtypes 
 
 
 @functools.cache
-def library() -> ctypes.CDLL | None:
+def compiled() -> ctypes.CDLL | None:
     """The compiled kernels, on torch's OpenMP; None, and a warning, if they cannot be compiled."""
     if platform.machine() != "x86_64":  # what `vectors.h` is written for
         return None
@@ -34,24 +34,24 @@ def library() -> ctypes.CDLL | None:
         log.warning("no C++ compiler (g++): decoding on this CPU is slower than it could be")
         return None
     try:
-        return ctypes.CDLL(str(_compiled(compiler)))
+        return ctypes.CDLL(str(_build(compiler)))
     except (OSError, subprocess.SubprocessError) as error:
         log.warning("kernels for this CPU are not used, decoding is slower: %s", getattr(error, "stderr", "") or error)
         return None
 
 
 def serves(dtype: torch.dtype, device: torch.device) -> bool:
-    return device.type == "cpu" and dtype in NAMES and library() is not None
+    return device.type == "cpu" and dtype in NAMES and compiled() is not None
 
 
 def function(name: str, *argtypes):
     """A function of the library that returns nothing."""
-    found = getattr(library(), name)
+    found = getattr(compiled(), name)
     found.argtypes, found.restype = argtypes, None
     return found
 
 
-def _compiled(compiler: str) -> Path:
+def _build(compiler: str) -> Path:
     """The shared library, from the user's cache if it is there."""
     sources = sorted(FOLDER.glob("*.cpp"))
     command = [compiler, *FLAGS]

@@ -11,8 +11,8 @@ MOST_ROWS = 64  # of a sequence; with more, as prompts have, torch's products of
 
 class NativePlan:
     def __init__(self, batch: ForwardBatch):
-        self._columns = [batch.prefix_slot_BL, batch.prefix_len_B, batch.window_slot_BW]
-        self._columns = [tensor.contiguous() for tensor in self._columns]
+        columns = (batch.prefix_slot_BL, batch.prefix_len_B, batch.window_slot_BW)
+        self._columns = [tensor.contiguous() for tensor in columns]
         self.set_window_mask(batch.window_mask_BQW)
 
     def set_window_mask(self, window_mask_BQW: torch.Tensor) -> None:

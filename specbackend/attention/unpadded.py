@@ -8,6 +8,8 @@ import torch
 from specbackend.attention.base import AttentionPlan
 from specbackend.batch import ForwardBatch
 
+Network = Callable[[ForwardBatch, torch.Tensor | None, AttentionPlan], tuple[torch.Tensor, ...]]
+
 
 class UnpaddedPlan:
     """Shows a network one sequence of rows, and attends from them where they stand in the batch."""
@@ -21,13 +23,20 @@ class UnpaddedPlan:
 
 
 def run_unpadded(
-    forward: Callable[[ForwardBatch, AttentionPlan], tuple[torch.Tensor, ...]], batch: ForwardBatch, plan: AttentionPlan
+    network: Network, batch: ForwardBatch, hidden_TD: torch.Tensor | None, plan: AttentionPlan
 ) -> tuple[torch.Tensor, ...]:
-    """What `forward` returns of a batch, B * Q rows each; the rows of padding are zero."""
-    of_rows = {
-        name: getattr(batch, name).flatten()[batch.row_T][None] for name in ("token_BQ", "position_BQ", "slot_BQ")
-    }
-    outputs = forward(replace(batch, **of_rows, row_T=None), UnpaddedPlan(plan, batch))
+    """What `network` returns of a batch and the hidden states beside it, if any: B * Q rows each.
+
+    If the batch knows its padding, the network does not see it, and its rows are zero.
+    """
+    if batch.row_T is None:
+        return network(batch, hidden_TD, plan)
+    token_1T, position_1T, slot_1T = (
+        each.flatten()[batch.row_T][None] for each in (batch.token_BQ, batch.position_BQ, batch.slot_BQ)
+    )
+    rows = replace(batch, token_BQ=token_1T, position_BQ=position_1T, slot_BQ=slot_1T, row_T=None)
+    fed_TD = hidden_TD if hidden_TD is None else hidden_TD[batch.row_T]
+    outputs = network(rows, fed_TD, UnpaddedPlan(plan, batch))
     return tuple(spread(output, batch.row_T, batch.token_BQ.numel()) for output in outputs)
 
 

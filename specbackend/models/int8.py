@@ -2,9 +2,7 @@
 
 import torch
 
-from specbackend.models.linear import Linear, PanelLinear
-
-LARGEST = 127
+from specbackend.models.linear import Linear, PanelLinear, rounded
 
 
 class Int8Linear(PanelLinear):
@@ -15,9 +13,8 @@ class Int8Linear(PanelLinear):
         return cls(layer.rows(torch.arange(layer.shape[0])), layer.bias_E)
 
     def _keep(self, weight_ED: torch.Tensor) -> None:
-        weight_ED = weight_ED.float()
-        self._scale_E = weight_ED.abs().amax(1).clamp_(min=torch.finfo(torch.float32).tiny).div_(LARGEST)
-        super()._keep((weight_ED / self._scale_E[:, None]).round_().to(torch.int8))
+        weight_ED, self._scale_E = rounded(weight_ED, torch.int8)
+        super()._keep(weight_ED)
 
     def rows(self, index: torch.Tensor) -> torch.Tensor:
         """Some rows of the weight, as it was rounded."""

@@ -108,6 +108,15 @@ def linear(weight_ED: torch.Tensor, bias_E: torch.Tensor | None = None) -> Linea
     return (PackedLinear if _packing_pays(weight_ED) else Linear)(weight_ED, bias_E)
 
 
+def rounded(weight_ED: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    """A weight in 8 bits, int8 or float8_e4m3fn, and the float32 scale_E of its outputs, which uses the whole range."""
+    largest = (torch.finfo if dtype.is_floating_point else torch.iinfo)(dtype).max
+    weight_ED = weight_ED.float()
+    scale_E = weight_ED.abs().amax(1).clamp_(min=torch.finfo(torch.float32).tiny).div_(largest)
+    scaled_ED = weight_ED / scale_E[:, None]
+    return (scaled_ED if dtype.is_floating_point else scaled_ED.round_()).to(dtype), scale_E
+
+
 def _packing_pays(weight_ED: torch.Tensor) -> bool:
     if (
         weight_ED.device.type != "cpu"

@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 
 from specbackend.kernels.linear_small_m import linear_small_m
-from specbackend.models.linear import Linear
+from specbackend.models.linear import Linear, rounded
 from specbackend.models.tuned_linear import fastest_split
 
 MOST_ROWS = 256  # of the kernel, which reads the weight again for each 64; more are multiplied by the library
@@ -27,12 +27,7 @@ class WeightOnlyLinear(Linear):
         return cls(layer.rows(torch.arange(layer.shape[0])), layer.bias_E, weight_dtype)
 
     def _keep(self, weight_ED: torch.Tensor) -> None:
-        is_float = self._weight_dtype.is_floating_point
-        largest = (torch.finfo if is_float else torch.iinfo)(self._weight_dtype).max
-        weight_ED = weight_ED.float()
-        self._scale_E = weight_ED.abs().amax(1).clamp_(min=torch.finfo(torch.float32).tiny).div_(largest)
-        scaled_ED = weight_ED.div_(self._scale_E[:, None])
-        self._weight_ED = (scaled_ED if is_float else scaled_ED.round_()).to(self._weight_dtype)
+        self._weight_ED, self._scale_E = rounded(weight_ED, self._weight_dtype)
         self._split = fastest_split(*self.shape, self.dtype, self._weight_dtype, self.device)
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:

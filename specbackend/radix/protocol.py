@@ -1,15 +1,14 @@
 """What clients and the sidecar say to each other: one request, one reply, as length-prefixed msgpack frames."""
 
 import socket
-import struct
 import time
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 
 import msgpack
 
+from specbackend.frames import LENGTH, pack, unpack
 from specbackend.radix.keys import Layout
 
-LENGTH = struct.Struct("<I")
 LONGEST_FRAME = 64 << 20
 
 
@@ -133,15 +132,9 @@ Reply = Attached | Found | Reserved | Facts | Done | Refused
 Message = Request | Reply
 
 
-def encode(message: Message) -> bytes:
-    """One frame: the body's length, then [kind, field, field, ...]."""
-    body = msgpack.packb([KINDS.index(type(message)), *_values(message)], default=_values)
-    return LENGTH.pack(len(body)) + body
-
-
 def send(sock: socket.socket, message: Message, fds: tuple[int, ...] = ()) -> None:
     """Send within the socket's timeout, descriptors with the first byte."""
-    frame = encode(message)
+    frame = pack(message, KINDS)
     sent = socket.send_fds(sock, [frame], fds) if fds else 0
     sock.sendall(memoryview(frame)[sent:])
 
@@ -156,8 +149,7 @@ def receive(sock: socket.socket, deadline: float | None = None, fds: list[int] |
         raise ValueError(f"a frame of {length} bytes")
     body = _read(sock, length, deadline)
     try:
-        kind, *values = msgpack.unpackb(body)
-        message = KINDS[kind](*values)
+        message = unpack(body, KINDS)
         return Attach(Layout(*message.layout)) if isinstance(message, Attach) else message
     except (TypeError, IndexError, msgpack.UnpackException) as error:
         raise ValueError(f"no message: {error}") from error
@@ -177,7 +169,3 @@ def _read(sock: socket.socket, size: int, deadline: float | None, fds: list[int]
             raise EOFError("the other end is closed")
         data += part
     return bytes(data)
-
-
-def _values(message: object) -> list:
-    return [getattr(message, f.name) for f in fields(message)]

@@ -1,15 +1,12 @@
 """What adapter and engine process say to each other: messages as length-prefixed msgpack frames on one socket."""
 
 import socket
-import struct
 from dataclasses import dataclass, field, fields
 
-import msgpack
-
+from specbackend.frames import LENGTH, pack, unpack
 from specbackend.request import Failure, FinishReason, TokenLogprob, Update
 from specbackend.sampling_params import SamplingParams
 
-LENGTH = struct.Struct("<I")
 RECEIVE_BYTES = 1 << 20
 
 
@@ -77,14 +74,11 @@ Message = Start | Submit | Cancel | Ready | Failed | Rejected | Step
 
 
 def encode(message: Message) -> bytes:
-    """One frame: the body's length, then [kind, field, field, ...]."""
-    body = msgpack.packb([MESSAGES.index(type(message)), *_values(message)], default=_values)
-    return LENGTH.pack(len(body)) + body
+    return pack(message, MESSAGES)
 
 
 def decode(body: bytes) -> Message:
-    kind, *values = msgpack.unpackb(body)
-    message = MESSAGES[kind](*values)
+    message = unpack(body, MESSAGES)
     if isinstance(message, Submit):
         return Submit(message.request_id, message.input_ids, _sampling_params(message.params))
     if isinstance(message, Step):
@@ -126,10 +120,6 @@ class Channel:
             start = end
         del self._received[:start]
         return messages
-
-
-def _values(message: object) -> list:
-    return [getattr(message, f.name) for f in fields(message)]
 
 
 def _sampling_params(values: list) -> SamplingParams:

@@ -158,25 +158,16 @@ class TreeGrower:
         self._graphs = graphs
 
     def _run_eagerly(self, batch: ForwardBatch, hidden_TD: torch.Tensor | None) -> tuple[torch.Tensor, ...]:
-        return self._compute(batch, hidden_TD, self.attention.plan(batch, self.dtype))
+        return run_unpadded(self._network, batch, hidden_TD, self.attention.plan(batch, self.dtype))
 
-    def _compute(
-        self, batch: ForwardBatch, hidden_TD: torch.Tensor | None, plan: AttentionPlan
-    ) -> tuple[torch.Tensor, ...]:
-        if batch.row_T is None:
-            return (self.model.forward(batch, hidden_TD, plan, self.kv_pool),)
-        fed_TD = hidden_TD if hidden_TD is None else hidden_TD[batch.row_T]
-
-        def forward(rows: ForwardBatch, plan: AttentionPlan) -> tuple[torch.Tensor]:
-            return (self.model.forward(rows, fed_TD, plan, self.kv_pool),)
-
-        return run_unpadded(forward, batch, plan)
+    def _network(self, batch: ForwardBatch, hidden_TD: torch.Tensor | None, plan: AttentionPlan) -> tuple[torch.Tensor]:
+        return (self.model.forward(batch, hidden_TD, plan, self.kv_pool),)
 
     def _forward(self, batch: ForwardBatch, hidden_TD: torch.Tensor | None, plan: AttentionPlan) -> torch.Tensor:
         if self._graphs:
             (hidden_TD,) = self._graphs(batch, hidden_TD)
         else:
-            (hidden_TD,) = self._compute(batch, hidden_TD, plan)
+            (hidden_TD,) = run_unpadded(self._network, batch, hidden_TD, plan)
         return hidden_TD.view(*batch.token_BQ.shape, -1)
 
 

@@ -29,12 +29,12 @@ def test_rows_are_what_they_are_in_the_padded_batch(backend):
     kv_S2GD = torch.randn(NUM_SLOTS, 2, 1, 32, generator=generator)
     plan, seen = backend.plan(batch, torch.float32), []
 
-    def forward(rows, plan):
+    def forward(rows, hidden_TD, plan):
         seen.append(rows)
         q_1THD = qkv_TE[rows.token_BQ[0]][:, : 4 * 32].view(*rows.token_BQ.shape, 4, 32)
         return (plan.run(q_1THD, kv_S2GD)[0],)
 
-    (unpadded,) = run_unpadded(forward, batch, plan)
+    (unpadded,) = run_unpadded(forward, batch, None, plan)
     padded = plan.run(qkv_TE[:, : 4 * 32].view(3, Q, 4, 32), kv_S2GD).flatten(0, 1)
     torch.testing.assert_close(unpadded[row_T], padded[row_T])
     others = [row for row in range(3 * Q) if row not in row_T.tolist()]

@@ -104,6 +104,6 @@ def test_the_demo_target_keeps_most_of_its_text(demo_prompts):
 )
 def test_where_it_is_not_served(device, has_compiler, quantization, monkeypatch):
     if not has_compiler:
-        monkeypatch.setattr(cpu, "library", lambda: None)
+        monkeypatch.setattr(cpu, "compiled", lambda: None)
     with pytest.raises(ConfigError, match=rf"^quantization: {quantization} "):
         Engine(model_path=str(DEMO_TARGET), device=device, max_total_tokens=2048, quantization=quantization)

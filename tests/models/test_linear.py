@@ -60,7 +60,7 @@ def test_a_packed_row_does_not_depend_on_its_company(kind, weights):
 
 
 def test_the_projects_own_product_is_used_where_it_can_be():
-    assert cpu.library() is not None, "a C++ compiler is part of the tests' environment"
+    assert cpu.compiled() is not None, "a C++ compiler is part of the tests' environment"
     for dtype in (torch.float32, torch.bfloat16):
         assert type(linear(torch.zeros(3, 4, dtype=dtype))) is PanelLinear
     assert type(linear(torch.zeros(3, 5))) is Linear

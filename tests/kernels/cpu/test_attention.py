@@ -106,5 +106,5 @@ def test_where_it_serves(monkeypatch):
     assert isinstance(attention_backend("auto", CPU, torch.float16, {64}), TorchAttention)
     with pytest.raises(ConfigError, match=r"attention_backend: native .*\[24, 64\]"):
         attention_backend("native", CPU, torch.float32, {64, 24})
-    monkeypatch.setattr(cpu, "library", lambda: None)
+    monkeypatch.setattr(cpu, "compiled", lambda: None)
     assert isinstance(attention_backend("auto", CPU, torch.float32, {64}), TorchAttention)
