@@ -14,7 +14,7 @@ NO_TORCH_NOUNS = [
     for noun in ("config", "request", "sampling_params", "errors", "text", "tokenizer", "words", "grammar", "frames")
 ]
 LAYERS = [  # top to bottom
-    ["model_repository"],
+    ["model_repository", "specbackend.gateway"],
     ["specbackend.serving"],
     ["specbackend.follow"],
     ["specbackend.engine", "specbackend.Engine", "specbackend.offline"],
@@ -64,7 +64,10 @@ SOURCES = {
     for path in sorted((ROOT / top).rglob("*.py"))
 }
 ADAPTER_SIDE = NO_TORCH_NOUNS + [
-    name for name in SOURCES if is_or_in(name, "specbackend.serving") and not name.endswith(".engine_process")
+    name
+    for name in SOURCES
+    if (is_or_in(name, "specbackend.serving") or is_or_in(name, "specbackend.gateway"))
+    and not name.endswith(".engine_process")
 ]
 
 
