@@ -1,6 +1,7 @@
 """What the dashboard's routes answer."""
 
 import re
+import sys
 from collections.abc import Iterator
 from urllib.parse import quote
 
@@ -13,6 +14,7 @@ from specbackend.gateway.app import create_app
 from specbackend.gateway.settings import GatewaySettings
 from tests.conftest import DEMO_TARGET
 from tests.gateway.fake_upstream import FakeUpstream
+from tests.test_tools import load_tool
 
 SERIES = {
     'sglang:num_running_reqs{model="llm",version="1"}': 3.0,
@@ -109,3 +111,13 @@ def test_the_gateway_shows_the_page_to_all_and_numbers_to_those_with_a_key():
     assert client.get("/dashboard/api/radix_tree").status_code == 401
     known = client.get("/dashboard/api/stats", headers={"Authorization": "Bearer secret"})
     assert known.json()["state"] == "down"
+
+
+def test_the_tool_prints_where_the_page_is(monkeypatch, capsys):
+    tool = load_tool("dashboard", monkeypatch)
+    served = []
+    monkeypatch.setattr("uvicorn.Server.run", lambda server: served.append(server.config))
+    monkeypatch.setattr(sys, "argv", ["dashboard", "--tokenizer", str(DEMO_TARGET), "--port", "9123"])
+    assert tool.main() == 1  # it has not started
+    assert capsys.readouterr().out == "http://127.0.0.1:9123/dashboard/\n"
+    assert TestClient(served[0].app).get("/dashboard/").status_code == 200

@@ -25,7 +25,10 @@ export function put(id, text) {
 
 export const share = (part, whole) => (whole > 0 ? part / whole : 0);
 
-export const percent = (value) => `${(100 * value).toFixed(value > 0 && value < 0.0995 ? 1 : 0)} %`;
+export function percent(value) {
+  if (value > 0 && value < 0.0005) return "< 0.1 %";
+  return `${(100 * value).toFixed(value > 0 && value < 0.0995 ? 1 : 0)} %`;
+}
 
 export const plural = (count, noun) => `${Math.round(count).toLocaleString("en")} ${noun}${count === 1 ? "" : "s"}`;
 

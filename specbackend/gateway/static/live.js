@@ -172,7 +172,9 @@ function stalled() {
 function say(state, problem) {
   put("problem", problem);
   $("problem").hidden = !problem;
+  $("problem").dataset.state = state;
   $("live").classList.toggle("stale", Boolean(problem));
+  $("live").classList.toggle("blank", histories.size === 0);
   $("health").dataset.state = state;
   $("health").title = problem;
   put("health-text", STATES[state]);

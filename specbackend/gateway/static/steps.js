@@ -34,15 +34,16 @@ export class Steps {
     this.#follows = true;
     this.#drawn = 0;
     $("strip").replaceChildren();
-    $("tree").style.minHeight = "";
+    $("steps-view").classList.add("waiting");
   }
 
   // The same array with more steps in it.
   update(steps) {
     this.#steps = steps;
+    $("steps-empty").hidden = steps.length > 0;
+    $("steps-view").hidden = steps.length === 0;
     if (steps.length === 0) return;
-    $("steps-empty").hidden = true;
-    $("steps-view").hidden = false;
+    $("steps-view").classList.remove("waiting");
     $("step").max = steps.length;
     this.#extendStrip();
     this.#show(this.#follows ? steps.length - 1 : this.#index);

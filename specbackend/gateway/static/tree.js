@@ -9,7 +9,7 @@ const BOX = 22;
 const PADDING = 7;
 const COLUMNS = { row: 30, widest: 176, narrowest: 82, gap: 26 };
 const OUTLINE = { row: 26, indent: 18, percent: 62 };
-const WIDE = /[\u1100-\uffdc\u{1f000}-\u{3ffff}]/u; // characters of two columns
+const WIDE = /[\u1100-\u115f\u2e80-\ua4cf\uac00-\ud7a3\uf900-\ufaff\uff00-\uff60\u{1f000}-\u{3ffff}]/u; // two columns
 
 // The nodes of a step's tree with the target's own token behind the accepted path, in the order in which they are
 // drawn: {parent, depth, state, text, id, draft, target, children}; draft and target are probabilities or null.
