@@ -23,7 +23,8 @@ from specbackend.serving.client import read_metrics
 
 STATIC = Path(__file__).parent / "static"
 FILES = frozenset(path.name for path in STATIC.iterdir())  # the only names that are looked up
-TIMEOUT_S = 2.0  # of what the page waits for each second
+STATS_TIMEOUT_S = 2.0  # the page asks each second
+TREE_TIMEOUT_S = 10.0  # the model waits for engines in the middle of a step
 HEADERS = {
     "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; "
     "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
@@ -86,6 +87,13 @@ def router(metrics_url: str, grpc_url: str) -> APIRouter:
     def radix_tree() -> Response:
         return JSONResponse(read_radix_tree(grpc_url), headers=HEADERS)
 
+    @routes.get("/api/engines")
+    def engines() -> Response:
+        answer = read_radix_tree(grpc_url)
+        for engine in answer.get("engines", []):
+            engine.pop("nodes", None)
+        return JSONResponse(answer, headers=HEADERS)
+
     @routes.get("/{name:path}")
     def static(name: str) -> Response:
         name = name or "index.html"
@@ -97,7 +105,7 @@ def router(metrics_url: str, grpc_url: str) -> APIRouter:
 def read_stats(metrics_url: str) -> dict[str, Any]:
     """What the page polls: `models`, the numbers of FAMILIES by model; or `state`, down or off, and `problem`: why."""
     try:
-        models = by_model(read_metrics(metrics_url, TIMEOUT_S))
+        models = by_model(read_metrics(metrics_url, STATS_TIMEOUT_S))
     except (OSError, HTTPException, ValueError) as error:
         reason = error or type(error).__name__
         return {"state": "down", "problem": UNREACHABLE.format(url=metrics_url, reason=reason)}
@@ -127,7 +135,7 @@ def read_radix_tree(grpc_url: str) -> dict[str, Any]:
     action.set_data_from_numpy(np.array([[b"tree"]], np.object_))
     try:
         with closing(grpc_client.InferenceServerClient(grpc_url)) as client:
-            result = client.infer("radix_cache", [action], client_timeout=TIMEOUT_S)
+            result = client.infer("radix_cache", [action], client_timeout=TREE_TIMEOUT_S)
         return json.loads(result.as_numpy("result").item())
     except InferenceServerException as error:
         return {"problem": f"The model radix_cache does not show its tree: {error.message()}"}

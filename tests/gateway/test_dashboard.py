@@ -95,6 +95,12 @@ def test_radix_tree(page, upstream):
     assert page.get("/api/radix_tree").json() == upstream.tree
 
 
+def test_engines(page, upstream):
+    upstream.tree = {"engines": [{"pid": 7, "nodes": [{"id": 1}]}, {"pid": 8, "error": "the engine does not answer"}]}
+    answer = page.get("/api/engines").json()
+    assert answer == {"engines": [{"pid": 7}, {"pid": 8, "error": "the engine does not answer"}]}
+
+
 def test_radix_tree_of_a_server_without_the_model(page):
     assert "unknown model" in page.get("/api/radix_tree").json()["problem"]
 

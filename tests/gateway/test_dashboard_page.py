@@ -249,6 +249,19 @@ def test_what_is_wrong_is_said(page, upstream):
     playwright.expect(page.locator("#health-text")).to_have_text("serves, numbers off")
 
 
+@pytest.mark.parametrize(
+    ("engines", "said"),
+    [([], "no engine does"), ([{"pid": 8, "error": "does not answer"}], "Engine 8: does not answer.")],
+    ids=["none", "silent"],
+)
+def test_engines_that_are_down_are_said(page, upstream, engines, said):
+    upstream.tree = {"engines": engines}
+    page.reload()
+    page.click("#tab-live")
+    playwright.expect(page.locator("#problem")).to_contain_text(said)
+    playwright.expect(page.locator("#health-text")).to_have_text("engine trouble")
+
+
 def test_the_radix_tree(page, upstream):
     page.click("#tab-cache")
     cells = page.locator("#engines .cell")

@@ -12,6 +12,7 @@ const AGES = [
   [1000, "up to 1,000"],
   [Infinity, "longer ago"],
 ];
+const EMPTY = "The cache is empty: nobody has asked anything yet.";
 const HINT = "Point at a box, or go through them with the arrow keys.";
 const ROW = 26; // pixels
 
@@ -34,8 +35,10 @@ async function poll() {
 
 function draw({ problem, engines = [] }) {
   const trees = engines.filter(({ nodes }) => nodes?.length);
-  put("cache-problem", problem ?? (trees.length ? "" : "The cache is empty: nobody has asked anything yet."));
-  $("cache-problem").hidden = !problem && trees.length > 0;
+  const errors = engines.filter(({ error }) => error).map(({ pid, error }) => `Engine ${pid}: ${error}.`);
+  const told = problem ?? (errors.join(" ") || (trees.length ? "" : EMPTY));
+  put("cache-problem", told);
+  $("cache-problem").hidden = !told;
   $("cache-view").hidden = trees.length === 0;
   const focused = document.activeElement?.dataset?.node;
   $("engines").replaceChildren(...trees.map(icicle));

@@ -4,18 +4,23 @@ import { $, element, percent, plural, put, share, stackedBar, svg } from "./dom.
 import { read } from "./stream.js";
 
 const INTERVAL = 1000;
+const ENGINES_INTERVAL = 5000;
+const ENGINES_TIMEOUT = 12000; // an engine answers between two steps
 const TIMEOUT = 5000;
 const REMEMBERED = 300; // samples
 const LEAST_SHOWN = 60; // samples of a line, which grows until it is as wide as the card
 const HEIGHT = 40; // of a line, in its own units
 const STALLED = 15; // samples without a token while requests run
 
+const NO_ENGINE =
+  "tritonserver answers, but no engine does: it has ended, or is being loaded. A new one is started without your help.";
 const STATES = {
   well: "serving",
   off: "serves, numbers off",
   down: "does not answer",
   key: "wants a key",
   stalled: "no tokens come",
+  engine: "engine trouble",
 };
 const TIERS = {
   device: "in the engine’s own pool",
@@ -116,6 +121,7 @@ class History {
   }
 }
 
+let enginesProblem = ""; // what the model radix_cache last said of the engines
 const histories = new Map(); // by model
 const lines = new Map(); // by model and card, the values that were shown
 
@@ -123,6 +129,7 @@ export function startLive() {
   for (const card of CARDS) $("cards").append(cardElement(card));
   $("live-model").addEventListener("change", draw);
   poll();
+  pollEngines();
 }
 
 function cardElement({ id, name, unit = "" }) {
@@ -144,10 +151,19 @@ async function poll() {
     histories.get(model).add(numbers);
     for (const card of CARDS) remember(model, card);
   }
-  const stuck = stalled();
-  say(state ?? (stuck ? "stalled" : "well"), problem ?? stuck);
+  if (problem) say(state, problem);
+  else if (enginesProblem) say("engine", enginesProblem);
+  else say(stalled() ? "stalled" : "well", stalled());
   if (models) draw();
   setTimeout(poll, INTERVAL);
+}
+
+// A server without the model radix_cache does not say how its engines are.
+async function pollEngines() {
+  const { engines } = await read("api/engines", ENGINES_TIMEOUT);
+  const errors = engines?.filter(({ error }) => error).map(({ pid, error }) => `Engine ${pid}: ${error}.`);
+  enginesProblem = engines?.length === 0 ? NO_ENGINE : (errors?.join(" ") ?? "");
+  setTimeout(pollEngines, ENGINES_INTERVAL);
 }
 
 function addModel(model) {
