@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[1]
 NO_TORCH_NOUNS = [
     f"specbackend.{noun}"
     for noun in ("config", "request", "sampling_params", "errors", "text", "tokenizer", "words", "grammar", "frames")
-]
+] + ["specbackend.engine_stats"]
 LAYERS = [  # top to bottom
     ["model_repository", "specbackend.gateway"],
     ["specbackend.serving"],
