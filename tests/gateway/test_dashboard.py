@@ -12,6 +12,7 @@ from fastapi.testclient import TestClient
 from specbackend.gateway import dashboard
 from specbackend.gateway.app import create_app
 from specbackend.gateway.settings import GatewaySettings
+from specbackend.serving import metrics
 from tests.conftest import DEMO_TARGET
 from tests.gateway.fake_upstream import FakeUpstream
 from tests.test_tools import load_tool
@@ -73,6 +74,16 @@ def test_numbers_by_model():
         "llm": {"running": 3.0, "accepted_by_position": {"0": 8.0, "1": 5.0}},
         'o\\"ther': {"running": 1.0},
     }
+
+
+def test_all_that_is_shown_is_exported():
+    """Under the names and labels of the metrics' own table."""
+    exported = {}
+    for family in metrics.FAMILIES:
+        parts = ("_sum", "_count") if family.kind == "HISTOGRAM" else ("",)
+        exported |= {family.name + part: family.label for part in parts}
+    for family in dashboard.FAMILIES.values():
+        assert exported[family.name] == family.by
 
 
 def test_stats(page):
