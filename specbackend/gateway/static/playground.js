@@ -54,7 +54,11 @@ const steps = new Steps((index) => mark(index));
 let asked = null; // the body of the last request, to compare with
 let run = null; // the run that is shown
 let aborter = null;
-let frame = 0;
+let awaited = 0; // the next rendering
+
+// Who wants little motion sees the steps change twice a second while an answer comes.
+const calm = matchMedia("(prefers-reduced-motion: reduce)");
+const soon = (render) => (calm.matches ? setTimeout(render, 500) : requestAnimationFrame(render));
 
 export function startPlayground() {
   for (const [name, text] of Object.entries(EXAMPLES)) {
@@ -171,12 +175,11 @@ function append(pieces) {
     box.append(span);
   }
   if (atEnd) box.scrollTop = box.scrollHeight;
-  frame ||= requestAnimationFrame(render);
+  awaited ||= soon(render);
 }
 
 function render() {
-  cancelAnimationFrame(frame);
-  frame = 0;
+  awaited = 0;
   for (const kind of ["draft", "own", "prefill"]) put(`count-${kind}`, String(run.counts[kind]));
   const shown = (value, digits) => (value === null || Number.isNaN(value) ? "–" : value.toFixed(digits));
   put("total-tokens", String(run.tokens));
