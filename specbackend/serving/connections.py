@@ -4,6 +4,7 @@ One thread receives from all and watches tritonserver; the engine's own thread s
 once it has said Start. The others only ask.
 """
 
+import math
 import os
 import queue
 import select
@@ -19,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from specbackend.radix.server import locked
-from specbackend.serving.protocol import Channel, Failed, Hello, Message, Start
+from specbackend.serving.protocol import Channel, Failed, Hello, Leave, Message, Start
 
 SEND_TIMEOUT_S = 2.0  # for one that does not read; all others wait meanwhile, and then it is dropped
 REFUSED_PAUSE_S = 0.5
@@ -152,7 +153,10 @@ class Connections:
         connection = self._open[fd]
         try:
             for message in connection.receive():
-                self.heard.put(Heard(connection, message))
+                if isinstance(message, Leave):
+                    self._alone_since = -math.inf
+                else:
+                    self.heard.put(Heard(connection, message))
         except (EOFError, OSError):
             self._drop(fd)
         except Exception:  # what follows on this connection would mean nothing either

@@ -9,7 +9,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from specbackend.radix.process import own_socket
-from specbackend.serving.protocol import CacheTree, Channel, Facts, Failed, FlushCache, Hello
+from specbackend.serving.protocol import CacheTree, Channel, Facts, Failed, FlushCache, Hello, Leave
 
 CONNECT_TIMEOUT_S = 10.0
 ANSWER_TIMEOUT_S = 2.0
@@ -39,6 +39,15 @@ def connect(path: Path) -> socket.socket | None:
         sock.close()
         raise
     return sock
+
+
+def dismiss_unused(server_pid: int) -> None:
+    """Have engines end that no model uses any more: they hold memory of the device."""
+    for path in engine_sockets(server_pid):
+        with suppress(OSError):
+            if sock := connect(path):
+                with sock:
+                    Channel(sock).send(Leave())
 
 
 def ask_engines(server_pid: int, question: FlushCache | CacheTree) -> list[dict]:

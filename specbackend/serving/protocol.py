@@ -47,6 +47,11 @@ class CacheTree:
     limit: int  # nodes of the tree at most
 
 
+@dataclass(frozen=True)
+class Leave:
+    """End at once, if no adapter is there and you only wait for one to come back."""
+
+
 # ---- engine -> adapter
 
 
@@ -100,8 +105,8 @@ class Facts:
     values: dict
 
 
-MESSAGES = (Start, Submit, Cancel, FlushCache, CacheTree, Hello, Ready, Failed, Rejected, Step, Facts)
-Message = Start | Submit | Cancel | FlushCache | CacheTree | Hello | Ready | Failed | Rejected | Step | Facts
+MESSAGES = (Start, Submit, Cancel, FlushCache, CacheTree, Leave, Hello, Ready, Failed, Rejected, Step, Facts)
+Message = Start | Submit | Cancel | FlushCache | CacheTree | Leave | Hello | Ready | Failed | Rejected | Step | Facts
 
 
 def encode(message: Message) -> bytes:

@@ -20,7 +20,7 @@ from typing import Protocol
 
 from specbackend.radix.process import make_private
 from specbackend.radix.server import bind, locked
-from specbackend.serving.engine_socket import connect, engine_socket
+from specbackend.serving.engine_socket import connect, dismiss_unused, engine_socket
 from specbackend.serving.errors import EngineError
 from specbackend.serving.protocol import Channel, Failed, Hello, Message, Ready, Start, Step
 
@@ -225,6 +225,7 @@ class EngineSupervisor:
         with locked(self._path.parent):
             sock, child = connect(self._path), None
             if sock is None and may_start:
+                dismiss_unused(self._server_pid)
                 sock, child = _launch(self._path, self._server_pid, self._command)
             process = EngineProcess(self._path, sock, child) if sock else None
         if process:

@@ -4,6 +4,8 @@ import json
 import os
 import signal
 import time
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -454,17 +456,41 @@ def test_adapters_of_equal_parameters_share_an_engine(start_adapter, triton_args
     assert execute(adapters[1], text_input="xy", max_tokens=4).sender.text() == "xyxy"
 
 
-def test_a_model_that_comes_back_soon_finds_its_engine(start_adapter, triton_args):
-    command = list(FAKE_ENGINE)
-    command[command.index("--linger") + 1] = "20"
+@pytest.fixture
+def patient_engine(triton_args) -> Iterator[tuple[Sequence[str], int]]:
+    """The command and the pid of an engine that waits long for a model to come back."""
+    command = [*FAKE_ENGINE, "--linger", "60"]
     adapter = Adapter(FakePbUtils, triton_args(), command)
-    before = pid(adapter)
+    engine = pid(adapter)
     adapter.finalize()
-    try:
-        assert execute(start_adapter(command), text_input="xy", max_tokens=4).sender.text() == "xyxy"
-        assert [engine["pid"] for engine in ask_engines(os.getppid(), CacheTree(0))] == [before]
-    finally:
-        os.kill(before, signal.SIGKILL)
+    yield command, engine
+    with suppress(ProcessLookupError):
+        os.kill(engine, signal.SIGKILL)
+
+
+def test_a_model_that_comes_back_soon_finds_its_engine(start_adapter, patient_engine):
+    command, engine = patient_engine
+    assert execute(start_adapter(command), text_input="xy", max_tokens=4).sender.text() == "xyxy"
+    assert [facts["pid"] for facts in ask_engines(os.getppid(), CacheTree(0))] == [engine]
+
+
+def test_another_engine_does_not_start_beside_one_that_nobody_uses(start_adapter, patient_engine):
+    used = start_adapter()
+    start_adapter(random_seed=1)
+    wait_until(lambda: not is_running(patient_engine[1]))
+    assert execute(used, text_input="xy", max_tokens=4).sender.text() == "xyxy"
+    assert len(ask_engines(os.getppid(), CacheTree(0))) == 2
+
+
+def test_an_adapter_that_its_engine_has_dropped_comes_back_to_it(start_adapter):
+    adapter, other = start_adapter(SLOW_ENGINE), start_adapter(SLOW_ENGINE)
+    lost, kept = (execute(each, max_tokens=90) for each in (adapter, other))
+    engine = pid(adapter)
+    adapter._responder._supervisor._process.channel._socket.sendall(b"\1\0\0\0\xc1")  # which means nothing
+    assert "has closed its connection" in str(lost.sender.error())
+    assert execute(adapter, text_input="xy", max_tokens=4).sender.text() == "xyxy"
+    assert kept.sender.text() == answer(PROMPT, 90)
+    assert pid(adapter) == pid(other) == engine
 
 
 def test_all_adapters_notice_the_end_and_share_the_next_engine(start_adapter):
