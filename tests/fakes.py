@@ -14,6 +14,7 @@ from typing import ClassVar
 import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
+from specbackend.cache.tree_view import NodeView, TreeView
 from specbackend.config import EngineConfig
 from specbackend.errors import ConfigError, InvalidRequest, QueueFull
 from specbackend.request import Failure, FinishReason, Request, TokenLogprob, Update
@@ -115,6 +116,12 @@ class FakeEngine:
         updates = [self._advance(request) for request in self._requests]
         self._requests = deque(r for r in self._requests if r.finish_reason is None)
         return updates
+
+    def flush_cache(self) -> int:
+        return 5
+
+    def cache_view(self, limit: int) -> TreeView:
+        return TreeView(2, 7, 2, [NodeView(4, None, 2, 7, 1, 0, 3), NodeView(9, 4, 5, 5, 0, 1, 0)][:limit])
 
     def stats(self) -> FakeStats:
         running = len(self._requests)

@@ -81,7 +81,7 @@ class Responder:
         os.eventfd_write(self._wake_fd, 1)
 
     def close(self) -> None:
-        """Answer what is left with UNAVAILABLE and end the thread and the engine."""
+        """Answer what is left with UNAVAILABLE, end the thread and leave the engine."""
         self._closing = True
         os.eventfd_write(self._wake_fd, 1)
         self._thread.join()

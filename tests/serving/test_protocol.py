@@ -10,9 +10,14 @@ from specbackend.request import Failure, FinishReason, TokenLogprob, Update
 from specbackend.sampling_params import SamplingParams
 from specbackend.serving.protocol import (
     LENGTH,
+    CacheTree,
     Cancel,
     Channel,
+    Facts,
     Failed,
+    FlushCache,
+    Hello,
+    Leave,
     Ready,
     Rejected,
     Start,
@@ -29,9 +34,14 @@ MESSAGES = [
         "8", [1], SamplingParams(logit_bias=((5, -1.5), (6, 2.0)), bad_words_ids=((1, 2), (3,)), top_p=0.9, top_k=3)
     ),
     Cancel("7"),
-    Ready(1024, 32000, [2], 8),
+    FlushCache(),
+    CacheTree(100),
+    Leave(),
+    Hello(4711),
+    Ready(1024, 32000, [2], 8, 1.5),
     Failed("model_path: no such folder"),
     Rejected("7", None, "full"),
+    Facts({"pid": 4711, "nodes": [{"id": 1, "parent": None}]}),
     Step([Update("7", [5, 6], FinishReason.STOP, 3, 2, 1, 1), Update("8", [])], {"num_running": 2}),
     Step(
         [
