@@ -1,12 +1,12 @@
-"""The tensors of the models, as tables: TensorRT-LLM's names, so that its clients work unchanged.
+"""The tensors of the models, as tables: the names of TensorRT-LLM and the vLLM backend, whose clients work unchanged.
 
 The config.pbtxt files repeat them: `python -m specbackend.serving.schemas MODEL` prints their text.
 """
 
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
-from specbackend.sampling_params import ALIASES, NOT_SERVED
+from specbackend.sampling_params import ALIASES, GUIDE_OBJECTS, NOT_SERVED, RETURN_LOGPROB, SamplingParams
 
 ANY = None  # every value is neutral
 
@@ -16,11 +16,12 @@ class Input:
     """A tensor that a client may send (all are optional), or a request parameter; dims are without the batch dimension.
 
     `sets` says what it means to `calls.CallReader`. Without it the input is declared because stock clients send it:
-    the neutral values, which change nothing, pass and all others are refused.
+    the neutral values, which change nothing, pass and all others are refused. LOOSE is what the vLLM backend makes of
+    values: "0.1" is 0.1.
     """
 
     name: str
-    dtype: str  # as in config.pbtxt, without TYPE_; of a parameter also JSON, a list or an object, or ANY
+    dtype: str  # as in config.pbtxt, without TYPE_; of a parameter also JSON, a list or an object, ANY, or LOOSE
     dims: tuple[int, ...] = (1,)
     sets: str | None = None
     neutral: tuple | None = ()
@@ -36,6 +37,9 @@ class Output:
     dims: tuple[int, ...] = (1,)
     asked_by: str | None = None  # None: declared, never sent
     ragged: bool = False  # as long as the answer, so that several answers do not fit side by side
+    needs: str | None = None  # the sampling parameter that whoever asks for this asks for, too
+    null: str | None = None  # the sampling parameter without which this is the JSON value null
+    until_end: str | None = None  # what it is in responses that have no value of it; None: they are without it
 
 
 ALWAYS = "always"
@@ -141,11 +145,8 @@ SAMPLING_PARAMETERS = (
 _TENSOR_NAMES = {spec.name for spec in LLM_INPUTS}
 _TYPES = {spec.sets: spec.dtype for spec in (*LLM_INPUTS, *SAMPLING_PARAMETERS)}
 
-LLM_PARAMETERS = (
-    *SAMPLING_PARAMETERS,
-    *(Input(name, _TYPES[own], sets=own) for name, own in ALIASES.items() if name not in _TENSOR_NAMES),
-    *(Input(name, "ANY", neutral=neutral, why=why) for name, (neutral, why) in NOT_SERVED.items()),
-    Input("sampling_parameters", "STRING", sets="sampling_parameters"),  # JSON of vLLM's, with its defaults
+# About the request, not the tokens.
+REQUEST_PARAMETERS = (
     Input("timeout", "INT64", sets="timeout"),  # microseconds
     Input("id", "STRING", neutral=ANY),  # generate's request id; read from the request itself
     Input("triton_enable_empty_final_response", "BOOL", neutral=ANY),
@@ -153,6 +154,29 @@ LLM_PARAMETERS = (
     Input("sequence_id", "INT64", neutral=ANY),
     Input("sequence_start", "BOOL", neutral=ANY),
     Input("sequence_end", "BOOL", neutral=ANY),
+    Input("Streaming", "BOOL", neutral=ANY),  # of TensorRT-LLM's own client, which has the tensor as well
+)
+
+LLM_PARAMETERS = (
+    *SAMPLING_PARAMETERS,
+    *(Input(name, _TYPES[own], sets=own) for name, own in ALIASES.items() if name not in _TENSOR_NAMES),
+    *(Input(name, "ANY", neutral=neutral, why=why) for name, (neutral, why) in NOT_SERVED.items()),
+    Input("sampling_parameters", "STRING", sets="sampling_parameters"),  # JSON of vLLM's, with its defaults
+    *REQUEST_PARAMETERS,
+)
+
+# At an answer's end.
+PERF_METRICS = (
+    Output("num_cached_tokens", "INT32", LIST, asked_by="return_perf_metrics"),
+    Output("kv_cache_reused_blocks", "INT32", LIST, asked_by="return_perf_metrics"),  # the same: a block is one token
+    Output("acceptance_length", "FP32", LIST, asked_by="return_perf_metrics"),  # tokens per step, bonus included
+    Output("acceptance_rate", "FP32", LIST, asked_by="return_perf_metrics"),  # accepted of all drafted
+    Output("total_accepted_draft_tokens", "INT32", LIST, asked_by="return_perf_metrics"),
+    Output("total_draft_tokens", "INT32", LIST, asked_by="return_perf_metrics"),
+    Output("num_spec_steps", "INT32", LIST, asked_by="return_perf_metrics"),
+    Output("arrival_time_ns", "INT64", LIST, asked_by="return_perf_metrics"),  # of the machine's monotonic clock
+    Output("first_token_time_ns", "INT64", LIST, asked_by="return_perf_metrics"),
+    Output("last_token_time_ns", "INT64", LIST, asked_by="return_perf_metrics"),
 )
 
 # Without `stream` and with n above 1, a LIST has an element for each answer.
@@ -163,23 +187,11 @@ LLM_OUTPUTS = (
     Output("num_input_tokens", "INT32", asked_by="return_num_input_tokens"),
     Output("num_output_tokens", "INT32", LIST, asked_by="return_num_output_tokens"),  # in this response
     Output("sequence_index", "INT32", LIST, asked_by="n"),  # of the answer that this response is about
-    Output("output_log_probs", "FP32", (-1, -1), asked_by="return_log_probs", ragged=True),  # of the new tokens
-    Output("cum_log_probs", "FP32", LIST, asked_by="return_log_probs"),  # of all tokens so far
-    Output("logprobs", "STRING", LIST, asked_by="logprobs"),  # JSON, as the vLLM backend has it
-    Output("prompt_logprobs", "STRING", LIST, asked_by="prompt_logprobs"),  # with an answer's first response
-    # at an answer's end
-    Output("num_cached_tokens", "INT32", LIST, asked_by="return_perf_metrics"),
-    Output("kv_cache_reused_blocks", "INT32", LIST, asked_by="return_perf_metrics"),  # the same: a block is one token
-    Output(
-        "acceptance_length", "FP32", LIST, asked_by="return_perf_metrics"
-    ),  # tokens per verification, bonus included
-    Output("acceptance_rate", "FP32", LIST, asked_by="return_perf_metrics"),  # accepted of all drafted
-    Output("total_accepted_draft_tokens", "INT32", LIST, asked_by="return_perf_metrics"),
-    Output("total_draft_tokens", "INT32", LIST, asked_by="return_perf_metrics"),
-    Output("num_spec_steps", "INT32", LIST, asked_by="return_perf_metrics"),
-    Output("arrival_time_ns", "INT64", LIST, asked_by="return_perf_metrics"),  # of the machine's monotonic clock
-    Output("first_token_time_ns", "INT64", LIST, asked_by="return_perf_metrics"),
-    Output("last_token_time_ns", "INT64", LIST, asked_by="return_perf_metrics"),
+    Output("output_log_probs", "FP32", (-1, -1), asked_by="return_log_probs", ragged=True, needs="logprobs"),
+    Output("cum_log_probs", "FP32", LIST, asked_by="return_log_probs", needs="logprobs"),  # of all so far, not the new
+    Output("logprobs", "STRING", LIST, asked_by="logprobs", needs="logprobs"),  # JSON, as the vLLM backend has it
+    Output("prompt_logprobs", "STRING", LIST, asked_by="prompt_logprobs", needs="prompt_logprobs"),  # with the first
+    *PERF_METRICS,
     # declared for stock clients
     Output("context_logits", "FP32", (-1, -1)),
     Output("generation_logits", "FP32", (-1, -1, -1)),
@@ -187,6 +199,51 @@ LLM_OUTPUTS = (
     Output("kv_cache_alloc_new_blocks", "INT32"),
     Output("kv_cache_alloc_total_blocks", "INT32"),
     Output("first_scheduled_time_ns", "INT64"),
+)
+
+# The vLLM backend's tensors, and ours. What a client does not send as a tensor it says in sampling_parameters.
+VLLM_INPUTS = (
+    # prompt
+    Input("text_input", "STRING", sets="text"),
+    Input("input_ids", "INT32", LIST, sets="input_ids"),  # instead of text_input
+    Input("image", "STRING", LIST, neutral=("",), why="prompts are text or token ids"),
+    Input("embedding_request", "STRING", why="there are no embeddings"),
+    # the answer
+    Input("stream", "BOOL", sets="stream"),
+    Input("exclude_input_in_output", "BOOL", sets="exclude_input_in_output"),  # absent: true if it streams, else false
+    Input("return_finish_reason", "BOOL", sets="return_finish_reason"),
+    Input("return_cumulative_logprob", "BOOL", sets="return_cumulative_logprob"),
+    Input("return_logprobs", "BOOL", sets="return_logprobs"),
+    Input("return_num_input_tokens", "BOOL", sets="return_num_input_tokens"),
+    Input("return_num_output_tokens", "BOOL", sets="return_num_output_tokens"),
+    Input("return_output_ids", "BOOL", sets="return_output_ids"),
+    Input("return_perf_metrics", "BOOL", sets="return_perf_metrics"),
+    # choice of tokens
+    Input("sampling_parameters", "STRING", sets="sampling_parameters"),  # JSON; beside it VLLM_PARAMETERS are ignored
+)
+
+# What the vLLM backend passes to vLLM's SamplingParams, and what is in the JSON of sampling_parameters.
+VLLM_PARAMETERS = (
+    *(Input(each.name, "LOOSE", sets=each.name) for each in fields(SamplingParams)),
+    *(Input(name, "LOOSE", sets=own) for name, own in ALIASES.items()),
+    *(Input(name, "LOOSE", sets=name) for name in (*RETURN_LOGPROB, *GUIDE_OBJECTS)),
+    Input("bad_words", "LOOSE", LIST, sets="bad_words"),
+    *(Input(name, "LOOSE", neutral=neutral, why=why) for name, (neutral, why) in NOT_SERVED.items()),
+    Input("lora_name", "STRING", why="there are no adapters"),
+    *REQUEST_PARAMETERS,
+)
+
+# A LIST has an element for each answer, in streams, too, as the vLLM backend has it.
+VLLM_OUTPUTS = (
+    Output("text_output", "STRING", LIST, asked_by=ALWAYS),
+    Output("finish_reason", "STRING", LIST, asked_by="return_finish_reason", until_end="None"),
+    Output("cumulative_logprob", "FP32", LIST, asked_by="return_cumulative_logprob", needs="logprobs"),
+    Output("logprobs", "STRING", LIST, asked_by="return_logprobs", null="logprobs"),  # JSON of the new tokens
+    Output("num_input_tokens", "UINT32", asked_by="return_num_input_tokens"),
+    Output("num_output_tokens", "UINT32", LIST, asked_by="return_num_output_tokens"),  # in this response
+    Output("prompt_logprobs", "STRING", LIST, asked_by="prompt_logprobs", needs="prompt_logprobs", until_end="null"),
+    Output("output_ids", "INT32", LIST, asked_by="return_output_ids", ragged=True),
+    *PERF_METRICS,
 )
 
 # The ensemble's own extra input; preprocessing turns text into ids, so the ensemble takes no ids.
@@ -209,6 +266,7 @@ RADIX_CACHE_OUTPUTS = (Output("result", "STRING", asked_by=ALWAYS),)  # JSON
 
 TENSORS = {
     "llm": (LLM_INPUTS, LLM_OUTPUTS),
+    "vllm_model": (VLLM_INPUTS, VLLM_OUTPUTS),
     "preprocessing": (PREPROCESSING_INPUTS, PREPROCESSING_OUTPUTS),
     "ensemble": (ENSEMBLE_INPUTS, ENSEMBLE_OUTPUTS),
     "radix_cache": (RADIX_CACHE_INPUTS, RADIX_CACHE_OUTPUTS),

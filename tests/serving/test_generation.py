@@ -8,6 +8,7 @@ import pytest
 from specbackend.request import FinishReason, TokenLogprob, Update
 from specbackend.sampling_params import SamplingParams
 from specbackend.serving.calls import Call
+from specbackend.serving.faces import LLM, VLLM
 from specbackend.serving.generation import Generation, Server
 from specbackend.serving.schemas import LLM_OUTPUTS
 from tests.fakes import byte_tokenizer, fake_logprobs
@@ -20,9 +21,9 @@ def ids(text: str) -> list[int]:
     return byte_tokenizer().encode(text).ids
 
 
-def generation(params: SamplingParams | None = None, stream_interval=1, **call) -> Generation:
+def generation(params: SamplingParams | None = None, stream_interval=1, face=LLM, **call) -> Generation:
     call = Call(ids("prompt"), params or SamplingParams(), **call)
-    return Generation("0", call, Server(DECODE, stream_interval))
+    return Generation("0", call, Server(DECODE, stream_interval, face))
 
 
 def update(
@@ -136,6 +137,60 @@ def test_abort_ends_what_is_left_of_several(stream):
     else:
         assert answers.abort() == [{"text_output": ["xE", "ab"], "finish_reason": ["abort", "length"]}]
     assert answers.is_over
+
+
+# ---- the vLLM backend's face
+
+VLLM_OUTPUTS = frozenset(
+    ("text_output", "finish_reason", "num_input_tokens", "num_output_tokens", "logprobs", "prompt_logprobs")
+)
+
+
+def test_vllm_streams_have_every_output_in_every_response():
+    answer = generation(stream=True, face=VLLM, outputs=VLLM_OUTPUTS, nulls=frozenset(("logprobs",)))
+    first = answer.advance(update("ab"))
+    assert first == {
+        "text_output": "ab",
+        "finish_reason": "None",
+        "num_input_tokens": 6,
+        "num_output_tokens": 2,
+        "logprobs": "null",
+        "prompt_logprobs": "[null]",
+    }
+    last = answer.advance(update("c", FinishReason.LENGTH))
+    assert last == {**first, "text_output": "c", "finish_reason": "length", "num_output_tokens": 1} | {
+        "prompt_logprobs": "null"
+    }
+
+
+def test_vllm_streams_have_a_place_for_each_answer():
+    outputs = frozenset(("text_output", "finish_reason", "num_input_tokens", "num_output_tokens", "num_spec_steps"))
+    answers = generation(TWO, stream=True, face=VLLM, outputs=outputs)
+    assert answers.advance(update("ab", index=1)) == {
+        "text_output": ["", "ab"],
+        "finish_reason": ["None", "None"],
+        "num_input_tokens": 6,
+        "num_output_tokens": [0, 2],
+    }
+    one_left = answers.advance(update("cEND", index=1))
+    assert (one_left["text_output"], one_left["finish_reason"]) == (["", "c"], ["None", "stop"])
+    assert answers.advance(update("xyz", FinishReason.LENGTH, index=0)) == {
+        "text_output": ["xyz", ""],
+        "finish_reason": ["length", "stop"],
+        "num_input_tokens": 6,
+        "num_output_tokens": [3, 0],
+        "num_spec_steps": [1, 1],
+    }
+    assert answers.is_over
+
+
+def test_prompt_logprobs_wait_for_their_answers_first_response():
+    outputs = frozenset(("text_output", "prompt_logprobs"))
+    answers = generation(TWO, stream=True, face=VLLM, outputs=outputs)
+    prompt = fake_logprobs(ids("prompt")[1:], 0)
+    assert answers.advance(update("E", index=0, prompt_logprobs=prompt)) is None  # may become END
+    assert answers.advance(update("ab", index=1, prompt_logprobs=prompt))["prompt_logprobs"][0] == "null"
+    assert len(json.loads(answers.advance(update("x", index=0))["prompt_logprobs"][0])) == 6
 
 
 # ---- logprobs

@@ -1,0 +1,173 @@
+"""Both faces on the real tritonserver: the very tensors that the stock clients of other backends send."""
+
+import json
+import queue
+from collections.abc import Iterable, Mapping
+from contextlib import closing
+
+import numpy as np
+import pytest
+import tritonclient.grpc as grpc_client
+from tritonclient.utils import np_to_triton_dtype
+
+from specbackend.serving.client import generate_http, stream_grpc, stream_http
+
+PROMPT = "How many eggs"
+GREEDY = {"temperature": 0, "max_new_tokens": 30}
+
+
+def send(
+    server, model: str, tensors: Mapping[str, np.ndarray], outputs: Iterable[str] = (), parameters=None, request_id=""
+) -> list[grpc_client.InferResult]:
+    """The responses to a request of these very tensors. Fails if one of them is an error."""
+    results, inputs = queue.SimpleQueue(), []
+    for name, array in tensors.items():
+        inputs.append(grpc_client.InferInput(name, list(array.shape), np_to_triton_dtype(array.dtype)))
+        inputs[-1].set_data_from_numpy(array)
+    with closing(grpc_client.InferenceServerClient(server.grpc_url)) as client:
+        client.start_stream(callback=lambda result, error: results.put((result, error)))
+        requested = [grpc_client.InferRequestedOutput(name) for name in outputs] or None
+        client.async_stream_infer(model, inputs, outputs=requested, parameters=parameters, request_id=request_id)
+        client.stop_stream()  # waits for the last response
+    pairs = [results.get() for _ in range(results.qsize())]
+    assert [error for _, error in pairs if error] == []
+    assert pairs[-1][0].get_response().parameters["triton_final_response"].bool_param
+    return [result for result, _ in pairs]
+
+
+def texts(results: Iterable[grpc_client.InferResult]) -> str:
+    return "".join(result.as_numpy("text_output").item().decode() for result in results)
+
+
+def text(*strings: str) -> np.ndarray:
+    return np.array([string.encode() for string in strings], dtype=object)
+
+
+@pytest.fixture(scope="module")
+def answer(offline) -> str:
+    return offline.generate(PROMPT, GREEDY)["text"]
+
+
+# ---- the vLLM backend's clients
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_vllm_backends_sample_client(server, answer, stream):
+    """It sends its parameters twice, as a tensor and as strings among the request's parameters."""
+    sampling = {"temperature": "0", "top_p": "0.95", "max_tokens": "30"}
+    tensors = {
+        "text_input": text(PROMPT),
+        "stream": np.array([stream]),
+        "sampling_parameters": text(json.dumps(sampling)),
+        "exclude_input_in_output": np.array([True]),
+    }
+    results = send(server, "vllm_model", tensors, ["text_output"], sampling, request_id="0")
+    assert texts(results) == answer
+    assert (len(results) > 1) == stream
+    assert {(*result.as_numpy("text_output").shape, result.get_response().id) for result in results} == {(1, "0")}
+
+
+def test_vllm_backends_additional_outputs(server, answer):
+    flags = ("finish_reason", "cumulative_logprob", "logprobs", "num_input_tokens", "num_output_tokens")
+    tensors = {
+        "text_input": text(PROMPT),
+        "stream": np.array([True]),
+        "sampling_parameters": text('{"temperature": 0, "max_tokens": 30, "logprobs": 1}'),
+        **{f"return_{name}": np.array([True]) for name in flags},
+    }
+    results = send(server, "vllm_model", tensors)
+    types = {"finish_reason": object, "cumulative_logprob": np.float32, "logprobs": object}
+    types |= {"num_input_tokens": np.uint32, "num_output_tokens": np.uint32}
+    for result in results:
+        assert {output.name for output in result.get_response().outputs} == {"text_output", *flags}
+        assert all(result.as_numpy(name).dtype == dtype for name, dtype in types.items())
+        assert all(result.as_numpy(name).shape == (1,) for name in flags)
+    reasons = [result.as_numpy("finish_reason").item().decode() for result in results]
+    assert reasons == ["None"] * (len(results) - 1) + ["length"]
+    assert sum(result.as_numpy("num_output_tokens").item() for result in results) == 30
+    places = [place for result in results for place in json.loads(result.as_numpy("logprobs").item())]
+    assert len(places) == 30
+    assert "".join(next(iter(place.values()))["decoded_token"] for place in places) == answer
+    chosen = sum(next(iter(place.values()))["logprob"] for place in places)
+    assert results[-1].as_numpy("cumulative_logprob").item() == pytest.approx(chosen, abs=1e-3)
+
+
+def test_vllm_backends_curl(server, answer):
+    """Parameters of the request, with a prompt in front of the answer unless it streams."""
+    asked = {"text_input": PROMPT, "parameters": {"stream": False, "temperature": 0, "max_tokens": 30}}
+    status, body = generate_http(server.http_url, "vllm_model", asked)
+    assert (status, body["text_output"]) == (200, PROMPT + answer)
+    streamed = stream_http(
+        server.http_url, "vllm_model", asked | {"parameters": {**asked["parameters"], "stream": True}}
+    )
+    assert streamed.text == answer and len(streamed.responses) > 1
+    sampled = generate_http(server.http_url, "vllm_model", {"text_input": PROMPT, "exclude_input_in_output": True})[1]
+    assert len(sampled["text_output"]) < len(answer)  # 16 tokens, vLLM's default
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_several_answers_of_vllm_model(server, offline, stream):
+    params = {"temperature": 1.2, "seed": 7, "n": 3}
+    expected = [each["text"] for each in offline.generate(PROMPT, {**params, "max_new_tokens": 16})]
+    inputs = {"text_input": PROMPT, "stream": stream, "exclude_input_in_output": True}
+    inputs |= {"sampling_parameters": json.dumps(params), "return_finish_reason": True}
+    got = stream_grpc(server.grpc_url, "vllm_model", inputs)
+    assert got.error is None
+    assert [got.texts[index] for index in range(3)] == expected
+    assert all(len(each["finish_reason"]) == len(each["text_output"]) == 3 for each in got.responses)
+
+
+GENAI_PERF = {"max_tokens": "30", "min_tokens": "30"}
+
+
+def test_genai_perf_vllm(server):
+    tensors = {
+        "text_input": text(PROMPT),
+        "exclude_input_in_output": np.array([True]),
+        "stream": np.array([True]),
+        "sampling_parameters": text(json.dumps(GENAI_PERF)),
+    }
+    results = send(server, "vllm_model", tensors, ["text_output"])
+    assert len(results) > 1 and texts(results)
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_tritons_openai_frontend_in_vllms_format(server, offline, answer, stream):
+    """The frontend sends all of its own parameters, and wants both counts and one whole string in each response."""
+    sampling = {"frequency_penalty": 0.0, "presence_penalty": 0.0, "logprobs": False, "n": 1, "temperature": 0.0}
+    sampling |= {"top_p": 1.0, "max_tokens": 30, "stop": ["no such thing"]}
+    tensors = {
+        "text_input": text(PROMPT),
+        "stream": np.array([stream]),
+        "exclude_input_in_output": np.array([True]),
+        "sampling_parameters": text(json.dumps(sampling)),
+        "return_num_input_tokens": np.array([True]),
+        "return_num_output_tokens": np.array([True]),
+    }
+    results = send(server, "vllm_model", tensors)
+    assert texts(results) == answer
+    prompt_tokens = len(offline.tokenizer.encode(PROMPT))
+    assert {result.as_numpy("num_input_tokens").item() for result in results} == {prompt_tokens}
+    assert sum(result.as_numpy("num_output_tokens").item() for result in results) == 30
+
+
+@pytest.mark.parametrize(
+    ("inputs", "message"),
+    [
+        (
+            {"stream": True, "exclude_input_in_output": False},
+            "When streaming, `exclude_input_in_output` = False is not",
+        ),
+        ({"image": ["aGk="]}, "image: is not supported"),
+        ({"embedding_request": "{}"}, "embedding_request: is not supported"),
+        ({"sampling_parameters": '{"lora_name": "x"}'}, "lora_name: is not supported"),
+        ({"sampling_parameters": '{"best_of": 2}'}, "best_of: is not supported"),
+        ({"sampling_parameters": "{"}, "sampling_parameters: must be"),
+    ],
+)
+def test_what_vllm_model_refuses(server, inputs, message):
+    for got in (
+        stream_grpc(server.grpc_url, "vllm_model", {"text_input": PROMPT, **inputs}),
+        stream_http(server.http_url, "vllm_model", {"text_input": PROMPT, **inputs}),
+    ):
+        assert message in got.error
