@@ -13,10 +13,11 @@ import numpy as np
 
 from specbackend.errors import InvalidRequest
 from specbackend.sampling_params import GUIDE_OBJECTS, GUIDES, RETURN_LOGPROB, SamplingParams, in_our_words
+from specbackend.serving.chat import render_chat
 from specbackend.serving.errors import Unsupported
 from specbackend.serving.faces import LLM, Face, complete_vllm
 from specbackend.serving.protocol import Ready
-from specbackend.serving.schemas import ALWAYS, ANY, REQUEST_PARAMETERS, SAMPLING_PARAMETERS, Input
+from specbackend.serving.schemas import ALWAYS, ANY, CHAT_INPUTS, REQUEST_PARAMETERS, SAMPLING_PARAMETERS, Input
 from specbackend.tokenizer import Tokenizer
 from specbackend.words import bad_word_ids, with_token_ids, word_biases
 
@@ -36,6 +37,8 @@ MOST_VALUES = {"stop": 64, "bad_words": 64, "bias_words": 256, "bias_weights": 2
 SAMPLING_FIELDS = (*(f.name for f in fields(SamplingParams)), *RETURN_LOGPROB, *GUIDE_OBJECTS)
 JSON_FIELDS = {spec.sets for spec in SAMPLING_PARAMETERS if spec.dtype == "JSON"}
 NOT_SAMPLING = {spec.name for spec in REQUEST_PARAMETERS}
+CHAT = tuple(spec.name for spec in CHAT_INPUTS)  # `messages` and what belongs to them
+JSON_BYTES = 8  # of messages, per byte of text: escapes and keys
 MOST_PROMPT_LOGPROBS = 1 << 16  # written as JSON in that thread, too: a quarter of a second
 GUIDE_TYPES = {"json_schema": "json_schema", "regex": "regex", "ebnf_grammar": "ebnf"}  # TensorRT-LLM's
 AS_TEXT = ("stop", "bad_words", *GUIDES)  # of the vLLM backend's sampling parameters; all else may be text of JSON
@@ -72,6 +75,12 @@ class CancelCall:
     """`stop` = true: end the running requests of this id."""
 
     client_id: str
+
+
+@dataclass(frozen=True)
+class Prompt:
+    input_ids: list[int]
+    text: str | None = None  # None: that of the ids
 
 
 class Fields:
@@ -192,19 +201,19 @@ class CallReader:
         fields = read_fields(request, self._face, self._limits.context_length)
         if fields.get("cancel"):
             return _read_cancel(request)
-        input_ids = self._read_prompt(fields)
+        prompt = self._read_prompt(fields)
         params, names = self._read_params(fields)
         outputs = self._read_outputs(fields, params, request.requested_output_names())
         nulls = frozenset(name for name in outputs if self._is_null(name, params))
         params = self._with_needs(params, outputs)
-        check_prompt_logprobs(names.get("prompt_logprobs", "prompt_logprobs"), params, len(input_ids))
+        check_prompt_logprobs(names.get("prompt_logprobs", "prompt_logprobs"), params, len(prompt.input_ids))
         stream = fields.get("stream", False)
         echoes = self._face.echoes(fields.get("exclude_input_in_output"), stream)
         return Call(
-            input_ids,
+            prompt.input_ids,
             params,
             stream=stream,
-            echo=self._prompt_text(fields) if echoes else "",
+            echo=self._text(prompt) if echoes else "",
             outputs=outputs,
             nulls=nulls,
             client_id=request.request_id(),
@@ -212,14 +221,31 @@ class CallReader:
             names=names,
         )
 
-    def _read_prompt(self, fields: Fields) -> list[int]:
-        text, input_ids = fields.get("text"), fields.get("input_ids")
-        if text is not None and input_ids is not None:
-            raise InvalidRequest("input_ids", "contradicts text_input: send one of the two")
-        if input_ids is None:
-            return encode_prompt(self._tokenizer, text, self._limits.context_length)
-        self._check_ids(fields, input_ids)
-        return input_ids
+    def _read_prompt(self, fields: Fields) -> Prompt:
+        first, *others = [name for name in ("text", "input_ids", "messages") if fields.get(name) is not None] or [
+            "text"
+        ]
+        if others:
+            raise InvalidRequest(fields.name(others[0]), f"contradicts {fields.name(first)}: send one of the two")
+        for name in CHAT:
+            if fields.get(name) is not None and first != "messages":
+                raise InvalidRequest(name, "says nothing without messages")
+        if first == "messages":
+            return self._read_chat(fields)
+        if first == "text":
+            text = fields.get("text")
+            return Prompt(encode_prompt(self._tokenizer, text, self._limits.context_length), text)
+        self._check_ids(fields, fields.get("input_ids"))
+        return Prompt(fields.get("input_ids"))
+
+    def _read_chat(self, fields: Fields) -> Prompt:
+        context_length = self._limits.context_length
+        check_text_length("messages", fields.get("messages"), self._tokenizer, context_length, JSON_BYTES)
+        text = render_chat(self._tokenizer, **{name: fields.get(name) for name in CHAT})
+        check_text_length("messages", text, self._tokenizer, context_length)
+        input_ids = self._tokenizer.encode(text, add_special_tokens=False)
+        check_prompt_length("messages", len(input_ids), context_length)
+        return Prompt(input_ids, text)
 
     def _check_ids(self, fields: Fields, input_ids: list[int]) -> None:
         length = fields.get("input_length", len(input_ids))
@@ -229,9 +255,8 @@ class CallReader:
         if not all(0 <= token < vocab_size for token in input_ids):
             raise InvalidRequest("input_ids", f"must lie between 0 and {vocab_size - 1}, the model's vocabulary")
 
-    def _prompt_text(self, fields: Fields) -> str:
-        text = fields.get("text")
-        return self._tokenizer.decode(fields.get("input_ids")) if text is None else text
+    def _text(self, prompt: Prompt) -> str:
+        return self._tokenizer.decode(prompt.input_ids) if prompt.text is None else prompt.text
 
     def _read_params(self, fields: Fields) -> tuple[SamplingParams, dict[str, str]]:
         """The parameters, and what the client calls them."""
@@ -343,14 +368,22 @@ def encode_prompt(tokenizer: Tokenizer, text: str | None, context_length: int, c
     """
     if not text:
         raise InvalidRequest("text_input", "is required and must not be empty")
-    size, most = len(text.encode()), context_length * tokenizer.max_token_bytes
-    if size > most:
-        raise InvalidRequest("text_input", f"has {size} bytes; context_length {context_length} holds at most {most}")
+    check_text_length("text_input", text, tokenizer, context_length)
     if chat:
         text = tokenizer.apply_chat_template([{"role": "user", "content": text}])
     input_ids = tokenizer.encode(text, add_special_tokens=not chat)  # the template brings its own
     check_prompt_length("text_input", len(input_ids), context_length)
     return input_ids
+
+
+def check_text_length(name: str, text: str, tokenizer: Tokenizer, context_length: int, bytes_each: int = 1) -> None:
+    """Whether the text could have few enough tokens, without counting them; bytes_each: how it is written for each."""
+    try:
+        size, most = len(text.encode()), context_length * tokenizer.max_token_bytes * bytes_each
+    except UnicodeEncodeError:
+        raise InvalidRequest(name, "holds half of a surrogate pair, which is no text") from None
+    if size > most:
+        raise InvalidRequest(name, f"has {size} bytes; context_length {context_length} holds at most {most}")
 
 
 def check_prompt_length(name: str, length: int, context_length: int) -> None:

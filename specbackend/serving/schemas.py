@@ -45,11 +45,20 @@ class Output:
 ALWAYS = "always"
 LIST = (-1,)
 
+CHAT_INPUTS = (
+    Input("messages", "STRING", sets="messages"),  # JSON of OpenAI's; instead of text_input, as the next ones with it
+    Input("tools", "STRING", sets="tools"),  # JSON of OpenAI's
+    Input("chat_template_kwargs", "STRING", sets="chat_template_kwargs"),  # a JSON object
+    Input("add_generation_prompt", "BOOL", sets="add_generation_prompt"),  # absent: true, unless the next is
+    Input("continue_final_message", "BOOL", sets="continue_final_message"),  # go on with the last message
+)
+
 LLM_INPUTS = (
     # prompt
     Input("text_input", "STRING", sets="text"),
     Input("input_ids", "INT32", LIST, sets="input_ids"),  # instead of text_input
     Input("input_lengths", "INT32", sets="input_length"),
+    *CHAT_INPUTS,
     # length and end
     Input("max_tokens", "INT32", sets="max_new_tokens"),
     Input("request_output_len", "INT32", sets="max_new_tokens"),
@@ -206,6 +215,7 @@ VLLM_INPUTS = (
     # prompt
     Input("text_input", "STRING", sets="text"),
     Input("input_ids", "INT32", LIST, sets="input_ids"),  # instead of text_input
+    *CHAT_INPUTS,
     Input("image", "STRING", LIST, neutral=("",), why="prompts are text or token ids"),
     Input("embedding_request", "STRING", why="there are no embeddings"),
     # the answer
@@ -246,9 +256,9 @@ VLLM_OUTPUTS = (
     *PERF_METRICS,
 )
 
-# The ensemble's own extra input; preprocessing turns text into ids, so the ensemble takes no ids.
+# The ensemble's own extra input; preprocessing turns text into ids, so the ensemble takes neither ids nor messages.
 APPLY_CHAT_TEMPLATE = Input("apply_chat_template", "BOOL")
-NOT_IN_ENSEMBLE = ("input_ids", "input_lengths")
+NOT_IN_ENSEMBLE = ("input_ids", "input_lengths", *(spec.name for spec in CHAT_INPUTS))
 
 PREPROCESSING_INPUTS = (LLM_INPUTS[0], APPLY_CHAT_TEMPLATE)
 PREPROCESSING_OUTPUTS = (Output("input_ids", "INT32", LIST, asked_by=ALWAYS),)

@@ -171,3 +171,52 @@ def test_what_vllm_model_refuses(server, inputs, message):
         stream_http(server.http_url, "vllm_model", {"text_input": PROMPT, **inputs}),
     ):
         assert message in got.error
+
+
+# ---- conversations
+
+
+def says(role: str, content: str) -> dict[str, str]:
+    return {"role": role, "content": content}
+
+
+@pytest.mark.parametrize("model", ["llm", "vllm_model"])
+def test_a_conversation_is_in_the_template_and_its_next_turn_finds_it_in_the_cache(
+    server, offline, gsm8k_questions, model
+):
+    first, second = (says("user", question) for question in gsm8k_questions[20:22])
+    asked = {"chat_template_kwargs": '{"unused": 1}', "return_perf_metrics": True, "return_output_ids": True}
+    asked |= {"exclude_input_in_output": True, "return_num_input_tokens": True}
+
+    def ask(messages: list[dict], answer_tokens: int) -> dict:
+        params = {"temperature": 0, "max_tokens": answer_tokens, "cache_salt": model}  # each its own cache
+        params = {"sampling_parameters": json.dumps(params)} if model == "vllm_model" else params
+        status, body = generate_http(server.http_url, model, {**asked, **params, "messages": json.dumps(messages)})
+        assert status == 200, body
+        return body
+
+    one = ask([first], 40)
+    rendered = offline.tokenizer.apply_chat_template([first])
+    assert one["text_output"] == offline.generate(rendered, {"temperature": 0, "max_new_tokens": 40})["text"]
+    two = ask([first, says("assistant", one["text_output"]), second], 4)
+    said = offline.tokenizer.encode(rendered, add_special_tokens=False) + one["output_ids"]
+    again = offline.tokenizer.apply_chat_template([first, says("assistant", one["text_output"]), second])
+    ids = offline.tokenizer.encode(again, add_special_tokens=False)
+    assert two["num_input_tokens"] == len(ids)
+    shared = next(i for i, (old, new) in enumerate(zip(said + [-1], ids, strict=False)) if old != new)
+    assert shared >= len(said) - 2  # the template ends the answer with an end token, which was cut or was said
+    assert shared - 3 <= two["num_cached_tokens"] <= shared  # the last tokens' KV, and the draft's, are not kept
+
+
+@pytest.mark.parametrize("model", ["llm", "vllm_model"])
+@pytest.mark.parametrize(
+    ("inputs", "message"),
+    [
+        ({"messages": '[{"role": "user", "content": [{"type": "image_url"}]}]'}, "part of type image_url"),
+        ({"messages": "[]"}, "messages: is empty"),
+        ({"messages": '[{"role": 1}]'}, "messages: message 0 must be an object"),
+    ],
+)
+def test_conversations_that_are_refused(server, model, inputs, message):
+    status, body = generate_http(server.http_url, model, inputs)
+    assert status in (400, 501) and message in body["error"]
