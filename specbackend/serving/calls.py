@@ -5,19 +5,27 @@ import time
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field, fields, replace
-from itertools import chain
+from itertools import chain, pairwise
 from typing import Any
 
 import msgpack
 import numpy as np
 
 from specbackend.errors import InvalidRequest
-from specbackend.sampling_params import GUIDE_OBJECTS, GUIDES, RETURN_LOGPROB, SamplingParams, in_our_words
+from specbackend.sampling_params import (
+    GUIDE_OBJECTS,
+    GUIDES,
+    LONGEST_BAD_WORD,
+    MOST_BAD_WORDS,
+    RETURN_LOGPROB,
+    SamplingParams,
+    in_our_words,
+)
 from specbackend.serving.chat import render_chat
 from specbackend.serving.errors import Unsupported
 from specbackend.serving.faces import LLM, Face, complete_vllm
 from specbackend.serving.protocol import Ready
-from specbackend.serving.schemas import ALWAYS, ANY, CHAT_INPUTS, REQUEST_PARAMETERS, SAMPLING_PARAMETERS, Input
+from specbackend.serving.schemas import ALWAYS, ANY, CHAT_INPUTS, REQUEST_PARAMETERS, SAMPLING_PARAMETERS, Input, Output
 from specbackend.tokenizer import Tokenizer
 from specbackend.words import bad_word_ids, with_token_ids, word_biases
 
@@ -33,7 +41,14 @@ PARAMETER_TYPES = {
     "LOOSE": (object, "anything"),
 }
 # Stop words are looked for after every token, in the thread that answers everybody, and other words tokenized there.
-MOST_VALUES = {"stop": 64, "bad_words": 64, "bias_words": 256, "bias_weights": 256}
+MOST_VALUES = {
+    "stop": 64,
+    "stop_word_ids": 2 * 64,
+    "bad_words": 64,
+    "bad_word_ids": 2 * MOST_BAD_WORDS * LONGEST_BAD_WORD,
+    "bias_words": 256,
+    "bias_weights": 256,
+}
 SAMPLING_FIELDS = (*(f.name for f in fields(SamplingParams)), *RETURN_LOGPROB, *GUIDE_OBJECTS)
 JSON_FIELDS = {spec.sets for spec in SAMPLING_PARAMETERS if spec.dtype == "JSON"}
 NOT_SAMPLING = {spec.name for spec in REQUEST_PARAMETERS}
@@ -286,6 +301,13 @@ class CallReader:
 
     def _read_words(self, fields: Fields) -> Iterator[tuple[str, Any, str]]:
         """Sampling parameters from what TensorRT-LLM's clients send as text, as all below: name, value, their name."""
+        for word in word_list(fields, "stop_word_ids"):
+            if len(word) > 1:
+                raise Unsupported(fields.name("stop_word_ids"), f"has {word}, only single tokens; see stop_words")
+        if single := word_list(fields, "stop_word_ids"):
+            yield "stop_token_ids", [word[0] for word in single], fields.name("stop_word_ids")
+        if words := word_list(fields, "bad_word_ids"):
+            yield "bad_words_ids", words, fields.name("bad_word_ids")
         bad, biased, weights = (fields.get(meaning) for meaning in ("bad_words", "bias_words", "bias_weights"))
         if bad is not None and (ids := bad_word_ids(self._tokenizer, "bad_words", bad)):
             yield "bad_words_ids", ids, "bad_words"
@@ -327,12 +349,12 @@ class CallReader:
         """
         requested, outputs = set(requested), {spec.name: spec for spec in self._face.outputs if spec.asked_by}
         named = set() if requested >= self._face.output.keys() else requested
-        flagged = {name for name, spec in outputs.items() if _is_asked(spec.asked_by, fields, params)}
-        asked = frozenset(flagged & requested | named & outputs.keys())
+        flagged = {name: asked for name, spec in outputs.items() if (asked := _asked_by(spec, fields, params))}
+        asked = frozenset(flagged.keys() & requested | named & outputs.keys())
         one_by_one = params.n == 1 or (fields.get("stream") and not self._face.side_by_side)
         for name in sorted(asked):
             if outputs[name].ragged and not one_by_one:
-                asked_by = fields.name(outputs[name].asked_by) if name in flagged else name
+                asked_by = fields.name(flagged.get(name, name))
                 room = "comes with n of 1 only" if self._face.side_by_side else "comes with stream only"
                 raise Unsupported(asked_by, f"{name} of several answers {room}, response by response")
         return asked
@@ -345,6 +367,16 @@ class CallReader:
         """Whoever asks for an output asks for what is in it."""
         needs = {self._face.output[name].needs for name in outputs} - {None}
         return replace(params, **{name: 0 for name in needs if getattr(params, name) is None})
+
+
+def word_list(fields: Fields, meaning: str) -> list[list[int]]:
+    """The words in a tensor WORD_LIST. Raises InvalidRequest, if their ends are not in order."""
+    values = fields.get(meaning, [])
+    ids, ends = values[: len(values) // 2], [end for end in values[len(values) // 2 :] if end != -1]
+    words = [ids[start:end] for start, end in pairwise([0, *ends])]
+    if not all(words) or sum(map(len, words)) != max(ends, default=0):
+        raise InvalidRequest(fields.name(meaning), f"words must end behind each other within the {len(ids)} ids")
+    return words
 
 
 def _read_guide(fields: Fields) -> Iterator[tuple[str, str, str]]:
@@ -430,7 +462,13 @@ def check_packable(name: str, value: Any) -> None:
         raise InvalidRequest(name, f"cannot be sent to the engine: {error}") from None
 
 
-def _is_asked(asked_by: str, fields: Fields, params: SamplingParams) -> bool:
-    if asked_by in ("logprobs", "prompt_logprobs"):
-        return getattr(params, asked_by) is not None
-    return asked_by == ALWAYS or (params.n > 1 if asked_by == "n" else bool(fields.get(asked_by)))
+def _asked_by(spec: Output, fields: Fields, params: SamplingParams) -> str | None:
+    """The first of the output's meanings that the client has set."""
+    by = (spec.asked_by,) if isinstance(spec.asked_by, str) else spec.asked_by
+    return next((meaning for meaning in by if _asks(meaning, fields, params)), None)
+
+
+def _asks(meaning: str, fields: Fields, params: SamplingParams) -> bool:
+    if meaning in ("logprobs", "prompt_logprobs"):
+        return getattr(params, meaning) is not None
+    return meaning == ALWAYS or (params.n > 1 if meaning == "n" else bool(fields.get(meaning)))

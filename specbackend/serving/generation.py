@@ -123,11 +123,14 @@ class Answer:
             "output_ids": unsent.token_ids,
             "num_input_tokens": len(self._call.input_ids),
             "num_output_tokens": len(unsent.token_ids),
+            "sequence_length": len(unsent.token_ids),
             "sequence_index": self.index,
+            "batch_index": 0,
             **self._logprob_outputs(unsent),
         }
         if self.finish_reason:
-            values |= {"finish_reason": self.finish_reason.value, **self._perf_metrics()}
+            reasons = {"finish_reason": self.finish_reason.value, "stop_reason": self._stop_reason()}
+            values |= {**reasons, **self._perf_metrics()}
         values |= dict.fromkeys(self._call.nulls, NULL)
         asked = {name: values.get(name, self._server.face.output[name].until_end) for name in self._call.outputs}
         return {name: value for name, value in asked.items() if value is not None}
@@ -143,7 +146,15 @@ class Answer:
             outputs["prompt_logprobs"] = self._server.texts.to_json([None, *self._prompt_logprobs])
         return outputs
 
+    def _stop_reason(self) -> str:
+        """The stop string or the token of stop_token_ids that ended the text; an eos is none, as in TensorRT-LLM."""
+        if self._text.stop_string is not None:
+            return self._text.stop_string
+        last = self._update.token_ids[-1:] if self._update.has_end_token else []
+        return str(last[0]) if last and last[0] in self.params.stop_token_ids else "None"
+
     def _perf_metrics(self) -> Outputs:
+        prompt, cached = self._update.prompt_tokens, self._update.cached_tokens
         tokens, steps, drafted = (
             self._update.completion_tokens,
             self._update.spec_verify_ct,
@@ -152,14 +163,20 @@ class Answer:
         # the prefill gives the first token and every step one of the target's own; the others were drafted
         accepted = max(tokens - 1 - steps, 0) if drafted else 0
         return {
-            "num_cached_tokens": self._update.cached_tokens,
-            "kv_cache_reused_blocks": self._update.cached_tokens,
+            "num_cached_tokens": cached,
+            **dict.fromkeys(("kv_cache_reused_blocks", "kv_cache_reused_block"), cached),
+            "kv_cache_missed_block": prompt - cached,
+            "kv_cache_hit_rate": cached / max(prompt, 1),
+            "kv_cache_alloc_new_blocks": prompt - cached + tokens,
+            "kv_cache_alloc_total_blocks": prompt + tokens,
             "acceptance_length": tokens / max(steps, 1),
             "acceptance_rate": accepted / max(drafted, 1),
             "total_accepted_draft_tokens": accepted,
             "total_draft_tokens": drafted,
             "num_spec_steps": steps,
+            "acceptance_histogram": self._update.accept_counts,
             "arrival_time_ns": self._call.arrival_ns,
+            "first_scheduled_time_ns": self._update.first_scheduled_ns,
             "first_token_time_ns": self._first_token_ns,
             "last_token_time_ns": self._last_token_ns,
         }
@@ -223,4 +240,12 @@ class Generation:
 def _side_by_side(rows: list[Outputs]) -> Outputs:
     """The outputs of all answers in one response: those that all of them have."""
     names = [name for name in rows[0] if all(name in row for row in rows)]
-    return {name: rows[0][name] if name in OF_THE_CALL else [row[name] for row in rows] for name in names}
+    return {name: rows[0][name] if name in OF_THE_CALL else _column([row[name] for row in rows]) for name in names}
+
+
+def _column(values: list) -> list:
+    """One value of each answer. Counts may be lists, which an answer that has not begun does not have."""
+    if not isinstance(values[0], list):
+        return values
+    longest = max(map(len, values))
+    return [value + [0] * (longest - len(value)) for value in values]

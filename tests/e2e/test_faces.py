@@ -2,7 +2,9 @@
 
 import json
 import queue
+import time
 from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 
 import numpy as np
@@ -171,6 +173,166 @@ def test_what_vllm_model_refuses(server, inputs, message):
         stream_http(server.http_url, "vllm_model", {"text_input": PROMPT, **inputs}),
     ):
         assert message in got.error
+
+
+# ---- TensorRT-LLM's clients
+
+
+def row(value, dtype) -> np.ndarray:
+    """[1, n]"""
+    return np.array([value if isinstance(value, list) else [value]], dtype=dtype)
+
+
+PERF_METRICS = {"kv_cache_alloc_new_blocks", "kv_cache_reused_blocks", "kv_cache_alloc_total_blocks"}
+PERF_METRICS |= {"arrival_time_ns", "first_scheduled_time_ns", "first_token_time_ns", "last_token_time_ns"}
+PERF_METRICS |= {"acceptance_rate", "total_accepted_draft_tokens", "total_draft_tokens"}
+
+
+@pytest.mark.parametrize("stream", [True, False])
+@pytest.mark.parametrize("model", ["llm", "ensemble"])
+def test_end_to_end_grpc_client(server, offline, answer, model, stream):
+    tensors = {
+        "text_input": row(PROMPT.encode(), object),
+        "max_tokens": row(30, np.int32),
+        "stream": row(stream, bool),
+        "beam_width": row(1, np.int32),
+        "temperature": row(0.0, np.float32),
+        "embedding_bias_words": row([], object),
+        "embedding_bias_weights": row([], np.float32),
+        "return_log_probs": row(True, bool),
+        "return_context_logits": row(False, bool),
+        "return_generation_logits": row(False, bool),
+        "return_perf_metrics": row(True, bool),
+        "pad_id": row(0, np.int32),
+        "exclude_input_in_output": row(True, bool),
+    }
+    if model == "ensemble":
+        tensors["apply_chat_template"] = row(False, bool)  # else the same words are another prompt
+    outputs = ["text_output", "cum_log_probs", "output_log_probs", "context_logits", "generation_logits", "batch_index"]
+    results = send(server, model, tensors, [*outputs, *sorted(PERF_METRICS)], request_id="1")
+    assert texts(results) == answer
+    indices = [result.as_numpy("batch_index") for result in results]
+    assert all(index is None if model == "ensemble" else index.item() == 0 for index in indices)  # none: 0
+    assert sum(result.as_numpy("output_log_probs").shape[2] for result in results) == 30
+    last = {name: results[-1].as_numpy(name) for name in PERF_METRICS}
+    assert {array.shape for array in last.values()} == {(1, 1)}
+    times = ["arrival_time_ns", "first_scheduled_time_ns", "first_token_time_ns", "last_token_time_ns"]
+    assert sorted(times, key=lambda name: last[name].item()) == times
+    total = len(offline.tokenizer.encode(PROMPT)) + 30
+    assert last["kv_cache_alloc_total_blocks"].item() == total
+    assert last["kv_cache_alloc_new_blocks"].item() + last["kv_cache_reused_blocks"].item() == total
+
+
+def token_tensors(offline, **more: np.ndarray) -> dict[str, np.ndarray]:
+    prompt = offline.tokenizer.encode(PROMPT)
+    return {
+        "input_ids": row(prompt, np.int32),
+        "input_lengths": row(len(prompt), np.int32),
+        "request_output_len": row(30, np.int32),
+        "streaming": row(True, bool),
+        **more,
+    }
+
+
+def ids_of(results: Iterable[grpc_client.InferResult]) -> list[int]:
+    """As TensorRT-LLM's clients read them: of the only beam, if it has any."""
+    return [
+        token
+        for result in results
+        if result.as_numpy("sequence_length")[0][0] > 0
+        for token in list(result.as_numpy("output_ids")[0][0])
+    ]
+
+
+def test_inflight_batcher_llm_client(server, offline):
+    """It requests no outputs by name, and gets ids because it sends ids."""
+    sent = {"beam_width": row(1, np.int32), "temperature": row(1.0, np.float32), "end_id": row(-1, np.int32)}
+    sent |= {"pad_id": row(50256, np.int32), "runtime_top_k": row(1, np.int32), "runtime_top_p": row(0.0, np.float32)}
+    results = send(server, "llm", token_tensors(offline, **sent))
+    assert ids_of(results) == offline.generate(PROMPT, GREEDY | {"ignore_eos": True})["output_ids"]
+    assert len(results) > 1
+
+
+def test_inflight_batcher_llm_client_stops_a_request(server, offline):
+    """The request to stop has garbage for a prompt, and a parameter of its own."""
+    stop = {"input_ids": row(10**9, np.int32), "input_lengths": row(0, np.int32)}
+    stop |= {"request_output_len": row(0, np.int32), "stop": row(True, bool)}
+    sent = {"request_output_len": row(900, np.int32), "end_id": row(-1, np.int32)}
+    with ThreadPoolExecutor(1) as pool:
+        running = pool.submit(send, server, "llm", token_tensors(offline, **sent), request_id="7")
+        time.sleep(0.5)
+        [stopped] = send(server, "llm", stop, parameters={"Streaming": True}, request_id="7")
+        assert stopped.as_numpy("output_ids") is None  # how the client knows
+        assert 0 < len(ids_of(running.result(20))) < 900
+
+
+def test_genai_perf_tensorrtllm(server):
+    tensors = {"text_input": row(PROMPT.encode(), object), "max_tokens": row(30, np.int32), "stream": row(True, bool)}
+    tensors |= {"min_length": row(30, np.int32), "exclude_input_in_output": row(True, bool)}
+    results = send(server, "llm", tensors, ["text_output"])
+    assert len(results) > 1 and texts(results)
+
+
+def test_genai_perf_tensorrtllm_engine(server, offline):
+    end_id = offline.model_config.eos_token_ids[0]
+    tensors = token_tensors(offline, min_length=row(30, np.int32), end_id=row(end_id, np.int32))
+    results = send(server, "llm", tensors)
+    assert len(ids_of(results)) == 30
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_tritons_openai_frontend_in_tensorrt_llms_format(server, offline, answer, stream):
+    tensors = {
+        "text_input": row(PROMPT.encode(), object),
+        "stream": row(stream, bool),
+        "max_tokens": row(30, np.int32),
+        "stop_words": row([b"no such thing", b"nor this"], object),
+        "top_p": row(1.0, np.float32),
+        "frequency_penalty": row(0.0, np.float32),
+        "presence_penalty": row(0.0, np.float32),
+        "seed": row(7, np.uint64),
+        "temperature": row(0.0, np.float32),
+        "return_num_input_tokens": row(True, bool),
+        "return_num_output_tokens": row(True, bool),
+    }
+    results = send(server, "llm", tensors)
+    assert texts(results) == answer
+    prompt_tokens = len(offline.tokenizer.encode(PROMPT))
+    assert {result.as_numpy("num_input_tokens").item() for result in results} == {prompt_tokens}
+    assert sum(result.as_numpy("num_output_tokens").item() for result in results) == 30
+
+
+def test_tensorrt_llms_other_model(server, answer):
+    """The names of its LLM API's model, whose parameters have a prefix."""
+    inputs = {
+        "text_input": PROMPT,
+        "streaming": True,
+        "sampling_param_max_tokens": 30,
+        "sampling_param_stop": [answer[9:12]],
+    }
+    inputs |= {"return_finish_reason": True, "return_stop_reason": True, "return_cumulative_logprob": True}
+    inputs |= {"sampling_param_return_perf_metrics": True}
+    got = stream_http(server.http_url, "llm", inputs)
+    assert got.text == answer[: answer.index(answer[9:12])]
+    last = got.responses[-1]
+    assert (last["finish_reason"], last["stop_reason"]) == ("stop", answer[9:12])
+    assert last["cumulative_logprob"] < 0
+    assert last["kv_cache_hit_rate"] == pytest.approx(
+        last["kv_cache_reused_block"] / (last["kv_cache_reused_block"] + last["kv_cache_missed_block"])
+    )
+
+
+@pytest.mark.parametrize("model", ["llm", "vllm_model"])
+@pytest.mark.parametrize("n", [1, 2])
+def test_the_acceptance_histogram_counts_each_step(server, model, n):
+    inputs = {"text_input": PROMPT, "n": n, "temperature": 1.0, "seed": 3, "max_tokens": 40, "ignore_eos": True}
+    status, body = generate_http(server.http_url, model, {**inputs, "return_perf_metrics": True})
+    assert status == 200, body
+    counts = np.array(body["acceptance_histogram"]).reshape(n, 6)  # a tree of depth 5
+    assert counts.sum(axis=1).tolist() == np.array(body["num_spec_steps"]).reshape(n).tolist()
+    accepted = (counts * np.arange(6)).sum(axis=1)
+    cut = accepted - np.array(body["total_accepted_draft_tokens"]).reshape(n)
+    assert (accepted > 0).all() and (cut >= 0).all() and (cut <= 5).all()  # of the last step, behind max_tokens
 
 
 # ---- conversations

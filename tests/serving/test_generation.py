@@ -64,6 +64,22 @@ def test_a_stop_string_ends_the_answer():
     assert answer.is_over
 
 
+@pytest.mark.parametrize(
+    ("end", "reason"),
+    [
+        (update("xENDEN", FinishReason.LENGTH), "END"),
+        (update("xy", FinishReason.LENGTH), "None"),
+        (update("xy", FinishReason.STOP, has_end_token=True), str(ids("y")[0])),
+        (update("xz", FinishReason.STOP, has_end_token=True), "None"),  # an eos
+    ],
+)
+@pytest.mark.parametrize("keep", [False, True])
+def test_the_stop_reason_is_the_string_or_the_token(end, reason, keep):
+    params = SamplingParams(stop=("ND", "END"), stop_token_ids=(ids("y")[0],), include_stop_str_in_output=keep)
+    outputs = generation(params, outputs=frozenset(("stop_reason",))).advance(end)
+    assert outputs == {"stop_reason": reason}
+
+
 def test_abort_gives_what_there_is():
     answer = generation(stopping("END"), outputs=frozenset(("text_output", "finish_reason")))
     answer.advance(update("aEN"))
@@ -79,13 +95,17 @@ def test_stream_interval_counts_steps_after_the_first_response():
 def test_perf_metrics_come_with_the_last_response():
     answer = generation(stream=True, outputs=ALL_OUTPUTS)
     assert "acceptance_length" not in answer.advance(update("a", total=1, steps=0))
-    outputs = answer.advance(update("bcdefgh", FinishReason.LENGTH, total=8, steps=2, draft_tokens=14))
+    counts = {"accept_counts": [0, 1, 0, 0, 1], "first_scheduled_ns": 5}
+    outputs = answer.advance(update("bcdefgh", FinishReason.LENGTH, total=8, steps=2, draft_tokens=14, **counts))
     assert set(outputs) == ALL_OUTPUTS - {"prompt_logprobs"}  # it came with the first
     assert outputs["acceptance_length"] == 4.0
     # of 8 tokens one is the prefill's and two are the target's own after the two trees
     assert (outputs["total_accepted_draft_tokens"], outputs["total_draft_tokens"]) == (5, 14)
     assert outputs["acceptance_rate"] == pytest.approx(5 / 14)
-    assert outputs["num_cached_tokens"] == outputs["kv_cache_reused_blocks"] == 2
+    assert outputs["acceptance_histogram"] == [0, 1, 0, 0, 1] and outputs["first_scheduled_time_ns"] == 5
+    assert outputs["num_cached_tokens"] == outputs["kv_cache_reused_blocks"] == outputs["kv_cache_reused_block"] == 2
+    assert outputs["kv_cache_missed_block"] == 4 and outputs["kv_cache_hit_rate"] == pytest.approx(2 / 6)
+    assert (outputs["kv_cache_alloc_new_blocks"], outputs["kv_cache_alloc_total_blocks"]) == (12, 14)
     assert outputs["arrival_time_ns"] <= outputs["first_token_time_ns"] <= outputs["last_token_time_ns"]
 
 
@@ -137,6 +157,12 @@ def test_abort_ends_what_is_left_of_several(stream):
     else:
         assert answers.abort() == [{"text_output": ["xE", "ab"], "finish_reason": ["abort", "length"]}]
     assert answers.is_over
+
+
+def test_counts_of_an_answer_that_never_began_are_zeros():
+    answers = generation(TWO, outputs=frozenset(("acceptance_histogram",)))
+    assert answers.advance(update("ab", FinishReason.LENGTH, index=1, accept_counts=[1, 0, 2])) is None
+    assert answers.abort() == [{"acceptance_histogram": [[0, 0, 0], [1, 0, 2]]}]
 
 
 # ---- the vLLM backend's face
