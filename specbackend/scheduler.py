@@ -1,6 +1,7 @@
 """Who runs next, on which slots, and what became of it."""
 
 import bisect
+import time
 from array import array
 from collections.abc import Callable, Sequence
 
@@ -176,6 +177,8 @@ class Scheduler:
         request.num_computed = cached
         if not request.output_ids:  # else it was retracted, and what it finds is its own
             request.num_cached, request.num_cached_on_host = cached, cached - on_device
+            request.first_scheduled_ns = request.first_scheduled_ns or time.monotonic_ns()
+            request.accept_counts = [0] * (request.tree.longest_path if request.tree else 1)
         self._pinned[request] = pinned
         if not needs_drafts:  # the draft reads the prompt, too, unless something that it would read before is missing
             self._num_drafted[request] = request.num_tokens if pinned.num_drafted == cached else pinned.num_drafted
@@ -281,6 +284,7 @@ class Scheduler:
             else:
                 request.num_computed += len(tokens)
                 request.spec_verify_ct += 1
+                request.accept_counts[len(tokens) - 1] += 1
             updates.append(self._append(request, tokens, logprobs.get(request, [])))
         return updates
 
@@ -308,6 +312,8 @@ class Scheduler:
             completion_tokens=len(request.output_ids),
             cached_tokens=request.num_cached,
             host_cached_tokens=request.num_cached_on_host,
+            first_scheduled_ns=request.first_scheduled_ns,
+            accept_counts=list(request.accept_counts),
             spec_verify_ct=request.spec_verify_ct,
             draft_tokens=_num_drafted(request),
             has_end_token=reason is FinishReason.STOP and self._is_end_token(request, tokens[-1]),
