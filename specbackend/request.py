@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from specbackend.config import TreeShape
 from specbackend.sampling_params import SamplingParams
+from specbackend.spec_trace import StepTrace
 
 if TYPE_CHECKING:  # it brings llguidance, which Triton's process has no use for
     from specbackend.grammar import GrammarState
@@ -107,6 +108,7 @@ class Update:
     prompt_logprobs: list[TokenLogprob] = field(default_factory=list)  # of all but the first, on the first update
     failure: Failure | None = None  # on the last update, which says abort
     host_cached_tokens: int = 0  # of cached_tokens, how many a lower tier supplied
+    spec_trace: list[StepTrace] = field(default_factory=list)  # how it came by token_ids, if asked for
 
     @property
     def finished(self) -> bool:

@@ -176,7 +176,7 @@ class CallReader:
         input_ids = self._read_prompt(fields)
         params, names = self._read_params(fields)
         outputs = _read_outputs(fields, params, request.requested_output_names())
-        params = _with_logprobs(params, outputs)
+        params = replace(_with_logprobs(params, outputs), return_spec_trace="spec_trace" in outputs)
         check_prompt_logprobs(names.get("prompt_logprobs", "prompt_logprobs"), params, len(input_ids))
         return Call(
             input_ids,
@@ -380,6 +380,8 @@ def _read_outputs(fields: Fields, params: SamplingParams, requested: Iterable[st
 def _is_asked(asked_by: str, fields: Fields, params: SamplingParams) -> bool:
     if asked_by in ("logprobs", "prompt_logprobs"):
         return getattr(params, asked_by) is not None
+    if asked_by == "return_spec_trace":
+        return params.return_spec_trace
     return asked_by == ALWAYS or (params.n > 1 if asked_by == "n" else bool(fields.get(asked_by)))
 
 

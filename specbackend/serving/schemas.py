@@ -81,6 +81,7 @@ LLM_INPUTS = (
     Input("return_num_input_tokens", "BOOL", sets="return_num_input_tokens"),
     Input("return_num_output_tokens", "BOOL", sets="return_num_output_tokens"),
     Input("return_perf_metrics", "BOOL", sets="return_perf_metrics"),
+    Input("return_spec_trace", "BOOL", sets="return_spec_trace"),
     # control
     Input("stop", "BOOL", sets="cancel"),  # end the running requests that have this request's id
     # declared for stock clients, served only where they change nothing
@@ -167,6 +168,7 @@ LLM_OUTPUTS = (
     Output("cum_log_probs", "FP32", LIST, asked_by="return_log_probs"),  # of all tokens so far
     Output("logprobs", "STRING", LIST, asked_by="logprobs"),  # JSON, as the vLLM backend has it
     Output("prompt_logprobs", "STRING", LIST, asked_by="prompt_logprobs"),  # with an answer's first response
+    Output("spec_trace", "STRING", LIST, asked_by="return_spec_trace"),  # JSON: the steps of the new tokens
     # at an answer's end
     Output("num_cached_tokens", "INT32", LIST, asked_by="return_perf_metrics"),
     Output("kv_cache_reused_blocks", "INT32", LIST, asked_by="return_perf_metrics"),  # the same: a block is one token
