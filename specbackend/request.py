@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from specbackend.config import TreeShape
 from specbackend.sampling_params import SamplingParams
+from specbackend.spec_trace import StepTrace
 
 if TYPE_CHECKING:  # it brings llguidance, which Triton's process has no use for
     from specbackend.grammar import GrammarState
@@ -111,6 +112,7 @@ class Update:
     host_cached_tokens: int = 0  # of cached_tokens, how many a lower tier supplied
     first_scheduled_ns: int = 0  # on time.monotonic_ns()'s clock
     accept_counts: list[int] = field(default_factory=list)  # steps by how many drafted tokens they accepted, 0 first
+    spec_trace: list[StepTrace] = field(default_factory=list)  # how it came by token_ids, if asked for
 
     @property
     def finished(self) -> bool:

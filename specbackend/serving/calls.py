@@ -220,7 +220,7 @@ class CallReader:
         params, names = self._read_params(fields)
         outputs = self._read_outputs(fields, params, request.requested_output_names())
         nulls = frozenset(name for name in outputs if self._is_null(name, params))
-        params = self._with_needs(params, outputs)
+        params = replace(self._with_needs(params, outputs), return_spec_trace="spec_trace" in outputs)
         check_prompt_logprobs(names.get("prompt_logprobs", "prompt_logprobs"), params, len(prompt.input_ids))
         stream = fields.get("stream", False)
         echoes = self._face.echoes(fields.get("exclude_input_in_output"), stream)
@@ -471,4 +471,6 @@ def _asked_by(spec: Output, fields: Fields, params: SamplingParams) -> str | Non
 def _asks(meaning: str, fields: Fields, params: SamplingParams) -> bool:
     if meaning in ("logprobs", "prompt_logprobs"):
         return getattr(params, meaning) is not None
+    if meaning == "return_spec_trace":
+        return params.return_spec_trace
     return meaning == ALWAYS or (params.n > 1 if meaning == "n" else bool(fields.get(meaning)))

@@ -10,12 +10,12 @@ from specbackend.request import FinishReason, TokenLogprob, Update
 from specbackend.sampling_params import SamplingParams
 from specbackend.serving.calls import Call
 from specbackend.serving.faces import LLM, Face
+from specbackend.spec_trace import LEAST_LOGPROB, StepTrace, first_tokens
 from specbackend.text import Piece, TextStream
 
 Outputs = dict[str, object]  # by name
 OF_THE_CALL = ("num_input_tokens",)  # the same for each of its answers, so one value is sent for all
 NULL = "null"  # JSON's
-LEAST_LOGPROB = -9999.0  # JSON has no infinity; vLLM's server says so, too
 
 
 @dataclass
@@ -25,13 +25,15 @@ class Unsent:
     text: str = ""
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[TokenLogprob] = field(default_factory=list)
+    steps: list[str] = field(default_factory=list)  # as JSON: written step by step, it holds up nobody
     num_updates: int = 0
     first: bool = False  # in front of it, nothing was sent
 
-    def add(self, piece: Piece, logprobs: list[TokenLogprob]) -> None:
+    def add(self, piece: Piece, logprobs: list[TokenLogprob], steps: list[str]) -> None:
         self.text += piece.text
         self.token_ids += piece.token_ids
         self.logprobs += logprobs[: len(piece.token_ids)]
+        self.steps += steps
         self.num_updates += 1
 
 
@@ -89,7 +91,8 @@ class Answer:
         self._update = update
         self._prompt_logprobs += update.prompt_logprobs
         piece = self._text.push(update.token_ids, last=update.finished, has_end_token=update.has_end_token)
-        self._unsent.add(piece, update.logprobs)
+        steps = [self._step_text(step) for step in first_tokens(update.spec_trace, len(piece.token_ids))]
+        self._unsent.add(piece, update.logprobs, steps)
         self.finish_reason = FinishReason.STOP if piece.stopped else update.finish_reason
         if self.finish_reason or self._is_due():
             return self._take_outputs()
@@ -98,7 +101,7 @@ class Answer:
     def abort(self) -> Outputs:
         """End here; returns the last outputs."""
         self.finish_reason = FinishReason.ABORT
-        self._unsent.add(self._text.push([], last=True), [])
+        self._unsent.add(self._text.push([], last=True), [], [])
         return self._take_outputs()
 
     def _is_due(self) -> bool:
@@ -126,6 +129,7 @@ class Answer:
             "sequence_length": len(unsent.token_ids),
             "sequence_index": self.index,
             "batch_index": 0,
+            "spec_trace": f"[{', '.join(unsent.steps)}]",
             **self._logprob_outputs(unsent),
         }
         if self.finish_reason:
@@ -145,6 +149,9 @@ class Answer:
         if "prompt_logprobs" in self._call.outputs and unsent.first:
             outputs["prompt_logprobs"] = self._server.texts.to_json([None, *self._prompt_logprobs])
         return outputs
+
+    def _step_text(self, step: StepTrace) -> str:
+        return json.dumps(step.to_dict(self._call.arrival_ns, self._server.texts.text))
 
     def _stop_reason(self) -> str:
         """The stop string or the token of stop_token_ids that ended the text; an eos is none, as in TensorRT-LLM."""

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, fields
 from specbackend.frames import LENGTH, pack, unpack
 from specbackend.request import Failure, FinishReason, TokenLogprob, Update
 from specbackend.sampling_params import SamplingParams
+from specbackend.spec_trace import Round, StepTrace, TreeTrace
 
 RECEIVE_BYTES = 1 << 20
 
@@ -166,6 +167,7 @@ def _update(values: list) -> Update:
     update = dict(zip((f.name for f in fields(Update)), values, strict=True))
     for name in ("logprobs", "prompt_logprobs"):
         update[name] = [_token_logprob(*each) for each in update[name]]
+    update["spec_trace"] = [_step_trace(*each) for each in update["spec_trace"]]
     reason, failure = update["finish_reason"], update["failure"]
     return Update(
         **{**update, "finish_reason": reason and FinishReason(reason), "failure": failure and Failure(*failure)}
@@ -174,3 +176,8 @@ def _update(values: list) -> Update:
 
 def _token_logprob(token_id: int, logprob: float, rank: int, top: list) -> TokenLogprob:
     return TokenLogprob(token_id, logprob, rank, [tuple(pair) for pair in top])
+
+
+def _step_trace(*values) -> StepTrace:
+    *step, round = values
+    return StepTrace(*step, round and Round(TreeTrace(*round[0]), *round[1:]))

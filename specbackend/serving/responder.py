@@ -271,4 +271,5 @@ def merge(earlier: Update | None, later: Update) -> Update:
         token_ids=earlier.token_ids + later.token_ids,
         logprobs=earlier.logprobs + later.logprobs,
         prompt_logprobs=earlier.prompt_logprobs + later.prompt_logprobs,
+        spec_trace=earlier.spec_trace + later.spec_trace,
     )

@@ -118,6 +118,7 @@ LLM_INPUTS = (
     Input("return_num_output_tokens", "BOOL", sets="return_num_output_tokens"),
     Input("return_perf_metrics", "BOOL", sets="return_perf_metrics"),
     Input("sampling_param_return_perf_metrics", "BOOL", sets="return_perf_metrics"),
+    Input("return_spec_trace", "BOOL", sets="return_spec_trace"),
     # control
     Input("stop", "BOOL", sets="cancel"),  # end the running requests that have this request's id
     # declared for stock clients, served only where they change nothing
@@ -266,6 +267,7 @@ LLM_OUTPUTS = (
     Output("cumulative_logprob", "FP32", LIST, asked_by="return_cumulative_logprob", needs="logprobs"),  # the same
     Output("logprobs", "STRING", LIST, asked_by="logprobs", needs="logprobs"),  # JSON, as the vLLM backend has it
     Output("prompt_logprobs", "STRING", LIST, asked_by="prompt_logprobs", needs="prompt_logprobs"),  # with the first
+    Output("spec_trace", "STRING", LIST, asked_by="return_spec_trace"),  # JSON: the steps of the new tokens
     *PERF_METRICS,
     Output("kv_cache_reused_block", "INT32", LIST, asked_by="return_perf_metrics"),  # TensorRT-LLM's other model
     Output("kv_cache_missed_block", "INT32", LIST, asked_by="return_perf_metrics"),  # of the prompt
@@ -295,6 +297,7 @@ VLLM_INPUTS = (
     Input("return_num_output_tokens", "BOOL", sets="return_num_output_tokens"),
     Input("return_output_ids", "BOOL", sets="return_output_ids"),
     Input("return_perf_metrics", "BOOL", sets="return_perf_metrics"),
+    Input("return_spec_trace", "BOOL", sets="return_spec_trace"),
     # choice of tokens
     Input("sampling_parameters", "STRING", sets="sampling_parameters"),  # JSON; beside it VLLM_PARAMETERS are ignored
 )
@@ -320,6 +323,7 @@ VLLM_OUTPUTS = (
     Output("num_output_tokens", "UINT32", LIST, asked_by="return_num_output_tokens"),  # in this response
     Output("prompt_logprobs", "STRING", LIST, asked_by="prompt_logprobs", needs="prompt_logprobs", until_end="null"),
     Output("output_ids", "INT32", LIST, asked_by="return_output_ids", ragged=True),
+    Output("spec_trace", "STRING", LIST, asked_by="return_spec_trace"),  # JSON: the steps of the new tokens
     *PERF_METRICS,
 )
 

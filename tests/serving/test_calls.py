@@ -343,8 +343,19 @@ def test_outputs_are_sent_when_asked(read):
     assert read(parameters={"logprobs": 0}).outputs == {"text_output", "logprobs"}
     assert read(parameters={"return_logprob": True}).outputs == {"text_output", "logprobs"}
     assert read(parameters={"prompt_logprobs": 0}).outputs == {"text_output", "prompt_logprobs"}
+    assert read(return_spec_trace=True).outputs == {"text_output", "spec_trace"}
     assert read(num_return_sequences=1).outputs == {"text_output"}
     assert read(num_return_sequences=2).outputs == {"text_output", "sequence_index"}
+
+
+def test_a_trace_is_made_when_it_is_sent(read):
+    asked = [{"return_spec_trace": True}, {"parameters": {"return_spec_trace": True}}, {"outputs": ["spec_trace"]}]
+    for request in [*asked, {"parameters": {"sampling_parameters": '{"return_spec_trace": true}'}}]:
+        call = read(**request)
+        assert call.params.return_spec_trace and "spec_trace" in call.outputs
+    for request in ({}, {"return_spec_trace": False}, {"return_spec_trace": True, "outputs": ["text_output"]}):
+        call = read(**request)
+        assert not call.params.return_spec_trace and call.outputs == {"text_output"}
 
 
 def test_answers_of_different_lengths_fit_only_into_responses_of_their_own(read):

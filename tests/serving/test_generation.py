@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 
 import pytest
 
@@ -10,7 +11,9 @@ from specbackend.sampling_params import SamplingParams
 from specbackend.serving.calls import Call
 from specbackend.serving.faces import LLM, VLLM
 from specbackend.serving.generation import Generation, Server
+from specbackend.serving.responder import merge
 from specbackend.serving.schemas import LLM_OUTPUTS
+from specbackend.spec_trace import Round, StepTrace, TreeTrace
 from tests.fakes import byte_tokenizer, fake_logprobs
 
 ALL_OUTPUTS = frozenset(spec.name for spec in LLM_OUTPUTS if spec.asked_by)
@@ -266,3 +269,68 @@ def test_impossible_tokens_are_numbers_too():
     never = [TokenLogprob(ids("a")[0], -0.5, 1, [(ids("a")[0], -0.5), (3, -math.inf)])]
     outputs = answer.advance(update("a", FinishReason.LENGTH, logprobs=never))
     assert json.loads(outputs["logprobs"], parse_constant=pytest.fail)[0]["3"]["logprob"] == -9999.0
+
+
+# ---- traces of steps
+
+TRACE = frozenset(("text_output", "spec_trace"))
+
+
+def traced(text: str, **more) -> Update:
+    draft, target = [None, -0.5, -math.inf, -1.0], [None, -1.0, -2.0, -math.inf]
+    round = Round(TreeTrace([-1, 0, 1, 1], ids(f"?{text[:-1]}!"), draft, target), [1, 2], 1.0, 2.0, 0.5)
+    step = StepTrace("speculative", 2, more.pop("started_ns", 0), 3.5, ids(text), ids(text)[-1], round=round)
+    return update(text, spec_trace=[step], **more)
+
+
+def steps_of(outputs: dict) -> list[dict]:
+    return json.loads(outputs["spec_trace"], parse_constant=pytest.fail)
+
+
+def test_a_step_is_told_with_its_tokens():
+    answer = generation(stream=True, outputs=TRACE, arrival_ns=5_000_000)
+    euro = ids("€")
+    first = StepTrace("prefill", 1, 7_500_000, 1.25, euro[:2], euro[1], prompt_tokens=6, cached_tokens=2)
+    assert answer.advance(Update("0.0", euro[:2], spec_trace=[first])) is None
+    prefill, plain = steps_of(answer.advance(Update("0.0", euro[2:], spec_trace=[replace(first, kind="plain")])))
+    assert prefill == {
+        "kind": "prefill",
+        "batch_size": 1,
+        "started_ms": 2.5,
+        "step_ms": 1.25,
+        "token_ids": euro[:2],
+        "token_texts": [DECODE([token], skip_special_tokens=False) for token in euro[:2]],
+        "accepted": [],
+        "bonus": euro[1],
+        "prompt_tokens": 6,
+        "cached_tokens": 2,
+    }
+    assert "prompt_tokens" not in plain
+    [step] = steps_of(answer.advance(traced("abc", started_ns=9_000_000)))
+    assert (step["started_ms"], step["token_texts"], step["accepted"]) == (4.0, ["a", "b", "c"], [1, 2])
+    assert step["tree"] == {
+        "parents": [-1, 0, 1, 1],
+        "token_ids": ids("?ab!"),
+        "token_texts": ["?", "a", "b", "!"],
+        "draft_logprobs": [None, -0.5, -9999.0, -1.0],
+        "target_logprobs": [None, -1.0, -2.0, -9999.0],
+    }
+    assert (step["draft_ms"], step["verify_ms"], step["extend_ms"]) == (1.0, 2.0, 0.5)
+
+
+def test_a_stop_string_cuts_the_trace_with_the_tokens():
+    answer = generation(stopping("END"), outputs=TRACE)
+    both = merge(merge(None, traced("aEN")), merge(traced("Dbc"), traced("xyz")))
+    whole, cut = steps_of(answer.advance(both))
+    assert (whole["token_ids"], cut["token_ids"]) == (ids("aEN"), ids("D"))
+    assert (cut["bonus"], cut["accepted"]) == (ids("c")[0], [1, 2])
+
+
+def test_without_stream_all_steps_come_with_the_answer():
+    answer = generation(outputs=TRACE)
+    assert answer.advance(traced("abc")) is None
+    assert len(steps_of(answer.advance(traced("xyz", finish=FinishReason.LENGTH)))) == 2
+    answer = generation(SamplingParams(n=2), outputs=TRACE)
+    answer.advance(traced("abc", finish=FinishReason.LENGTH))
+    outputs = answer.advance(traced("xyz", finish=FinishReason.LENGTH, index=1))
+    assert [json.loads(text)[0]["token_ids"] for text in outputs["spec_trace"]] == [ids("abc"), ids("xyz")]
