@@ -95,6 +95,7 @@ EFFECTS = {
     "return_num_input_tokens": (True, {ADDED: {"num_input_tokens"}}),
     "return_num_output_tokens": (True, {ADDED: {"num_output_tokens"}}),
     "return_perf_metrics": (True, {ADDED: METRICS}),
+    "return_spec_trace": (True, {"return_spec_trace": True, ADDED: {"spec_trace"}}),
     "sampling_param_return_perf_metrics": (True, {ADDED: METRICS}),
     "sampling_parameters": ('{"max_tokens": 5}', {"max_new_tokens": 5}),
 }
