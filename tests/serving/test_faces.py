@@ -174,6 +174,7 @@ PARAMETERS = {
     "stop_token_ids": ("[1, 2]", {"stop_token_ids": (1, 2)}),
     "ignore_eos": (True, {"ignore_eos": True}),
     "n": (2, {"n": 2}),
+    "return_spec_trace": (True, {"return_spec_trace": True}),
     "speculative": (False, {"speculative": False}),
     "speculative_num_steps": (2, {"speculative_num_steps": 2}),
     "speculative_eagle_topk": (2, {"speculative_eagle_topk": 2}),
