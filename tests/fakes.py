@@ -196,7 +196,7 @@ class FakeSender:
         return self.responses
 
     def text(self) -> str:
-        return "".join(response.outputs["text_output"][0, 0].decode() for response in self.wait())
+        return "".join(response.outputs["text_output"].item().decode() for response in self.wait())
 
     def error(self) -> FakeError:
         error = self.wait()[-1].error
