@@ -33,7 +33,7 @@ from specbackend.models.compiled import compile_steps
 from specbackend.models.draft import DraftModel
 from specbackend.models.llama import LlamaModel
 from specbackend.models.model_config import ModelConfig
-from specbackend.models.quantization import quantize
+from specbackend.models.quantization import quantize, quantize_draft
 from specbackend.models.registry import load_draft
 from specbackend.offline import OfflineAnswer, Question, read_questions
 from specbackend.radix.client import RadixClient
@@ -135,6 +135,8 @@ class Engine:
         draft = load_draft(config, model, self.dtype, self.device, num_positions)
         if draft is not None:
             model.captured_layers = draft.captured_layers
+            if config.speculative_draft_model_quantization:
+                quantize_draft(draft, config.speculative_draft_model_quantization)
         if config.enable_torch_compile:
             _compile_steps(config, model, draft, self.device)
         num_slots = _num_slots(config, model, draft, context, num_nodes)
