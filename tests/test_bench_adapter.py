@@ -5,6 +5,7 @@ import os
 import sys
 import time
 from importlib.util import find_spec
+from pathlib import Path
 
 import pytest
 from paced.engine import PacedEngine, repeated
@@ -43,12 +44,17 @@ def test_cpu_time_is_that_of_the_process(module):
 
 @pytest.mark.skipif(find_spec("pytriton") is None, reason="needs the tritonserver wheel")
 def test_costs_and_a_different_answer(module, monkeypatch, tmp_path, capsys):
-    make_questions = module.make_questions
+    make_questions, watched = module.make_questions, []
+
+    def a_second_later(pid):
+        watched.append(Path(f"/proc/{pid}/comm").read_text().strip())
+        return len(watched)
 
     def the_third_is_wrong(*args):
         questions, texts = make_questions(*args)
         return questions, [text[::-1] if index == 2 else text for index, text in enumerate(texts)]
 
+    monkeypatch.setattr(module, "cpu_seconds", a_second_later)
     monkeypatch.setattr(module, "make_questions", the_third_is_wrong)
     monkeypatch.setenv("PYTHONPATH", os.environ.get("PYTHONPATH", ""))  # put back what the tool sets
     settings = ("--concurrencies", 1, 2, "--requests", REQUESTS, "--responses", RESPONSES, "--json", tmp_path / "found")
@@ -58,7 +64,8 @@ def test_costs_and_a_different_answer(module, monkeypatch, tmp_path, capsys):
     assert [(row["concurrency"], row["requests"], row["equal"]) for row in (one, two)] == [(1, 2, 2), (2, 4, 3)]
     for row in (one, two):
         assert row["requests"] < row["responses"] <= row["requests"] * (RESPONSES + 16)
-        assert row["server_us_per_response"] >= 0 and row["stub_us_per_response"] >= 0  # 0: less than a tick in all
+        assert row["server_us_per_response"] == row["stub_us_per_response"] == pytest.approx(2e6 / row["responses"])
         for name in ("first_token", "between_responses"):
             assert 0 < row[name]["p50_ms"] <= row[name]["p99_ms"]
+    assert watched == ["tritonserver", "triton_python_b"] * 4  # before and after, twice
     assert [line.split()[-1] for line in capsys.readouterr().out.splitlines()[2:]] == ["2/2", "3/4"]
