@@ -88,6 +88,16 @@ class Detokenizer:
         self._sent_chars = len(self._text) - unsent
 
 
+def partial_length(text: str, strings: Sequence[str]) -> int:
+    """Length of the longest end of the text that begins one of the strings, and is not all of it."""
+    longest = max(map(len, strings), default=1) - 1
+    for length in range(min(longest, len(text)), 0, -1):
+        tail = text[-length:]
+        if any(string.startswith(tail) for string in strings):
+            return length
+    return 0
+
+
 class StopMatcher:
     """Finds the first stop string in text that arrives in pieces; where the pieces are cut makes no difference."""
 
@@ -105,7 +115,7 @@ class StopMatcher:
         if look and (match := self._first_match(known)):
             start, end = match
             return self._held[: end if self._keep else start], True
-        safe = len(self._held) - self._partial_length()
+        safe = len(self._held) - partial_length(self._held, self._stops)
         passed, self._held = self._held[:safe], self._held[safe:]
         return passed, False
 
@@ -128,15 +138,6 @@ class StopMatcher:
             return None
         end, start = min(ends)
         return start, end
-
-    def _partial_length(self) -> int:
-        """Length of the longest end of the held text that begins a stop string."""
-        longest = max(map(len, self._stops), default=1) - 1
-        for length in range(min(longest, len(self._held)), 0, -1):
-            tail = self._held[-length:]
-            if any(stop.startswith(tail) for stop in self._stops):
-                return length
-        return 0
 
 
 @dataclass(frozen=True)

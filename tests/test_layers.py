@@ -14,7 +14,7 @@ NO_TORCH_NOUNS = [
     for noun in ("config", "request", "sampling_params", "errors", "text", "tokenizer", "words", "grammar", "frames")
 ]
 LAYERS = [  # top to bottom
-    ["model_repository"],
+    ["model_repository", "specbackend.gateway"],
     ["specbackend.serving"],
     ["specbackend.follow"],
     ["specbackend.engine", "specbackend.Engine", "specbackend.offline"],
