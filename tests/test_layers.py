@@ -17,7 +17,7 @@ NO_TORCH_NOUNS = [
     )
 ]
 LAYERS = [  # top to bottom
-    ["model_repository"],
+    ["model_repository", "specbackend.gateway"],
     ["specbackend.serving"],
     ["specbackend.follow"],
     ["specbackend.engine", "specbackend.Engine", "specbackend.offline"],
