@@ -57,12 +57,12 @@ def expected(hf_target, demo_prompts) -> list[list[int]]:
 
 @pytest.fixture(scope="session")
 def server(tmp_path_factory):
-    """One tritonserver for all tests that leave it alive, in tests/e2e and wherever something stands in front of it."""
+    """One tritonserver, the only one with both faces, for all tests that leave it alive, in tests/e2e and elsewhere."""
     from specbackend.serving.tritonserver import TritonServer
-    from tests.e2e.conftest import make_repository
+    from tests.e2e.conftest import FACES, make_repository
 
     folder = tmp_path_factory.mktemp("server")
-    with TritonServer(make_repository(folder / "models"), log_path=folder / "server.log") as running:
+    with TritonServer(make_repository(folder / "models", FACES), log_path=folder / "server.log") as running:
         yield running
 
 
