@@ -78,7 +78,7 @@ class Answer:
         self.finish_reason: FinishReason | None = None
         self._call = call
         self._server = server
-        self._text = TextStream(server.decode, self.params)
+        self._text = TextStream(server.decode, self.params, call.input_ids if call.echo else ())
         self._unsent = Unsent(text=call.echo, first=True)
         self._update = Update("", [], prompt_tokens=len(call.input_ids))
         self._prompt_logprobs: list[TokenLogprob] = []  # of all but the first

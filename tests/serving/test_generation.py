@@ -15,6 +15,7 @@ from specbackend.serving.responder import merge
 from specbackend.serving.schemas import LLM_OUTPUTS
 from specbackend.spec_trace import Round, StepTrace, TreeTrace
 from tests.fakes import byte_tokenizer, fake_logprobs
+from tests.tokenizer_families import FAMILIES
 
 ALL_OUTPUTS = frozenset(spec.name for spec in LLM_OUTPUTS if spec.asked_by)
 DECODE = byte_tokenizer().decode
@@ -50,6 +51,16 @@ def test_without_stream_there_is_one_response():
     answer = generation(echo="prompt")
     assert answer.advance(update("ab")) is None
     assert answer.advance(update("cd", FinishReason.LENGTH)) == {"text_output": "promptabcd"}
+
+
+def test_an_answer_goes_on_from_the_prompt_that_it_echoes():
+    """Alone it is a text of its own, which sentencepiece's families begin without a space."""
+    tokenizer = FAMILIES["llama2"]()
+    prompt_ids, answer_ids = (tokenizer.encode(text).ids for text in ("the quick", "fox"))
+    for echo, text in (("the quick", "the quick fox"), ("", "fox")):
+        answer = Generation("0", Call(prompt_ids, SamplingParams(), echo=echo), Server(tokenizer.decode))
+        outputs = answer.advance(Update("0.0", answer_ids, FinishReason.LENGTH, len(prompt_ids)))
+        assert outputs["text_output"] == text
 
 
 def test_incomplete_text_waits_and_its_tokens_are_counted_with_it():
