@@ -67,7 +67,10 @@ SOURCES = {
     for path in sorted((ROOT / top).rglob("*.py"))
 }
 ADAPTER_SIDE = NO_TORCH_NOUNS + [
-    name for name in SOURCES if is_or_in(name, "specbackend.serving") and not name.endswith(".engine_process")
+    name
+    for name in SOURCES
+    if (is_or_in(name, "specbackend.serving") or is_or_in(name, "specbackend.gateway"))
+    and not name.endswith(".engine_process")
 ]
 
 

@@ -71,7 +71,7 @@ def stream_grpc(
             if error is not None:
                 answer.error = error.message()
                 break
-            answer.add(_outputs(result))
+            answer.add(output_values(result))
             final = result.get_response().parameters["triton_final_response"].bool_param
         client.stop_stream(cancel_requests=answer.cancelled)
     return answer
@@ -105,7 +105,7 @@ def ask_all(
         if error is not None:
             raise RequestFailed(error.message())
         response = result.get_response()
-        answers[int(response.id)].add(_outputs(result))
+        answers[int(response.id)].add(output_values(result))
         return response.parameters["triton_final_response"].bool_param
 
     with closing(grpc_client.InferenceServerClient(url)) as client:
@@ -161,11 +161,16 @@ def generate_http(url: str, model: str, inputs: Mapping[str, Any]) -> tuple[int,
 
 def read_metrics(url: str) -> dict[str, float]:
     """Triton's metrics by their name with labels, as printed."""
-    with closing(http.client.HTTPConnection(url, timeout=RESPONSE_TIMEOUT_S)) as connection:
-        connection.request("GET", "/metrics")
-        lines = connection.getresponse().read().decode().splitlines()
+    lines = metrics_text(url).splitlines()
     pairs = (line.rsplit(" ", 1) for line in lines if line and not line.startswith("#"))
     return {name: float(value) for name, value in pairs}
+
+
+def metrics_text(url: str) -> str:
+    """What Triton's metrics port says, in Prometheus' format."""
+    with closing(http.client.HTTPConnection(url, timeout=RESPONSE_TIMEOUT_S)) as connection:
+        connection.request("GET", "/metrics")
+        return connection.getresponse().read().decode()
 
 
 def _events(response: http.client.HTTPResponse) -> Iterator[dict[str, Any]]:
@@ -191,7 +196,8 @@ def _tensor(spec: Input, value: Any, in_front: list[int]) -> grpc_client.InferIn
     return tensor
 
 
-def _outputs(result: grpc_client.InferResult) -> dict[str, Any]:
+def output_values(result: grpc_client.InferResult) -> dict[str, Any]:
+    """A response's outputs as Python values by name; what has one element is that, else a list."""
     return {output.name: _value(result.as_numpy(output.name)) for output in result.get_response().outputs}
 
 

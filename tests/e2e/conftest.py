@@ -1,6 +1,6 @@
 import json
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -38,22 +38,6 @@ def make_repository(folder: Path, faces: Iterable[str] = ("llm",), **params) -> 
         (folder / face / "1" / "model.json").write_text(json.dumps(params))
     (folder / "preprocessing" / "1" / "model.json").write_text(json.dumps({"model_path": str(DEMO_TARGET)}))
     return folder
-
-
-@pytest.fixture(scope="session")
-def server(tmp_path_factory) -> Iterator[TritonServer]:
-    """One server for all tests that leave it alive; the only one with both faces."""
-    folder = tmp_path_factory.mktemp("server")
-    with TritonServer(make_repository(folder / "models", FACES), log_path=folder / "server.log") as running:
-        yield running
-
-
-@pytest.fixture(scope="session")
-def offline():
-    """The engine without a server: what it says is what clients must get."""
-    from specbackend.engine import Engine
-
-    return Engine(**ENGINE_PARAMS)
 
 
 def engine_pid(server: TritonServer) -> int:

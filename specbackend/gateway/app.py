@@ -1,0 +1,172 @@
+"""The gateway's routes."""
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from typing import Any, Protocol, TypeVar
+
+from fastapi import FastAPI, Response
+from fastapi.responses import JSONResponse, PlainTextResponse
+from starlette.middleware import Middleware
+from starlette.middleware.cors import CORSMiddleware
+
+from specbackend.gateway.chat import Chat
+from specbackend.gateway.completions import Completion
+from specbackend.gateway.errors import ApiError, add_handlers
+from specbackend.gateway.events import EventStream
+from specbackend.gateway.message import MessageParsers
+from specbackend.gateway.middleware import AnswerBugs, LimitOpen, RequireKey, WatchClient
+from specbackend.gateway.protocol import AbortRequest, ChatRequest, CompletionRequest, GenerateRequest
+from specbackend.gateway.settings import GatewaySettings
+from specbackend.gateway.sglang import Generate
+from specbackend.gateway.triton import Question, TritonServer
+from specbackend.serving.client import metrics_text
+from specbackend.tokenizer import Tokenizer
+
+T = TypeVar("T")
+OPEN_PATHS = ("/health",)  # without a key
+
+
+class Work(Protocol):
+    """A request that was read."""
+
+    def chunks(self, server: TritonServer) -> AsyncIterator[dict[str, Any]]: ...
+
+    async def body(self, server: TritonServer) -> Any: ...
+
+
+class Gateway:
+    """What all requests share. The connection to Triton belongs to the event loop, so it is made when that runs."""
+
+    def __init__(self, settings: GatewaySettings):
+        self.settings = settings
+        self.tokenizer = Tokenizer(settings.tokenizer)
+        self.parsers = MessageParsers(settings.reasoning_parser, settings.tool_call_parser)
+        self.started = int(time.time())
+        self.triton: TritonServer | None = None
+
+    @asynccontextmanager
+    async def connected(self, app: FastAPI) -> AsyncIterator[None]:
+        self.triton = TritonServer(self.settings.grpc_url, self.settings.model)
+        yield
+        await self.triton.close()
+
+    async def respond(self, stream: bool, read: Callable[[], Work]) -> Response:
+        work = await asyncio.to_thread(read)
+        if stream:
+            return EventStream(work.chunks(self.triton))
+        return JSONResponse(await work.body(self.triton))
+
+    def check_model(self, name: str) -> None:
+        if name != self.settings.model_name:
+            raise ApiError(404, f"The model `{name}` does not exist", "model", "model_not_found")
+
+
+def create_app(settings: GatewaySettings) -> FastAPI:
+    """Raises ConfigError for a tokenizer, a chat template or a parser that will not do."""
+    gateway = Gateway(settings)
+    app = FastAPI(
+        title="specbackend", lifespan=gateway.connected, middleware=_middleware(settings), docs_url=None, redoc_url=None
+    )
+    add_handlers(app)
+    _add_openai(app, gateway)
+    _add_sglang(app, gateway)
+    _add_operations(app, gateway)
+    return app
+
+
+def _middleware(settings: GatewaySettings) -> list[Middleware]:
+    return [
+        Middleware(AnswerBugs),
+        *_cors(settings.cors_allow_origin),
+        *([Middleware(RequireKey, settings.api_key, OPEN_PATHS)] if settings.api_key else []),
+        *([Middleware(LimitOpen, settings.max_open_requests)] if settings.max_open_requests else []),
+        Middleware(WatchClient, settings.max_body_size),
+    ]
+
+
+def _cors(origins: tuple[str, ...]) -> list[Middleware]:
+    if not origins:
+        return []
+    return [Middleware(CORSMiddleware, allow_origins=origins, allow_methods=["*"], allow_headers=["*"])]
+
+
+def _add_openai(app: FastAPI, gateway: Gateway) -> None:
+    @app.get("/v1/models")
+    async def list_models() -> dict:
+        return {"object": "list", "data": [_model(gateway)]}
+
+    @app.get("/v1/models/{name:path}")
+    async def show_model(name: str) -> dict:
+        gateway.check_model(name)
+        return _model(gateway)
+
+    @app.post("/v1/chat/completions")
+    async def chat(request: ChatRequest) -> Response:
+        gateway.check_model(request.model)
+        return await gateway.respond(request.stream, lambda: Chat(gateway.tokenizer, gateway.parsers, request))
+
+    @app.post("/v1/completions")
+    async def complete(request: CompletionRequest) -> Response:
+        gateway.check_model(request.model)
+        return await gateway.respond(request.stream, lambda: Completion(gateway.tokenizer, request))
+
+
+def _model(gateway: Gateway) -> dict[str, Any]:
+    return {
+        "id": gateway.settings.model_name,
+        "object": "model",
+        "created": gateway.started,
+        "owned_by": "specbackend",
+    }
+
+
+def _add_sglang(app: FastAPI, gateway: Gateway) -> None:
+    @app.post("/generate")
+    async def generate(request: GenerateRequest) -> Response:
+        return await gateway.respond(request.stream, lambda: Generate(gateway.tokenizer, request))
+
+    @app.post("/abort_request")
+    async def abort(request: AbortRequest) -> dict:
+        await gateway.triton.abort(request.rid)
+        return {}
+
+    @app.api_route("/flush_cache", methods=["GET", "POST"])
+    async def flush_cache() -> dict:
+        return await gateway.triton.radix_cache("flush")
+
+    @app.get("/health_generate")
+    async def health_generate() -> dict:
+        question = Question([0], {"max_new_tokens": 1, "temperature": 0})
+        async for _ in gateway.triton.generate(question):
+            pass
+        return {}
+
+    @app.get("/get_model_info")
+    async def model_info() -> dict:
+        parameters = await gateway.triton.parameters()
+        return {
+            "model_path": parameters.get("model_path", gateway.settings.tokenizer),
+            "tokenizer_path": gateway.settings.tokenizer,
+            "is_generation": True,
+        }
+
+    @app.get("/get_server_info")
+    async def server_info() -> dict:
+        return {**await gateway.triton.parameters(), "served_model_name": gateway.settings.model_name}
+
+
+def _add_operations(app: FastAPI, gateway: Gateway) -> None:
+    @app.get("/health")
+    async def health() -> dict:
+        if not await gateway.triton.is_ready():
+            raise ApiError(503, "tritonserver or its model is not ready")
+        return {}
+
+    @app.get("/metrics")
+    async def metrics() -> PlainTextResponse:
+        try:
+            return PlainTextResponse(await asyncio.to_thread(metrics_text, gateway.settings.metrics_url))
+        except OSError as error:
+            raise ApiError(503, f"no metrics from tritonserver: {error}") from None

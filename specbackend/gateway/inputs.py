@@ -1,0 +1,172 @@
+"""From requests to questions for llm: prompts as token ids, parameters under the names that the client used."""
+
+import json
+import uuid
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from specbackend.gateway.answers import ALWAYS_ASKED
+from specbackend.gateway.errors import refused
+from specbackend.gateway.protocol import MOST_PROMPTS, ChatRequest, CompletionRequest, Generation, NamedTool
+from specbackend.gateway.triton import Question
+from specbackend.sampling_params import ANY_OBJECT
+from specbackend.tokenizer import ChatTemplateError, Tokenizer
+
+GUIDE_NAMES = ("json_schema", "regex", "ebnf", "choice", "structured_outputs", "guided_decoding")
+
+
+def chat_question(tokenizer: Tokenizer, request: ChatRequest, guide: str | None = None) -> Question:
+    """The conversation in the chat template. `guide` is the JSON schema that calls of tools obey, if they must be."""
+    sampling = {"max_tokens": None, **request.sampling()}  # None: up to the context length
+    names = {"input_ids": "messages", "logprobs": "top_logprobs"}
+    if request.max_completion_tokens is not None:
+        if sampling["max_tokens"] not in (None, request.max_completion_tokens):
+            raise refused("max_tokens", "contradicts max_completion_tokens, which is the same")
+        sampling["max_tokens"] = request.max_completion_tokens
+        names["max_tokens"] = "max_completion_tokens"
+    _add_guide(sampling, names, "response_format", _schema_of_format(request))
+    _add_guide(sampling, names, "tool_choice", guide)
+    if request.logprobs:
+        sampling["logprobs"] = request.top_logprobs or 0
+    elif request.top_logprobs:
+        raise refused("top_logprobs", "says nothing without logprobs")
+    return _question(request, chat_ids(tokenizer, request), sampling, names)
+
+
+def completion_questions(tokenizer: Tokenizer, request: CompletionRequest) -> list[Question]:
+    """One for each prompt."""
+    sampling = {"max_tokens": request.max_tokens, **request.sampling()}
+    if request.logprobs is not None:
+        sampling["logprobs"] = request.logprobs
+        if request.echo:
+            sampling["prompt_logprobs"] = request.logprobs
+    names = {"input_ids": "prompt", "prompt_logprobs": "logprobs"}
+    return [_question(request, ids, sampling, names) for ids in prompt_ids(tokenizer, "prompt", request.prompt)]
+
+
+def prompt_ids(tokenizer: Tokenizer, name: str, prompt: str | list) -> list[list[int]]:
+    """Of a text or token ids, or of a list of them."""
+    prompts = [prompt] if isinstance(prompt, str) or isinstance(prompt[0], int) else prompt
+    if len(prompts) > MOST_PROMPTS:
+        raise refused(name, f"has {len(prompts)} prompts, at most {MOST_PROMPTS} are served")
+    encoded = [tokenizer.encode(each) if isinstance(each, str) else each for each in prompts]
+    if not all(encoded):
+        raise refused(name, "is empty")
+    return encoded
+
+
+def chat_ids(tokenizer: Tokenizer, request: ChatRequest) -> list[int]:
+    variables = dict(request.chat_template_kwargs or {})
+    if request.reasoning_effort is not None:
+        variables["reasoning_effort"] = request.reasoning_effort
+    try:
+        text = tokenizer.apply_chat_template(
+            [_for_template(message) for message in request.messages],
+            tools=template_tools(request),
+            add_generation_prompt=request.add_generation_prompt,
+            continue_final_message=request.continue_final_message,
+            **variables,
+        )
+    except ChatTemplateError as error:
+        raise refused("messages", str(error)) from None
+    except TypeError as error:  # a variable that is not for clients to set
+        raise refused("chat_template_kwargs", str(error)) from None
+    return tokenizer.encode(text, add_special_tokens=False)  # the template brings its own
+
+
+def template_tools(request: ChatRequest) -> list[dict[str, Any]] | None:
+    """Those that the model hears of."""
+    if not request.tools or request.tool_choice == "none":
+        return None
+    return [tool.model_dump(exclude_unset=True) | {"type": "function"} for tool in request.tools]
+
+
+def check_tools(request: ChatRequest) -> None:
+    """Raises ApiError if the choice names no tool that there is."""
+    choice, known = request.tool_choice, [tool.function.name for tool in request.tools or ()]
+    if choice in ("auto", "required") and not known:
+        raise refused("tool_choice", f"{choice} needs tools")
+    if isinstance(choice, NamedTool) and choice.function.name not in known:
+        raise refused("tool_choice", f"{choice.function.name} is not among tools")
+
+
+def _for_template(message: dict[str, Any]) -> dict[str, Any]:
+    """Templates know content as a text, and the arguments of calls as objects."""
+    message = dict(message)
+    if isinstance(message.get("content"), list):
+        message["content"] = "\n".join(_text_of(part) for part in message["content"])
+    if message.get("tool_calls"):
+        message["tool_calls"] = [_with_object(call) for call in message["tool_calls"]]
+    return message
+
+
+def _text_of(part: Any) -> str:
+    if not isinstance(part, dict) or part.get("type") != "text" or not isinstance(part.get("text"), str):
+        kind = part.get("type") if isinstance(part, dict) else part
+        raise refused("messages", f"content of type {kind!r} is not supported: only text")
+    return part["text"]
+
+
+def _with_object(call: Any) -> dict[str, Any]:
+    try:
+        function = call["function"]
+        arguments = function.get("arguments") or "{}"
+        return {**call, "function": {**function, "arguments": _object(arguments)}}
+    except (TypeError, KeyError, AttributeError, ValueError):
+        raise refused("messages", "tool_calls: must be calls of functions whose arguments are JSON objects") from None
+
+
+def _object(arguments: Any) -> dict:
+    value = json.loads(arguments) if isinstance(arguments, str) else arguments
+    if not isinstance(value, dict):
+        raise ValueError
+    return value
+
+
+def _schema_of_format(request: ChatRequest) -> str | None:
+    wanted = request.response_format
+    if wanted is None or wanted.type == "text":
+        return None
+    if wanted.type == "json_object":
+        return ANY_OBJECT
+    if wanted.json_schema is None or wanted.json_schema.schema_ is None:
+        raise refused("response_format", "json_schema needs a schema")
+    return json.dumps(wanted.json_schema.schema_)
+
+
+def _add_guide(sampling: dict[str, Any], names: dict[str, str], name: str, schema: str | None) -> None:
+    """What the text must be may be said once."""
+    if schema is None:
+        return
+    if said := [other for other in GUIDE_NAMES if sampling.get(other) is not None]:
+        raise refused(name, f"contradicts {names.get(said[0], said[0])}: send one of the two")
+    sampling["json_schema"] = schema
+    names["json_schema"] = name
+
+
+def _question(
+    request: Generation, input_ids: list[int], sampling: Mapping[str, Any], names: Mapping[str, str]
+) -> Question:
+    return Question(
+        input_ids,
+        sampling,
+        llm_parameters(request.stream, num_answers(sampling), spec_trace=request.return_spec_trace),
+        names,
+        request_id=new_id(),
+    )
+
+
+def llm_parameters(stream: bool, n: int, spec_trace: bool = False, more: Iterable[str] = ()) -> dict[str, bool]:
+    """What a response says, and whether there are several: a response with several answers has no room for all."""
+    asked = (*ALWAYS_ASKED, *(["return_spec_trace"] if spec_trace else []), *more)
+    return {"stream": stream or n > 1, **dict.fromkeys(asked, True)}
+
+
+def num_answers(sampling: Mapping[str, Any]) -> int:
+    """What is no number here is refused by llm."""
+    n = sampling.get("n")
+    return n if isinstance(n, int) else 1
+
+
+def new_id() -> str:
+    return uuid.uuid4().hex
