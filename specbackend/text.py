@@ -7,7 +7,9 @@ from functools import partial
 from specbackend.sampling_params import SamplingParams
 
 REPLACEMENT = "\ufffd"  # what decoders print for bytes that are no character, or not yet
-MAX_PENDING = 64  # tokens that may wait for a character to become complete; no character has more bytes than 4
+MOST_MISSING = 3  # bytes at the end of a text that may yet become a character: none has more than 4
+MAX_PENDING = 64  # tokens that may wait until one ends where a character does
+LONG_CONTEXT = 8  # tokens: as good as all that were before
 
 Decode = Callable[[Sequence[int]], str]
 
@@ -17,37 +19,83 @@ class Detokenizer:
     neighbour), so each call decodes a short window and returns what is new in it:
 
         ... | context: the last tokens that ended on a complete character | pending: what came since |
+
+    All of it together is the decoder's text of all tokens; but where a decoder with tokens for bytes takes back a
+    character because bytes that are none follow, what was sent stays.
+
+    prompt_ids: tokens in front, whose text is not returned. Without them the first token begins a text, and loses the
+    space in front of it in sentencepiece's families.
     """
 
-    def __init__(self, decode: Decode):
+    def __init__(self, decode: Decode, prompt_ids: Sequence[int] = ()):
         self._decode = decode
-        self._context: list[int] = []
-        self._context_chars = 0
+        self._set_context(self._end_of(prompt_ids))
         self._pending: list[int] = []
-        self._sent_chars = 0  # of the pending tokens' text
+        self._text = ""  # of the pending tokens
+        self._sent_chars = 0  # of it
 
     def push(self, token_ids: Sequence[int]) -> str:
-        """Take new tokens and return the text that they complete."""
+        """Take new tokens and return the text that they complete; how they are cut into calls makes no difference."""
+        text = self._text_of([*self._pending, *token_ids])
+        if REPLACEMENT in text and len(token_ids) > 1:  # whether a character is complete may depend on when one looks
+            return "".join(self.push([token]) for token in token_ids)
         self._pending.extend(token_ids)
-        text = self._pending_text()
-        complete = not text.endswith(REPLACEMENT) or len(self._pending) > MAX_PENDING
-        new = (text if complete else text.rstrip(REPLACEMENT))[self._sent_chars :]
+        self._text = text
+        missing = min(len(text) - len(text.rstrip(REPLACEMENT)), MOST_MISSING)
+        new = text[self._sent_chars : len(text) - missing]
         self._sent_chars += len(new)
-        if not text:
-            self._pending = self._pending[-MAX_PENDING // 2 :]  # a run of eos has no text, however long it gets
-        elif complete:  # tokens without text stay pending: alone they would be a misleading context
-            self._context, self._pending, self._sent_chars = self._pending, [], 0
-            self._context_chars = len(self._decode(self._context))
+        if not text:  # a run of eos has none, however long it gets; a space in front of all may have some later
+            self._pending = list(dict.fromkeys(self._pending))
+        elif not missing:
+            self._settle()
+        elif len(self._pending) > MAX_PENDING:
+            self._forget()
         return new
 
     def flush(self) -> str:
         """Return what was held back; an incomplete character shows as U+FFFD."""
-        rest = self._pending_text()[self._sent_chars :]
-        self._sent_chars += len(rest)
+        rest, self._sent_chars = self._text[self._sent_chars :], len(self._text)
         return rest
 
-    def _pending_text(self) -> str:
-        return self._decode(self._context + self._pending)[self._context_chars :]
+    def _text_of(self, pending: list[int]) -> str:
+        text = self._decode(self._context + pending)
+        if text.startswith(self._context_text):
+            return text[len(self._context_text) :]
+        return self._decode(pending)  # bytes that are no character, behind a character of bytes
+
+    def _settle(self) -> None:
+        """The pending tokens are the next context, with the last one where they have no text without."""
+        both = self._context + self._pending
+        self._set_context(self._pending)
+        if not self._context_text:
+            self._set_context(self._end_of(both))
+        self._pending, self._text, self._sent_chars = [], "", 0
+
+    def _set_context(self, token_ids: list[int]) -> None:
+        self._context, self._context_text = token_ids, self._decode(token_ids)
+
+    def _end_of(self, token_ids: Sequence[int]) -> list[int]:
+        """A few tokens that begin where a character does: with no more bytes that are none than there must be."""
+        windows = [list(token_ids[-size:]) for size in range(LONG_CONTEXT, LONG_CONTEXT + MOST_MISSING + 1)]
+        return min(windows, key=lambda window: self._decode(window).count(REPLACEMENT))
+
+    def _forget(self) -> None:
+        """Drop pending tokens that nothing depends on any more, and those without text."""
+        unsent = len(self._text) - self._sent_chars
+        self._pending = [token for token in self._pending if self._decode([token])][-MAX_PENDING // 2 :]
+        self._set_context([])
+        self._text = self._text_of(self._pending)
+        self._sent_chars = len(self._text) - unsent
+
+
+def partial_length(text: str, strings: Sequence[str]) -> int:
+    """Length of the longest end of the text that begins one of the strings, and is not all of it."""
+    longest = max(map(len, strings), default=1) - 1
+    for length in range(min(longest, len(text)), 0, -1):
+        tail = text[-length:]
+        if any(string.startswith(tail) for string in strings):
+            return length
+    return 0
 
 
 class StopMatcher:
@@ -57,6 +105,7 @@ class StopMatcher:
         self._stops = tuple(stops)
         self._keep = keep  # a stop string that is found is text too
         self._held = ""
+        self.found: str | None = None  # the stop string that is complete
 
     def push(self, text: str, look: bool = True) -> tuple[str, bool]:
         """Return the text in front of anything that is, or may become, a stop string, and whether one is complete.
@@ -66,8 +115,9 @@ class StopMatcher:
         known, self._held = len(self._held), self._held + text
         if look and (match := self._first_match(known)):
             start, end = match
+            self.found = self._held[start:end]
             return self._held[: end if self._keep else start], True
-        safe = len(self._held) - self._partial_length()
+        safe = len(self._held) - partial_length(self._held, self._stops)
         passed, self._held = self._held[:safe], self._held[safe:]
         return passed, False
 
@@ -91,15 +141,6 @@ class StopMatcher:
         end, start = min(ends)
         return start, end
 
-    def _partial_length(self) -> int:
-        """Length of the longest end of the held text that begins a stop string."""
-        longest = max(map(len, self._stops), default=1) - 1
-        for length in range(min(longest, len(self._held)), 0, -1):
-            tail = self._held[-length:]
-            if any(stop.startswith(tail) for stop in self._stops):
-                return length
-        return 0
-
 
 @dataclass(frozen=True)
 class Piece:
@@ -114,13 +155,20 @@ class TextStream:
     """The text of one answer, from its tokens: what `params` say of special tokens and of the end. Source: vLLM.
 
     decode: also takes `skip_special_tokens`.
+    prompt_ids: the prompt, if the text goes on from it.
     """
 
-    def __init__(self, decode: Callable[..., str], params: SamplingParams):
-        self._detokenizer = Detokenizer(partial(decode, skip_special_tokens=params.skip_special_tokens))
+    def __init__(self, decode: Callable[..., str], params: SamplingParams, prompt_ids: Sequence[int] = ()):
+        decode = partial(decode, skip_special_tokens=params.skip_special_tokens)
+        self._detokenizer = Detokenizer(decode, prompt_ids)
         self._matcher = StopMatcher(params.stop, keep=params.include_stop_str_in_output)
         self._params = params
         self._count = 0  # tokens so far
+
+    @property
+    def stop_string(self) -> str | None:
+        """The one that ended the text, if one did."""
+        return self._matcher.found
 
     def push(self, token_ids: Sequence[int], last: bool = False, has_end_token: bool = False) -> Piece:
         """Take new tokens. With `last`, nothing is held back any more; the last of all may be an end token."""

@@ -55,6 +55,26 @@ def expected(hf_target, demo_prompts) -> list[list[int]]:
     return answers
 
 
+@pytest.fixture(scope="session")
+def server(tmp_path_factory):
+    """One tritonserver, the only one with both faces, for all tests that leave it alive, in tests/e2e and elsewhere."""
+    from specbackend.serving.tritonserver import TritonServer
+    from tests.e2e.conftest import FACES, make_repository
+
+    folder = tmp_path_factory.mktemp("server")
+    with TritonServer(make_repository(folder / "models", FACES), log_path=folder / "server.log") as running:
+        yield running
+
+
+@pytest.fixture(scope="session")
+def offline():
+    """The engine without a server: what it says is what clients must get."""
+    from specbackend.engine import Engine
+    from tests.e2e.conftest import ENGINE_PARAMS
+
+    return Engine(**ENGINE_PARAMS)
+
+
 @pytest.fixture
 def no_compiler(monkeypatch):
     """A CPU's kernels in C++ cannot be compiled."""

@@ -130,6 +130,17 @@ def test_log_lines(demo_prompts, caplog):
     assert throughput > 0
 
 
+def test_cached_tokens_are_told_with_the_first_chunk(demo_prompts, caplog):
+    engine = make_engine(chunked_prefill_size=8)
+    engine.generate(input_ids=demo_prompts[0][:16], sampling_params={**GREEDY, "max_new_tokens": 1})
+    caplog.set_level(logging.INFO, "specbackend.engine_stats")
+    answer = engine.generate(input_ids=demo_prompts[0][:40], sampling_params={**GREEDY, "max_new_tokens": 1})
+    cached = answer["meta_info"]["cached_tokens"]
+    told = [re.search(r"#new-token: (\d+), #cached-token: (\d+)", line).groups() for line in caplog.messages]
+    assert [int(count) for _, count in told] == [cached, *[0] * (len(told) - 1)] and cached > 0 and len(told) > 1
+    assert sum(int(count) for count, _ in told) == 40 - cached
+
+
 def test_plain_engines_have_no_accept_length(demo_prompts, caplog):
     caplog.set_level(logging.INFO, "specbackend.engine_stats")
     engine = Engine(model_path=str(DEMO_TARGET), decode_log_interval=5, max_total_tokens=4000)

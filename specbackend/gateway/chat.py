@@ -6,7 +6,7 @@ from contextlib import aclosing
 from typing import Any
 
 from specbackend.gateway.answers import Delta, Usage, ask
-from specbackend.gateway.inputs import chat_question, new_id, num_answers
+from specbackend.gateway.inputs import chat_question, check_tools, new_id, num_answers
 from specbackend.gateway.logprobs import of_chat
 from specbackend.gateway.message import Message, MessageParsers
 from specbackend.gateway.protocol import ChatRequest
@@ -18,6 +18,7 @@ class Chat:
     """One request and its objects. Reading the request takes a while where prompts are long: not for the event loop."""
 
     def __init__(self, tokenizer: Tokenizer, parsers: MessageParsers, request: ChatRequest):
+        check_tools(request)
         self._request = request
         self._parsers = parsers
         self._questions = [chat_question(tokenizer, request, parsers.guide(request))]

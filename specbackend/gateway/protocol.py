@@ -27,7 +27,8 @@ SamplingFields = create_model(
     __config__=ConfigDict(extra="forbid"),
     **{name: (Any, None) for name in sorted(SAMPLING_NAMES)},
 )
-Ids = Annotated[list[int], Field(min_length=1)]
+TokenId = Annotated[int, Field(strict=True, ge=0, lt=1 << 31)]  # llm's tensor has 32 bits
+Ids = Annotated[list[TokenId], Field(min_length=1)]
 
 
 class Model(BaseModel):

@@ -11,7 +11,7 @@ import numpy as np
 import tritonclient.grpc.aio as triton
 from tritonclient.utils import InferenceServerException, triton_to_np_dtype
 
-from specbackend.gateway.errors import ApiError, of_triton, refused
+from specbackend.gateway.errors import ApiError, of_triton
 from specbackend.serving.client import output_values
 
 RADIX_CACHE = "radix_cache"
@@ -110,10 +110,7 @@ class TritonServer:
 
 def _tensor(name: str, dtype: str, values: list) -> triton.InferInput:
     tensor = triton.InferInput(name, [1, len(values)], dtype)
-    try:
-        tensor.set_data_from_numpy(np.array([values], triton_to_np_dtype(dtype)))
-    except OverflowError:
-        raise refused(name, "has a number that is no token id") from None
+    tensor.set_data_from_numpy(np.array([values], triton_to_np_dtype(dtype)))
     return tensor
 
 

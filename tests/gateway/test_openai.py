@@ -1,0 +1,270 @@
+"""What OpenAI's own client gets from the gateway in front of the real tritonserver."""
+
+import asyncio
+import json
+
+import jsonschema
+import openai
+import pytest
+
+from specbackend.tokenizer import Tokenizer
+from tests.conftest import DEMO_TARGET
+from tests.gateway.conftest import MODEL, client_of, running
+
+NUM_STREAMS, MAX_TOKENS = 16, 32
+SCHEMA = {
+    "type": "object",
+    "properties": {"apples": {"type": "integer", "maximum": 99}, "ok": {"type": "boolean"}},
+    "required": ["apples", "ok"],
+    "additionalProperties": False,
+}
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Tokenizer:
+    return Tokenizer(DEMO_TARGET)
+
+
+def chat_text(tokenizer: Tokenizer, question: str) -> str:
+    return tokenizer.apply_chat_template(messages(question))
+
+
+def messages(question: str | list) -> list[dict]:
+    return [{"role": "user", "content": question}]
+
+
+def ask_offline(offline, tokenizer, question: str, **params) -> dict:
+    ids = tokenizer.encode(chat_text(tokenizer, question), add_special_tokens=False)
+    return offline.generate(input_ids=ids, sampling_params={"max_new_tokens": MAX_TOKENS, **params})
+
+
+def joined(chunks, index: int = 0) -> str:
+    choices = [choice for chunk in chunks for choice in chunk.choices if choice.index == index]
+    return "".join((c.delta.content if hasattr(c, "delta") else c.text) or "" for c in choices)
+
+
+PARAMS = {
+    "greedy": {"temperature": 0},
+    "sampled": {"temperature": 0.9, "seed": 5, "top_p": 0.9, "top_k": 30, "min_p": 0.01, "repetition_penalty": 1.1},
+    "plain": {"temperature": 1, "seed": 6, "speculative": False},
+    "penalties": {"temperature": 0, "frequency_penalty": 0.5, "presence_penalty": 0.25, "logit_bias": {"50": 5}},
+    "stop": {"temperature": 0, "stop": ["has", "e "]},
+    "stopped once": {"temperature": 0, "stop": " the", "include_stop_str_in_output": True},
+}
+OPENAI_NAMES = ("temperature", "seed", "top_p", "frequency_penalty", "presence_penalty", "logit_bias", "stop")
+
+
+def openai_words(params: dict) -> dict:
+    """What OpenAI has no name for goes into extra_body."""
+    extra = {name: value for name, value in params.items() if name not in OPENAI_NAMES}
+    return {**{name: value for name, value in params.items() if name in OPENAI_NAMES}, "extra_body": extra}
+
+
+@pytest.mark.parametrize("params", PARAMS.values(), ids=PARAMS.keys())
+def test_chat_says_what_the_engine_says(client, offline, tokenizer, gsm8k_questions, params):
+    question = gsm8k_questions[0]
+    asked = {"model": MODEL, "messages": messages(question), "max_tokens": MAX_TOKENS, **openai_words(params)}
+    whole = client.chat.completions.create(**asked)
+    chunks = list(client.chat.completions.create(**asked, stream=True, stream_options={"include_usage": True}))
+    expected = ask_offline(offline, tokenizer, question, **params)
+    assert whole.choices[0].message.content == joined(chunks) == expected["text"]
+    assert whole.choices[0].message.role == chunks[0].choices[0].delta.role == "assistant"
+    reasons = [choice.finish_reason for chunk in chunks for choice in chunk.choices]
+    assert {*reasons[:-1]} <= {None}
+    assert reasons[-1] == whole.choices[0].finish_reason == expected["meta_info"]["finish_reason"]
+    assert len(reasons) > 1 or "stop" in params
+    for usage in (whole.usage, chunks[-1].usage):
+        assert usage.prompt_tokens == expected["meta_info"]["prompt_tokens"]
+        assert usage.completion_tokens == expected["meta_info"]["completion_tokens"]
+        assert usage.total_tokens == usage.prompt_tokens + usage.completion_tokens
+    assert chunks[-1].choices == [] and all(chunk.usage is None for chunk in chunks[:-1])
+    assert chunks[-1].usage.prompt_tokens_details.cached_tokens > 0  # asked twice
+    drafted = whole.usage.completion_tokens_details
+    assert (drafted.accepted_prediction_tokens + drafted.rejected_prediction_tokens > 0) == (
+        "speculative" not in params
+    )
+
+
+def test_the_default_is_to_sample_up_to_an_end(client, offline, tokenizer):
+    """OpenAI's temperature is 1, and a chat's length is the context's."""
+    answer = client.chat.completions.create(model=MODEL, messages=messages("How many eggs?"), seed=11)
+    expected = ask_offline(offline, tokenizer, "How many eggs?", seed=11, temperature=1.0, max_new_tokens=None)
+    assert answer.choices[0].message.content == expected["text"]
+    assert answer.usage.completion_tokens == expected["meta_info"]["completion_tokens"]
+    assert client.completions.create(model=MODEL, prompt="How", seed=1).usage.completion_tokens <= 16
+
+
+@pytest.mark.parametrize("form", ["text", "texts", "ids", "several ids"])
+def test_prompts_in_every_form(client, offline, tokenizer, form):
+    prompts = ["How many eggs", "Tom has 3 apples. He"]
+    ids = [tokenizer.encode(text) for text in prompts]
+    prompt = {"text": prompts[0], "texts": prompts, "ids": ids[0], "several ids": ids}[form]
+    asked = {"model": MODEL, "prompt": prompt, "max_tokens": 20, "temperature": 0.8, "seed": 2, "n": 2}
+    answer = client.completions.create(**asked)
+    chunks = list(client.completions.create(**asked, stream=True))
+    count = 2 if form in ("texts", "several ids") else 1
+    params = {"max_new_tokens": 20, "temperature": 0.8, "seed": 2, "n": 2}
+    expected = [each for own in ids[:count] for each in offline.generate(input_ids=own, sampling_params=params)]
+    texts = [each["text"] for each in expected]
+    assert [choice.index for choice in answer.choices] == list(range(2 * count))
+    assert [choice.text for choice in answer.choices] == texts
+    assert [joined(chunks, index) for index in range(2 * count)] == texts
+    assert answer.usage.prompt_tokens == sum(map(len, ids[:count]))
+    assert answer.usage.completion_tokens == sum(each["meta_info"]["completion_tokens"] for each in expected)
+
+
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
+def test_logprobs_of_a_chat(client, offline, tokenizer, stream):
+    asked = {"model": MODEL, "messages": messages("How many?"), "max_tokens": 12, "temperature": 0}
+    answer = client.chat.completions.create(**asked, logprobs=True, top_logprobs=3, n=2, stream=stream)
+    choices = [c for chunk in answer for c in chunk.choices] if stream else answer.choices
+    expected = ask_offline(offline, tokenizer, "How many?", max_new_tokens=12, temperature=0, logprobs=3)["meta_info"]
+    for index in range(2):
+        entries = [e for c in choices if c.index == index and c.logprobs for e in c.logprobs.content]
+        assert [entry.logprob for entry in entries] == pytest.approx(
+            [logprob for logprob, _, _ in expected["output_token_logprobs"]]
+        )
+        for entry, top in zip(entries, expected["output_top_logprobs"], strict=True):
+            assert [each.logprob for each in entry.top_logprobs] == pytest.approx([each[0] for each in top])
+            assert entry.top_logprobs[0].token == entry.token  # greedy
+            assert bytes(entry.bytes).decode() == entry.token
+
+
+def test_logprobs_and_echo_of_a_completion(client, offline, tokenizer):
+    prompt = "How many eggs"
+    asked = {"model": MODEL, "prompt": prompt, "max_tokens": 8, "temperature": 0, "logprobs": 2, "echo": True}
+    answer = client.completions.create(**asked).choices[0]
+    chunks = list(client.completions.create(**asked, stream=True))
+    ids = tokenizer.encode(prompt)
+    params = {"max_new_tokens": 8, "temperature": 0, "logprobs": 2, "prompt_logprobs": 2}
+    expected = offline.generate(input_ids=ids, sampling_params=params)
+    assert answer.text == joined(chunks) == prompt + expected["text"]
+    for name in ("tokens", "token_logprobs", "text_offset"):
+        assert [e for c in chunks for e in getattr(c.choices[0].logprobs, name)] == getattr(answer.logprobs, name)
+    logprobs = answer.logprobs
+    meta = expected["meta_info"]
+    both = [*meta["input_token_logprobs"], *meta["output_token_logprobs"]]
+    assert logprobs.token_logprobs == pytest.approx([entry[0] for entry in both])
+    assert logprobs.tokens == [tokenizer.decode([entry[1]], skip_special_tokens=False) for entry in both]
+    assert logprobs.top_logprobs[0] is None and len(logprobs.top_logprobs[1]) == 2
+    assert logprobs.text_offset[:2] == [0, len(logprobs.tokens[0])]
+
+
+def json_schema(schema: dict) -> dict:
+    return {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}
+
+
+FORMATS = {
+    "json_schema": {"response_format": json_schema(SCHEMA)},
+    "json_object": {"response_format": {"type": "json_object"}},
+    "guided_json": {"extra_body": {"guided_json": SCHEMA}},
+    "structured_outputs": {"extra_body": {"structured_outputs": {"json": SCHEMA}}},
+}
+
+
+@pytest.mark.parametrize("form", FORMATS)
+def test_json_is_valid(client, form):
+    answer = client.chat.completions.create(
+        model=MODEL, messages=messages("Answer in JSON."), max_tokens=60, temperature=0, **FORMATS[form]
+    )
+    if form != "json_object" or answer.choices[0].finish_reason == "stop":
+        value = json.loads(answer.choices[0].message.content)
+        jsonschema.validate(value, {"type": "object"} if form == "json_object" else SCHEMA)
+    assert answer.choices[0].message.content.lstrip().startswith("{")
+
+
+def test_turns_of_a_conversation_reuse_the_cache(client):
+    first = messages("Sue has 12 pens and loses 5 of them. How many pens does she have now?")
+    answer = client.chat.completions.create(model=MODEL, messages=first, temperature=0, max_tokens=40)
+    second = [*first, answer.choices[0].message.model_dump(exclude_none=True), *messages("And then?")]
+    usage = client.chat.completions.create(model=MODEL, messages=second, temperature=0, max_tokens=4).usage
+    assert usage.prompt_tokens_details.cached_tokens >= answer.usage.prompt_tokens
+    salted = {"cache_salt": "another"}
+    usage = client.chat.completions.create(model=MODEL, messages=second, max_tokens=4, extra_body=salted).usage
+    assert usage.prompt_tokens_details.cached_tokens == 0
+
+
+def test_many_streams_at_once(url, offline, tokenizer, gsm8k_questions):
+    """Of one asynchronous client: each gets its own answer, and all run side by side."""
+    questions = gsm8k_questions[:NUM_STREAMS]
+    ids = [tokenizer.encode(chat_text(tokenizer, question), add_special_tokens=False) for question in questions]
+    params = {"max_new_tokens": MAX_TOKENS, "temperature": 0}
+    expected = [each["text"] for each in offline.generate(input_ids=ids, sampling_params=params)]
+    events: list[int] = []
+
+    async def stream(client, number: int) -> str:
+        chunks = await client.chat.completions.create(
+            model=MODEL, messages=messages(questions[number]), max_tokens=MAX_TOKENS, temperature=0, stream=True
+        )
+        text = ""
+        async for chunk in chunks:
+            events.append(number)
+            text += chunk.choices[0].delta.content or ""
+        return text
+
+    async def run() -> list[str]:
+        async with openai.AsyncOpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as client:
+            return await asyncio.gather(*(stream(client, number) for number in range(NUM_STREAMS)))
+
+    assert asyncio.run(run()) == expected
+    assert len(set(events[: len(events) // 2])) > NUM_STREAMS // 2, "one after the other"
+
+
+REFUSED = {
+    "unknown": ({"extra_body": {"frobnicate": 1}}, "frobnicate"),
+    "range": ({"temperature": -1}, "temperature"),
+    "type": ({"extra_body": {"top_k": "many"}}, "top_k"),
+    "alias": ({"max_completion_tokens": 0}, "max_completion_tokens"),
+    "not served": ({"extra_body": {"stop_regex": "a+"}}, "stop_regex"),
+    "guide": (
+        {"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": {"not": {}}}}},
+        "response_format",
+    ),
+    "two guides": ({"response_format": {"type": "json_object"}, "extra_body": {"regex": "a"}}, "response_format"),
+    "top_logprobs": ({"top_logprobs": 2}, "top_logprobs"),
+    "image": (
+        {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]},
+        "messages",
+    ),
+    "no messages": ({"messages": []}, "messages"),
+    "tool_choice": ({"tool_choice": "required"}, "tool_choice"),
+    "n": ({"n": 1000}, "n"),
+}
+
+
+@pytest.mark.parametrize("change, param", REFUSED.values(), ids=REFUSED.keys())
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
+def test_a_refusal_names_what_is_wrong(client, change, param, stream):
+    asked = {"model": MODEL, "messages": messages("How?"), "max_tokens": 4, "stream": stream, **change}
+    if param == "max_completion_tokens":
+        del asked["max_tokens"]
+    with pytest.raises(openai.BadRequestError) as refusal:
+        client.chat.completions.create(**asked)
+    assert refusal.value.param == param
+    assert param in refusal.value.message
+    assert refusal.value.type == "invalid_request_error"
+
+
+def test_other_refusals(client):
+    with pytest.raises(openai.NotFoundError, match="gpt-4"):
+        client.chat.completions.create(model="gpt-4", messages=messages("How?"))
+    with pytest.raises(openai.BadRequestError, match="suffix"):
+        client.completions.create(model=MODEL, prompt="How", suffix="end")
+    with pytest.raises(openai.BadRequestError, match="prompt"):
+        client.completions.create(model=MODEL, prompt=[1 << 40])
+    with pytest.raises(openai.BadRequestError, match="context_length"):
+        client.completions.create(model=MODEL, prompt="many eggs " * 4000)
+
+
+def test_models(client):
+    assert [model.id for model in client.models.list()] == [MODEL]
+    assert client.models.retrieve(MODEL).id == MODEL
+
+
+def test_keys(settings):
+    with running(settings, api_key=("first", "second")) as url:
+        for key in ("first", "second"):
+            assert client_of(url, api_key=key).models.list().data
+        for key in ("wrong", "firs", "first1"):
+            with pytest.raises(openai.AuthenticationError):
+                client_of(url, api_key=key).models.list()

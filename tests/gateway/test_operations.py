@@ -1,0 +1,114 @@
+"""Clients that leave, limits, health, and a tritonserver that is not there."""
+
+import asyncio
+import json
+import threading
+
+import httpx
+import pytest
+
+from tests.gateway.conftest import MODEL, num_running, running, wait_until
+
+MAX_TOKENS, ANSWERS = 3000, 3
+SAMPLING = {"n": ANSWERS, "temperature": 0, "ignore_eos": True, "speculative": False}  # some seconds
+BODIES = {
+    "/v1/chat/completions": {
+        **{"model": MODEL, "messages": [{"role": "user", "content": "Go on."}]},
+        **{"max_tokens": MAX_TOKENS, **SAMPLING},
+    },
+    "/v1/completions": {
+        **{"model": MODEL, "prompt": ["Go on", "And on", "On"]},
+        **{"max_tokens": MAX_TOKENS, **SAMPLING, "n": 1},
+    },
+    "/generate": {"text": "Go on", "sampling_params": {"max_new_tokens": MAX_TOKENS, **SAMPLING}},
+}
+SHORTER = {"text": "On", "sampling_params": {"max_new_tokens": MAX_TOKENS - 500, **SAMPLING, "n": 1}, "stream": True}
+
+
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
+@pytest.mark.parametrize("path", BODIES)
+def test_the_work_of_a_client_that_leaves_ends(url, settings, path, stream):
+    """Another stays, whose answer would be the first to end: without it nothing says that the work was cut off."""
+
+    def sees(count: int):
+        return asyncio.to_thread(wait_until, lambda: num_running(settings.metrics_url) == count)
+
+    async def run() -> None:
+        async with httpx.AsyncClient(base_url=url, timeout=60) as http:
+            leaving = asyncio.ensure_future(read_on(http, path, {**BODIES[path], "stream": stream}))
+            staying = asyncio.ensure_future(read_on(http, "/generate", SHORTER))
+            assert await sees(ANSWERS + 1)
+            leaving.cancel()
+            assert await sees(1), "went on to the end"
+            staying.cancel()
+            await asyncio.gather(leaving, staying, return_exceptions=True)
+
+    asyncio.run(run())
+    assert wait_until(lambda: num_running(settings.metrics_url) == 0)
+
+
+async def read_on(http: httpx.AsyncClient, path: str, body: dict) -> None:
+    async with http.stream("POST", path, json=body) as response:
+        async for _ in response.aiter_bytes():
+            pass
+
+
+def test_abort_request(url, settings):
+    body = {"text": "Go on", "rid": "mine", "sampling_params": {**BODIES["/generate"]["sampling_params"], "n": 1}}
+    answers = []
+    asking = threading.Thread(target=lambda: answers.append(httpx.post(f"{url}/generate", json=body, timeout=60)))
+    asking.start()
+    assert wait_until(lambda: num_running(settings.metrics_url) > 0)
+    httpx.post(f"{url}/abort_request", json={"rid": "mine"})
+    asking.join()
+    assert answers[0].json()["meta_info"]["finish_reason"] == {"type": "abort"}
+
+
+def test_limits(settings):
+    with running(settings, max_body_size=2000, max_open_requests=1, api_key=("key",)) as url:
+        keys = {"Authorization": "Bearer key"}
+        small, large = {"text": "a", "sampling_params": {"max_new_tokens": 1}}, {"text": "a" * 5_000_000}
+        assert httpx.post(f"{url}/generate", json=large).status_code == 401, "read before the key"
+        assert httpx.post(f"{url}/generate", json=large, headers=keys).status_code == 413
+        assert httpx.get(f"{url}/health").status_code == 200
+        assert httpx.get(f"{url}/metrics").status_code == 401
+        with httpx.stream("POST", f"{url}/generate", json=BODIES["/generate"] | {"stream": True}, headers=keys):
+            response = httpx.post(f"{url}/generate", json=small, headers=keys)
+            assert (response.status_code, response.headers["Retry-After"]) == (429, "1")
+            assert response.json()["error"]["type"] == "rate_limit_error"
+        assert wait_until(lambda: httpx.post(f"{url}/generate", json=small, headers=keys).status_code == 200)
+
+
+def test_health_and_metrics(url):
+    assert httpx.get(f"{url}/health").status_code == 200
+    assert "nv_inference_request_success" in httpx.get(f"{url}/metrics").text
+
+
+def test_without_a_tritonserver(settings):
+    nowhere = {"grpc_url": "127.0.0.1:9", "metrics_url": "127.0.0.1:9"}
+    with running(settings, **nowhere) as url:
+        assert httpx.get(f"{url}/health").status_code == 503
+        assert httpx.get(f"{url}/metrics").status_code == 503
+        for stream in (False, True):
+            response = httpx.post(f"{url}/generate", json={"text": "a", "stream": stream}, timeout=60)
+            assert (response.status_code, response.headers["Retry-After"]) == (503, "1")
+            assert response.json()["error"]["type"] == "server_error"
+
+
+def test_cors(settings):
+    page = {"Origin": "http://page", "Access-Control-Request-Method": "POST"}
+    with running(settings, cors_allow_origin=("http://page",), api_key=("key",)) as url:
+        response = httpx.options(f"{url}/v1/chat/completions", headers=page)
+        assert response.headers["access-control-allow-origin"] == "http://page"
+        assert "access-control-allow-origin" in httpx.get(f"{url}/health", headers={"Origin": "http://page"}).headers
+        assert "access-control-allow-origin" not in httpx.get(f"{url}/health", headers={"Origin": "http://x"}).headers
+
+
+def test_no_clients_text_is_logged(url, caplog, capfd):
+    secret = "the butler did it"
+    httpx.post(f"{url}/v1/chat/completions", json={"model": MODEL, "messages": [{"role": secret, "content": secret}]})
+    httpx.post(f"{url}/generate", json={"text": secret, secret: 1})
+    httpx.post(f"{url}/generate", content=json.dumps({"text": secret})[:-1])
+    shown = capfd.readouterr()
+    assert "butler" not in caplog.text + shown.out + shown.err
+    assert "/generate" in caplog.text, "looked at nothing"
