@@ -4,10 +4,12 @@ import os
 import re
 import shutil
 from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import combinations
 
 import pytest
 
+from tests.gateway.conftest import MODEL
 from tests.gateway.fake_upstream import TEXT, FakeUpstream, pieces
 
 playwright = pytest.importorskip("playwright.sync_api", reason="needs playwright: pip install playwright")
@@ -49,12 +51,18 @@ def upstream() -> Iterator[FakeUpstream]:
 
 @pytest.fixture
 def page(chromium, upstream):
+    with opened(chromium, upstream.url) as page:
+        yield page
+
+
+@contextmanager
+def opened(chromium, url: str):
     """The page at a desk, which may say nothing on the console."""
     page = chromium.new_page(viewport=DESK)
     complaints = []
     page.on("console", lambda message: complaints.append(message.text))
     page.on("pageerror", lambda error: complaints.append(str(error)))
-    page.goto(f"{upstream.url}/dashboard/")
+    page.goto(f"{url}/dashboard/")
     playwright.expect(page.locator("#model option")).to_have_count(1)
     yield page
     page.close()
@@ -287,3 +295,21 @@ def test_the_theme_can_be_chosen(page):
     dark = page.evaluate(colour)
     page.reload()
     assert page.evaluate(colour) == dark != light
+
+
+def test_the_real_server(chromium, url, client):
+    """Each of its numbers, traces and trees is read as it is meant."""
+    question = [{"role": "user", "content": "Tom has 3 apples and buys 4 more."}]
+    answer = client.chat.completions.create(model=MODEL, messages=question, max_tokens=40, temperature=0)
+    with opened(chromium, url) as page:
+        run(page, prompt=question[0]["content"], max_tokens=40)
+        assert page.text_content("#answer") == answer.choices[0].message.content
+        assert int(page.text_content("#total-tokens")) == answer.usage.completion_tokens
+        assert page.locator("#answer .draft").count() > 0
+        page.click("#compare")
+        playwright.expect(page.locator("#comparison")).to_contain_text("The texts are equal.")
+        page.click("#tab-live")
+        playwright.expect(page.locator("#value-running")).to_have_text("0")
+        playwright.expect(page.locator("#positions .row").first).to_be_visible()
+        page.click("#tab-cache")
+        playwright.expect(page.locator("#engines .cell").first).to_be_visible()
