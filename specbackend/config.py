@@ -58,6 +58,9 @@ class EngineConfig:
     model_path: str
     speculative_algorithm: str | None = None  # a key of ALGORITHMS, or MTP; None decodes plainly
     speculative_draft_model_path: str | None = None
+    speculative_draft_model_quantization: str | None = (
+        None  # int8wo or fp8wo: all weights of the draft, rounded at load
+    )
     speculative_token_map: str | None = None  # FR-Spec's freq_*.pt
     speculative_num_steps: int | None = None
     speculative_eagle_topk: int | None = None
@@ -91,6 +94,8 @@ class EngineConfig:
     enable_torch_compile: bool = False  # of decode steps
     torch_compile_max_bs: int = 32  # largest batch whose decode step is compiled
     stream_interval: int = 1  # decode steps between two responses of one request
+    decode_log_interval: int = 40  # decode steps between two lines in the log; 0: none, and none about prompts
+    log_level: str = "info"  # of the engine: debug, info, warning or error
     tp_size: int = 1  # processes that share the layers; on GPUs each has one
     random_seed: int = 0
     logits_processors: str | None = None  # the server's own: module:function, separated by commas; see sampling.custom
@@ -104,9 +109,9 @@ class EngineConfig:
         self._check_ranges()
         self._check_priorities()
         self._check_hierarchical_cache()
-        if self.tp_size > 1 and (self.quantization or self.enable_torch_compile):
-            name = "quantization" if self.quantization else "enable_torch_compile"
-            raise ConfigError(f"{name}: is served on one rank only, tp_size is {self.tp_size}")
+        for name in ("quantization", "speculative_draft_model_quantization", "enable_torch_compile"):
+            if self.tp_size > 1 and getattr(self, name):
+                raise ConfigError(f"{name}: is served on one rank only, tp_size is {self.tp_size}")
         if self.speculative_algorithm is None:
             self._refuse_speculative("speculative_", "speculative_algorithm is not")
             if self.shadow_fraction:
@@ -151,17 +156,20 @@ class EngineConfig:
     def _check_choices(self) -> None:
         _one_of("speculative_algorithm", self.speculative_algorithm, (None, *ALGORITHMS, *ALIASES))
         _one_of("dtype", self.dtype, ("auto", "float32", "bfloat16", "float16"))
-        _one_of("quantization", self.quantization, (None, "int8wo", "fp8wo"))
+        for name in ("quantization", "speculative_draft_model_quantization"):
+            _one_of(name, getattr(self, name), (None, "int8wo", "fp8wo"))
         _one_of("schedule_policy", self.schedule_policy, ("fcfs", "lpm"))
         _one_of("radix_eviction_policy", self.radix_eviction_policy, ("lru", "lfu", "priority"))
         _one_of("hicache_write_policy", self.hicache_write_policy, ("write_through", "write_back"))
         _one_of("attention_backend", self.attention_backend, ("auto", "torch", "native", "triton", "flashinfer"))
         _one_of("page_size", self.page_size, (1,))
+        _one_of("log_level", self.log_level, ("debug", "info", "warning", "error"))
 
     def _check_ranges(self) -> None:
         for name in ("max_running_requests", "max_queued_requests", "max_prefill_tokens", "stream_interval", "tp_size"):
             _at_least(name, getattr(self, name), 1)
         _at_least("torch_compile_max_bs", self.torch_compile_max_bs, 1)
+        _at_least("decode_log_interval", self.decode_log_interval, 0)
         _at_least("priority_scheduling_preemption_threshold", self.priority_scheduling_preemption_threshold, 0)
         for name in ("context_length", "max_total_tokens", "num_threads"):
             if getattr(self, name) is not None:
@@ -204,7 +212,7 @@ class EngineConfig:
         if algorithm.draft_path == "required" and self.speculative_draft_model_path is None:
             raise ConfigError(f"speculative_draft_model_path: {name} needs a draft checkpoint")
         if algorithm.draft_path == "refused":
-            self._refuse_speculative("speculative_draft_model_path", f"{name} drafts without a model")
+            self._refuse_speculative("speculative_draft_model_", f"{name} drafts without a model")
         if not algorithm.takes_token_map:
             served = ", ".join(key for key, each in ALGORITHMS.items() if each.takes_token_map)
             self._refuse_speculative("speculative_token_map", f"{name} has no use for it; {served} have")

@@ -4,13 +4,14 @@ Each adapter has a connection of its own, with request ids of its own. Whoever s
 """
 
 import socket
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 
-from specbackend.frames import LENGTH, pack, unpack
+from specbackend.frames import LENGTH, field_names, pack, unpack
 from specbackend.request import Failure, FinishReason, TokenLogprob, Update
 from specbackend.sampling_params import SamplingParams
+from specbackend.spec_trace import Round, StepTrace, TreeTrace
 
-RECEIVE_BYTES = 1 << 20
+RECEIVE_BYTES = 1 << 16  # of more, each receive would map fresh memory, which takes longer than to receive
 
 
 # ---- adapter -> engine
@@ -159,13 +160,14 @@ class Channel:
 
 
 def _sampling_params(values: list) -> SamplingParams:
-    return SamplingParams.from_dict(dict(zip((f.name for f in fields(SamplingParams)), values, strict=True)))
+    return SamplingParams.from_dict(dict(zip(field_names(SamplingParams), values, strict=True)))
 
 
 def _update(values: list) -> Update:
-    update = dict(zip((f.name for f in fields(Update)), values, strict=True))
+    update = dict(zip(field_names(Update), values, strict=True))
     for name in ("logprobs", "prompt_logprobs"):
         update[name] = [_token_logprob(*each) for each in update[name]]
+    update["spec_trace"] = [_step_trace(*each) for each in update["spec_trace"]]
     reason, failure = update["finish_reason"], update["failure"]
     return Update(
         **{**update, "finish_reason": reason and FinishReason(reason), "failure": failure and Failure(*failure)}
@@ -174,3 +176,8 @@ def _update(values: list) -> Update:
 
 def _token_logprob(token_id: int, logprob: float, rank: int, top: list) -> TokenLogprob:
     return TokenLogprob(token_id, logprob, rank, [tuple(pair) for pair in top])
+
+
+def _step_trace(*values) -> StepTrace:
+    *step, round = values
+    return StepTrace(*step, round and Round(TreeTrace(*round[0]), *round[1:]))

@@ -12,11 +12,12 @@ import time
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
+from specbackend.engine_stats import EngineStats
 from specbackend.request import Update
 from specbackend.serving.calls import Call, CancelCall
 from specbackend.serving.errors import Cancelled, Unavailable
 from specbackend.serving.generation import Generation, Server
-from specbackend.serving.metrics import PUBLISH_INTERVAL_S, Metrics
+from specbackend.serving.metrics import PUBLISH_INTERVAL_S, Metrics, Snapshot, Traffic
 from specbackend.serving.protocol import Cancel, Message, Ready, Rejected, Step, Submit
 from specbackend.serving.supervisor import EngineDown, EngineSupervisor, wait_readable
 from specbackend.serving.triton_io import Sender, log_bug
@@ -65,7 +66,8 @@ class Responder:
         self._server = server
         self._max_queued_requests = max_queued_requests
         self._metrics = metrics
-        self._stats: dict[str, float] = {}  # not published yet
+        self._stats: dict[str, object] = {}  # not published yet
+        self._traffic = Traffic()
         self._streams: dict[str, Stream] = {}  # by our own id
         self._ids = itertools.count()
         self._next_sweep = self._next_publish = 0.0
@@ -178,6 +180,7 @@ class Responder:
                 case Rejected():
                     self._reject(event)
                 case Ready():
+                    self._traffic.engine_restarts += 1
                     for stream in self._streams.values():
                         with stream.sender.guard():
                             self._submit(stream)
@@ -197,12 +200,22 @@ class Responder:
                 return
             outputs = stream.generation.advance(update)
             final = stream.generation.is_over
+            self._note(stream.generation, update)
             if final:
                 del self._streams[stream.generation.call_id]
             if not update.finished and not stream.generation.is_open(update.request_id):
                 self._supervisor.send(Cancel(update.request_id))
             if outputs is not None:
                 stream.sender.send(outputs, final)
+
+    def _note(self, generation: Generation, update: Update) -> None:
+        """For metrics. Most updates are neither an answer's first nor its last."""
+        if 0 < len(update.token_ids) == update.completion_tokens:
+            self._traffic.first_token_seconds.append(generation.record(update.request_id).first_token_seconds)
+        if not generation.is_open(update.request_id):
+            self._traffic.note_answer(generation.record(update.request_id))
+        if generation.is_over:
+            self._traffic.numbers_of_answers.append(generation.call.params.n)
 
     def _reject(self, rejected: Rejected) -> None:
         stream = self._stream_of(rejected.request_id)
@@ -253,13 +266,13 @@ class Responder:
 
     def _publish(self) -> None:
         stats, self._stats = self._stats, {}
-        if self._metrics is None:
-            return
-        try:
-            self._metrics.publish(stats)
-        except Exception as error:  # it would fail each time; answers matter more
-            log_bug(error)
-            self._metrics = None
+        if self._metrics is not None:
+            try:
+                self._metrics.publish(Snapshot(EngineStats(**stats), self._traffic))
+            except Exception as error:  # it would fail each time; answers matter more
+                log_bug(error)
+                self._metrics = None
+        self._traffic.forget_observations()
 
 
 def merge(earlier: Update | None, later: Update) -> Update:
@@ -271,4 +284,5 @@ def merge(earlier: Update | None, later: Update) -> Update:
         token_ids=earlier.token_ids + later.token_ids,
         logprobs=earlier.logprobs + later.logprobs,
         prompt_logprobs=earlier.prompt_logprobs + later.prompt_logprobs,
+        spec_trace=earlier.spec_trace + later.spec_trace,
     )

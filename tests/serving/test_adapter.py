@@ -588,7 +588,7 @@ def test_several_answers(adapter, stream):
     responses = request.sender.wait()
     texts = dict.fromkeys(range(3), "")
     for outputs in (response.outputs for response in responses):
-        for index, text in zip(outputs["sequence_index"][0], outputs["text_output"][0], strict=True):
+        for index, text in zip(outputs["sequence_index"][0], outputs["text_output"], strict=True):
             texts[index] += text.decode()
     assert texts == {index: answer("abcd", 40, seed=2 + index) for index in range(3)}
     assert (len(responses) > 3) == stream
@@ -627,7 +627,7 @@ def test_answers_end_one_by_one(start_adapter, monkeypatch, cancel_arrives):
     inputs = {"text_input": "abcdefghijkl", "num_return_sequences": 8, "seed": 0, "stop_words": ["kla"]}
     request = execute(adapter, several(**inputs, return_finish_reason=True))
     [response] = request.sender.wait()
-    assert response.outputs["text_output"].tolist() == [["abcdefghij"[i:].encode() for i in range(8)]]
+    assert response.outputs["text_output"].tolist() == ["abcdefghij"[i:].encode() for i in range(8)]
     assert response.outputs["finish_reason"].tolist() == [[b"stop"] * 8]
     assert cancelled[0] != "0.0" and set(cancelled) == {f"0.{i}" for i in range(8)}
     if cancel_arrives:  # all places are free again
