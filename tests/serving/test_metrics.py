@@ -161,7 +161,6 @@ def test_histograms_observe_what_is_new():
         "nv_llm_output_token_len/total_output_tokens": answers,
         "vllm:time_to_first_token_seconds": first,
         "vllm:time_per_output_token_seconds": tokens,
-        "vllm:inter_token_latency_seconds": tokens,
         "vllm:e2e_request_latency_seconds": seconds,
         "vllm:request_prompt_tokens": prompts,
         "vllm:request_generation_tokens": answers,
