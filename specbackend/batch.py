@@ -1,11 +1,14 @@
 """Nouns that cross from the scheduler to the decoders and from there to the networks."""
 
 import math
-from dataclasses import dataclass
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
 
 import torch
 
 from specbackend.request import Request, TokenLogprob
+from specbackend.spec_trace import Round
 
 
 @dataclass(frozen=True)
@@ -14,6 +17,7 @@ class ExtendBatch:
 
     requests: list[Request]
     chunk_lens: list[int]
+    started_ns: int = field(default_factory=time.monotonic_ns, compare=False)
 
     def is_final(self, index: int) -> bool:
         """Whether this chunk completes the request's known tokens, so that a new one is sampled after it."""
@@ -26,6 +30,12 @@ class DecodeBatch:
     """Requests that take one decode step together."""
 
     requests: list[Request]
+    started_ns: int = field(default_factory=time.monotonic_ns, compare=False)
+
+
+def traced_rows(requests: list[Request]) -> list[int]:
+    """Those of a batch that ask to be told of its step, by their place in it."""
+    return [row for row, request in enumerate(requests) if request.params.return_spec_trace]
 
 
 @dataclass(frozen=True)
@@ -100,6 +110,7 @@ class Accepted:
     token_BP: torch.Tensor  # int64
     count_B: torch.Tensor  # int64
     logprobs: Logprobs | None = None  # of the tokens, for requests that ask
+    rounds: Callable[[], dict[int, Round]] | None = None  # of a step with trees some of which are traced, by row
 
     def tolists(self) -> list[list[int]]:
         """To the host, in one copy."""

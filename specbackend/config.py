@@ -58,6 +58,9 @@ class EngineConfig:
     model_path: str
     speculative_algorithm: str | None = None  # a key of ALGORITHMS, or MTP; None decodes plainly
     speculative_draft_model_path: str | None = None
+    speculative_draft_model_quantization: str | None = (
+        None  # int8wo or fp8wo: all weights of the draft, rounded at load
+    )
     speculative_token_map: str | None = None  # FR-Spec's freq_*.pt
     speculative_num_steps: int | None = None
     speculative_eagle_topk: int | None = None
@@ -106,9 +109,9 @@ class EngineConfig:
         self._check_ranges()
         self._check_priorities()
         self._check_hierarchical_cache()
-        if self.tp_size > 1 and (self.quantization or self.enable_torch_compile):
-            name = "quantization" if self.quantization else "enable_torch_compile"
-            raise ConfigError(f"{name}: is served on one rank only, tp_size is {self.tp_size}")
+        for name in ("quantization", "speculative_draft_model_quantization", "enable_torch_compile"):
+            if self.tp_size > 1 and getattr(self, name):
+                raise ConfigError(f"{name}: is served on one rank only, tp_size is {self.tp_size}")
         if self.speculative_algorithm is None:
             self._refuse_speculative("speculative_", "speculative_algorithm is not")
             if self.shadow_fraction:
@@ -153,7 +156,8 @@ class EngineConfig:
     def _check_choices(self) -> None:
         _one_of("speculative_algorithm", self.speculative_algorithm, (None, *ALGORITHMS, *ALIASES))
         _one_of("dtype", self.dtype, ("auto", "float32", "bfloat16", "float16"))
-        _one_of("quantization", self.quantization, (None, "int8wo", "fp8wo"))
+        for name in ("quantization", "speculative_draft_model_quantization"):
+            _one_of(name, getattr(self, name), (None, "int8wo", "fp8wo"))
         _one_of("schedule_policy", self.schedule_policy, ("fcfs", "lpm"))
         _one_of("radix_eviction_policy", self.radix_eviction_policy, ("lru", "lfu", "priority"))
         _one_of("hicache_write_policy", self.hicache_write_policy, ("write_through", "write_back"))
@@ -208,7 +212,7 @@ class EngineConfig:
         if algorithm.draft_path == "required" and self.speculative_draft_model_path is None:
             raise ConfigError(f"speculative_draft_model_path: {name} needs a draft checkpoint")
         if algorithm.draft_path == "refused":
-            self._refuse_speculative("speculative_draft_model_path", f"{name} drafts without a model")
+            self._refuse_speculative("speculative_draft_model_", f"{name} drafts without a model")
         if not algorithm.takes_token_map:
             served = ", ".join(key for key, each in ALGORITHMS.items() if each.takes_token_map)
             self._refuse_speculative("speculative_token_map", f"{name} has no use for it; {served} have")

@@ -22,9 +22,11 @@ import torch.distributed as dist
 
 from specbackend.attention.registry import attention_backend
 from specbackend.batch import DecodeBatch, ExtendBatch
+from specbackend.cache import tree_view
 from specbackend.cache.host_tier import HostTier, kv_layout
 from specbackend.cache.kv_pool import KVPool, RequestTable
 from specbackend.cache.slots import SlotManager
+from specbackend.cache.tree_view import TreeView
 from specbackend.config import EngineConfig
 from specbackend.cuda_graphs import Recorder, graph_batch_sizes, graph_recorder
 from specbackend.engine_stats import PLAIN, PREFILL, SPECULATIVE, EngineStats, EngineStep, StepCounts, log_step
@@ -35,7 +37,7 @@ from specbackend.models.compiled import compile_steps
 from specbackend.models.draft import DraftModel
 from specbackend.models.llama import LlamaModel
 from specbackend.models.model_config import ModelConfig
-from specbackend.models.quantization import quantize
+from specbackend.models.quantization import quantize, quantize_draft
 from specbackend.models.registry import load_draft
 from specbackend.offline import OfflineAnswer, Question, read_questions
 from specbackend.radix.client import RadixClient
@@ -119,6 +121,8 @@ class Engine:
         draft = load_draft(config, model, self.dtype, self.device, num_positions)
         if draft is not None:
             model.captured_layers = draft.captured_layers
+            if config.speculative_draft_model_quantization:
+                quantize_draft(draft, config.speculative_draft_model_quantization)
         if config.enable_torch_compile:
             _compile_steps(config, model, draft, self.device)
         num_slots = _num_slots(config, model, draft, context, num_nodes)
@@ -263,6 +267,15 @@ class Engine:
             shadow_different_requests=shadows.totals.different_requests,
             shadow_tokens=shadows.totals.tokens,
         )
+
+    def flush_cache(self) -> int:
+        """Drop the prefixes that no request uses; returns how many tokens that were."""
+        self._tell("flush_cache")
+        return self.slots.flush()
+
+    def cache_view(self, limit: int) -> TreeView:
+        """The prefix cache's tree with its `limit` largest nodes, for people."""
+        return tree_view.view(self.slots.tree, limit)
 
     def generate(
         self,

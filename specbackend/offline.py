@@ -9,6 +9,7 @@ from typing import Any
 from specbackend.errors import InvalidRequest
 from specbackend.request import FinishReason, TokenLogprob, Update
 from specbackend.sampling_params import RETURN_LOGPROB, SamplingParams, in_our_words
+from specbackend.spec_trace import first_tokens
 from specbackend.text import TextStream
 from specbackend.tokenizer import Tokenizer
 from specbackend.words import with_token_ids
@@ -79,8 +80,9 @@ class OfflineAnswer:
         self._stream = TextStream(tokenizer.decode, question.params)
         self._logprobs: list[TokenLogprob] = []
         self._prompt_logprobs: list[TokenLogprob] = []
+        self._steps: list[dict] = []
         self._update: Update | None = None
-        self._start, self._seconds = time.perf_counter(), 0.0
+        self._arrival_ns, self._seconds = time.monotonic_ns(), 0.0
 
     def take(self, update: Update) -> None:
         if update.failure:
@@ -90,9 +92,11 @@ class OfflineAnswer:
         self.output_ids += piece.token_ids
         self._logprobs += update.logprobs[: len(piece.token_ids)]
         self._prompt_logprobs += update.prompt_logprobs
+        steps = first_tokens(update.spec_trace, len(piece.token_ids))
+        self._steps += [step.to_dict(self._arrival_ns, self._text_of) for step in steps]
         self.stopped = self.stopped or piece.stopped
         self._update = update
-        self._seconds = time.perf_counter() - self._start
+        self._seconds = (time.monotonic_ns() - self._arrival_ns) / 1e9
 
     def to_dict(self) -> dict:
         update = self._update
@@ -114,6 +118,7 @@ class OfflineAnswer:
                 "accept_length": update.completion_tokens / max(update.spec_verify_ct, 1),
                 "e2e_latency": self._seconds,
                 **dict(self._logprob_lists()),
+                **({"spec_trace": list(self._steps)} if self.question.params.return_spec_trace else {}),
             },
         }
 
@@ -136,5 +141,7 @@ class OfflineAnswer:
         return [self._entry(token, logprob) for token, logprob in each.top]
 
     def _entry(self, token: int, logprob: float | None) -> tuple[float | None, int, str | None]:
-        text = self._tokenizer.decode([token], skip_special_tokens=False) if self._with_texts else None
-        return logprob, token, text
+        return logprob, token, self._text_of(token) if self._with_texts else None
+
+    def _text_of(self, token: int) -> str:
+        return self._tokenizer.decode([token], skip_special_tokens=False)

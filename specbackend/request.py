@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from specbackend.config import TreeShape
 from specbackend.sampling_params import SamplingParams
+from specbackend.spec_trace import StepTrace
 
 if TYPE_CHECKING:  # it brings llguidance, which Triton's process has no use for
     from specbackend.grammar import GrammarState
@@ -60,7 +61,9 @@ class Request:
     num_computed: int = 0  # tokens whose KV is in the pool
     num_cached: int = 0  # of these, how many the prefix cache supplied
     num_cached_on_host: int = 0  # of these, how many a lower tier supplied
+    first_scheduled_ns: int = 0  # on time.monotonic_ns()'s clock
     spec_verify_ct: int = 0  # decode steps taken
+    accept_counts: list[int] = field(default_factory=list)  # of these, by how many drafted tokens they accepted
     undrafted_ct: int = 0  # of these, how many verified the root alone although there is a tree; the decoder counts
     num_unfed: int = 0  # of num_computed, the last that the draft has yet to read for that; the decoder counts
     finish_reason: FinishReason | None = None
@@ -107,6 +110,9 @@ class Update:
     prompt_logprobs: list[TokenLogprob] = field(default_factory=list)  # of all but the first, on the first update
     failure: Failure | None = None  # on the last update, which says abort
     host_cached_tokens: int = 0  # of cached_tokens, how many a lower tier supplied
+    first_scheduled_ns: int = 0  # on time.monotonic_ns()'s clock
+    accept_counts: list[int] = field(default_factory=list)  # steps by how many drafted tokens they accepted, 0 first
+    spec_trace: list[StepTrace] = field(default_factory=list)  # how it came by token_ids, if asked for
 
     @property
     def finished(self) -> bool:

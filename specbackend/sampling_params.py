@@ -17,6 +17,7 @@ UNLIMITED = 1 << 30  # max_new_tokens of a request that is bounded by the contex
 MOST_BAD_WORDS, LONGEST_BAD_WORD = 256, 32  # every one is compared with the end of every path of the tree
 MOST_STOPS = 64  # looked for after every token, in the thread that answers everybody
 MOST_LOGPROBS = 20  # alternatives per token, as in vLLM
+FLAGS = ("ignore_eos", "speculative", "include_stop_str_in_output", "skip_special_tokens", "return_spec_trace")
 MOST_SEQUENCES = 64  # of one prompt
 LONGEST_SALT = 1024  # characters
 
@@ -144,6 +145,7 @@ class SamplingParams:
     # what is told of the tokens
     logprobs: int | None = None  # of each token picked, and of so many alternatives; None: nothing
     prompt_logprobs: int | None = None  # the same of the prompt's tokens
+    return_spec_trace: bool = False  # how each step came by its tokens, see `spec_trace`
     include_stop_str_in_output: bool = False
     skip_special_tokens: bool = True  # in the text
 
@@ -167,7 +169,7 @@ class SamplingParams:
             _require_text("cache_salt", self.cache_salt)
             if not 0 < len(self.cache_salt) <= LONGEST_SALT:
                 raise InvalidRequest("cache_salt", f"must have 1 to {LONGEST_SALT} characters")
-        for flag in ("ignore_eos", "speculative", "include_stop_str_in_output", "skip_special_tokens"):
+        for flag in FLAGS:
             _require_bool(flag, getattr(self, flag))
         self._check_filters()
         self._check_penalties()

@@ -1,10 +1,11 @@
 """Who runs next, on which slots, and what became of it."""
 
 import bisect
+import time
 from array import array
 from collections.abc import Callable, Sequence
 
-from specbackend.batch import Accepted, DecodeBatch, ExtendBatch
+from specbackend.batch import Accepted, DecodeBatch, ExtendBatch, traced_rows
 from specbackend.cache.kv_pool import RequestTable
 from specbackend.cache.radix_tree import shared_length
 from specbackend.cache.slots import PinnedPrefix, SlotManager
@@ -12,6 +13,7 @@ from specbackend.config import EngineConfig
 from specbackend.errors import QueueFull
 from specbackend.request import Failure, FinishReason, Request, RequestStatus, TokenLogprob, Update
 from specbackend.sampling_params import UNLIMITED
+from specbackend.spec_trace import StepTrace, first_tokens
 from specbackend.speculative.drafter import CacheRule
 
 OLDEST_EVERY = 16  # of so many admissions one is the oldest's, whatever the policy says, so that nobody waits for ever
@@ -177,6 +179,8 @@ class Scheduler:
         request.num_computed = cached
         if not request.output_ids:  # else it was retracted, and what it finds is its own
             request.num_cached, request.num_cached_on_host = cached, cached - on_device
+            request.first_scheduled_ns = request.first_scheduled_ns or time.monotonic_ns()
+            request.accept_counts = [0] * (request.tree.longest_path if request.tree else 1)
         self._pinned[request] = pinned
         if not needs_drafts:  # the draft reads the prompt, too, unless something that it would read before is missing
             self._num_drafted[request] = request.num_tokens if pinned.num_drafted == cached else pinned.num_drafted
@@ -275,6 +279,7 @@ class Scheduler:
                 request.num_computed += length
         updates, token_lists = [], accepted.tolists()
         logprobs = _logprobs(batch.requests, accepted, token_lists)
+        traces = _traces(batch, accepted, token_lists)
         for request, tokens in zip(batch.requests, token_lists, strict=True):
             if not tokens:
                 continue
@@ -283,7 +288,8 @@ class Scheduler:
             else:
                 request.num_computed += len(tokens)
                 request.spec_verify_ct += 1
-            updates.append(self._append(request, tokens, logprobs.get(request, [])))
+                request.accept_counts[len(tokens) - 1] += 1
+            updates.append(self._append(request, tokens, logprobs.get(request, []), traces.get(request, [])))
         return updates
 
     def _start_running(self, request: Request, first_token: int) -> None:
@@ -293,7 +299,9 @@ class Scheduler:
         request.status = RequestStatus.RUNNING
         self._share(request, request.text_array() + array("q", [first_token]), request.num_computed)
 
-    def _append(self, request: Request, tokens: list[int], logprobs: list[TokenLogprob]) -> Update:
+    def _append(
+        self, request: Request, tokens: list[int], logprobs: list[TokenLogprob], trace: list[StepTrace]
+    ) -> Update:
         tokens, reason = self._cut(request, tokens)
         if request.failure:
             tokens, reason = [], FinishReason.ABORT
@@ -310,12 +318,15 @@ class Scheduler:
             completion_tokens=len(request.output_ids),
             cached_tokens=request.num_cached,
             host_cached_tokens=request.num_cached_on_host,
+            first_scheduled_ns=request.first_scheduled_ns,
+            accept_counts=list(request.accept_counts),
             spec_verify_ct=request.spec_verify_ct,
             draft_tokens=_num_drafted(request),
             has_end_token=reason is FinishReason.STOP and self._is_end_token(request, tokens[-1]),
             logprobs=logprobs[: len(tokens)],
             prompt_logprobs=prompt_logprobs,
             failure=request.failure,
+            spec_trace=first_tokens(trace, len(tokens)),
         )
 
     def _cut(self, request: Request, tokens: list[int]) -> tuple[list[int], FinishReason | None]:
@@ -398,3 +409,31 @@ def _logprobs(
     counts = [len(tokens[row]) for row in accepted.logprobs.rows]
     tops = [request.params.logprobs for request in asking]
     return dict(zip(asking, accepted.logprobs.tolists(counts, tops), strict=True))
+
+
+def _traces(
+    batch: ExtendBatch | DecodeBatch, accepted: Accepted, tokens: list[list[int]]
+) -> dict[Request, list[StepTrace]]:
+    """Of the requests that ask, the step whose tokens have just come to the host."""
+    rows = [row for row in traced_rows(batch.requests) if tokens[row]]
+    if not rows:
+        return {}
+    step_ms = (time.monotonic_ns() - batch.started_ns) / 1e6
+    rounds = accepted.rounds() if accepted.rounds else {}
+    kind = "prefill" if isinstance(batch, ExtendBatch) else "speculative" if rounds else "plain"
+    traces = {}
+    for row in rows:
+        request, round = batch.requests[row], rounds.get(row)
+        step = StepTrace(
+            kind=kind,
+            batch_size=len(batch.requests),
+            started_ns=batch.started_ns,
+            step_ms=round.step_ms if round else step_ms,
+            token_ids=tokens[row],
+            bonus=tokens[row][-1],
+            prompt_tokens=len(request.input_ids),
+            cached_tokens=request.num_cached,
+            round=round,
+        )
+        traces[request] = [step]
+    return traces

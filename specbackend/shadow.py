@@ -144,4 +144,5 @@ def plain_params(request: Request) -> SamplingParams:
         n=1,
         logprobs=None,
         prompt_logprobs=None,
+        return_spec_trace=False,
     )

@@ -11,7 +11,7 @@ from functools import partial
 import numpy as np
 import torch
 
-from specbackend.batch import Accepted, DecodeBatch, Sequences
+from specbackend.batch import Accepted, DecodeBatch, Sequences, traced_rows
 from specbackend.cache.kv_pool import RequestTable
 from specbackend.cache.slots import DUMMY_SLOT
 from specbackend.config import TreeShape
@@ -113,7 +113,8 @@ def _floats(params: SamplingParams) -> tuple[float, ...]:
 class RecordedDecoder:
     """A decoder whose steps are recorded for batches of up to batch_sizes[-1] requests that all have one tree.
 
-    What a recording cannot hold is left to the decoder: logprobs, trees of their own, parameters that need the text.
+    What a recording cannot hold is left to the decoder: logprobs, traces, trees of their own, parameters that need the
+    text.
     """
 
     def __init__(
@@ -149,7 +150,7 @@ class RecordedDecoder:
         if len(requests) > self._batch_sizes[-1]:
             return False
         others = any(self._tree not in (None, each.tree) or each.params.logprobs is not None for each in requests)
-        return not others and not processors_of(BEFORE_TEMPERATURE, requests, "cpu")
+        return not others and not traced_rows(requests) and not processors_of(BEFORE_TEMPERATURE, requests, "cpu")
 
     def _run(self, B: int, most: Sampling) -> None:
         buffers = self._buffers[B]

@@ -57,6 +57,7 @@ class StopMatcher:
         self._stops = tuple(stops)
         self._keep = keep  # a stop string that is found is text too
         self._held = ""
+        self.found: str | None = None  # the stop string that is complete
 
     def push(self, text: str, look: bool = True) -> tuple[str, bool]:
         """Return the text in front of anything that is, or may become, a stop string, and whether one is complete.
@@ -66,6 +67,7 @@ class StopMatcher:
         known, self._held = len(self._held), self._held + text
         if look and (match := self._first_match(known)):
             start, end = match
+            self.found = self._held[start:end]
             return self._held[: end if self._keep else start], True
         safe = len(self._held) - self._partial_length()
         passed, self._held = self._held[:safe], self._held[safe:]
@@ -121,6 +123,11 @@ class TextStream:
         self._matcher = StopMatcher(params.stop, keep=params.include_stop_str_in_output)
         self._params = params
         self._count = 0  # tokens so far
+
+    @property
+    def stop_string(self) -> str | None:
+        """The one that ended the text, if one did."""
+        return self._matcher.found
 
     def push(self, token_ids: Sequence[int], last: bool = False, has_end_token: bool = False) -> Piece:
         """Take new tokens. With `last`, nothing is held back any more; the last of all may be an end token."""

@@ -60,16 +60,26 @@ class Tokenizer:
         """Raises ConfigError if there is no template, or its syntax is broken."""
         _ = self._template
 
-    def apply_chat_template(self, messages: list[dict[str, str]]) -> str:
+    def apply_chat_template(
+        self,
+        messages: list[dict],
+        tools: list[dict] | None = None,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        **template_kwargs: object,
+    ) -> str:
         """Render the conversation up to where the assistant speaks; the text already holds its special tokens.
 
-        Raises ConfigError like `check_chat_template`, and ChatTemplateError.
+        With `continue_final_message` it ends where the last message's content does. Raises ConfigError like
+        `check_chat_template`, and ChatTemplateError.
         """
         template = self._template
+        variables = {**self._special_tokens, **template_kwargs, "messages": messages, "tools": tools}
         try:
-            return template.render(messages=messages, add_generation_prompt=True, **self._special_tokens)
+            text = template.render(**variables, add_generation_prompt=add_generation_prompt)
         except jinja2.TemplateError as error:
             raise ChatTemplateError(f"chat template: {error}") from error
+        return _up_to_the_end_of(messages[-1]["content"].strip(), text) if continue_final_message else text
 
     @cached_property
     def _template(self) -> jinja2.Template:
@@ -96,6 +106,13 @@ class Tokenizer:
         entries = {name: value for name, value in self._config.items() if name.endswith("_token")}
         texts = {name: value.get("content") if isinstance(value, dict) else value for name, value in entries.items()}
         return {name: text for name, text in texts.items() if isinstance(text, str)}
+
+
+def _up_to_the_end_of(content: str, text: str) -> str:
+    start = text.rfind(content)
+    if start < 0:
+        raise ChatTemplateError("chat template: the last message cannot be continued, its content is not in the text")
+    return text[: start + len(content)]
 
 
 def _load(path: Path) -> FastTokenizer:

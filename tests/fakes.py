@@ -13,6 +13,7 @@ from typing import ClassVar
 import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
+from specbackend.cache.tree_view import NodeView, TreeView
 from specbackend.config import EngineConfig
 from specbackend.engine_stats import EngineStats
 from specbackend.errors import ConfigError, InvalidRequest, QueueFull
@@ -99,6 +100,12 @@ class FakeEngine:
         updates = [self._advance(request) for request in self._requests]
         self._requests = deque(r for r in self._requests if r.finish_reason is None)
         return updates
+
+    def flush_cache(self) -> int:
+        return 5
+
+    def cache_view(self, limit: int) -> TreeView:
+        return TreeView(2, 7, 2, [NodeView(4, None, 2, 7, 1, 0, 3), NodeView(9, 4, 5, 5, 0, 1, 0)][:limit])
 
     def stats(self) -> EngineStats:
         running = len(self._requests)
@@ -205,13 +212,15 @@ class FakeSender:
 class FakeRequest:
     """Give inputs as Python values: scalars become [1, 1], lists [1, n]."""
 
+    face_name = "LLM"  # in serving.faces
+
     def __init__(self, request_id: str = "", parameters: dict | None = None, timeout: int = 0, outputs=None, **inputs):
         self._id, self._parameters, self._timeout, self._inputs = request_id, parameters or {}, timeout, inputs
         self._outputs = outputs
         self.sender = FakeSender()
 
     def inputs(self) -> list[FakeTensor]:
-        return [FakeTensor(name, _tensor_array(name, value)) for name, value in self._inputs.items()]
+        return [FakeTensor(name, _tensor_array(self.face, name, value)) for name, value in self._inputs.items()]
 
     def parameters(self) -> str:
         return json.dumps(self._parameters)
@@ -223,23 +232,32 @@ class FakeRequest:
         return self._timeout
 
     def requested_output_names(self) -> list[str]:
-        from specbackend.serving.schemas import LLM_OUTPUTS
-
-        return self._outputs or [spec.name for spec in LLM_OUTPUTS]
+        return self._outputs or list(self.face.output)
 
     def get_response_sender(self) -> FakeSender:
         return self.sender
 
+    @property
+    def face(self):
+        from specbackend.serving import faces
 
-def _tensor_array(name: str, value) -> np.ndarray:
-    from specbackend.serving.schemas import LLM_INPUTS
+        return getattr(faces, self.face_name)
 
+
+class VllmRequest(FakeRequest):
+    """The same for vllm_model: [1] and [n]."""
+
+    face_name = "VLLM"
+
+
+def _tensor_array(face, name: str, value) -> np.ndarray:
     if isinstance(value, np.ndarray):
         return value
     types = {"STRING": np.object_, "INT32": np.int32, "UINT64": np.uint64, "FP32": np.float32, "BOOL": np.bool_}
-    dtype = next((types.get(spec.dtype) for spec in LLM_INPUTS if spec.name == name), np.bool_)
+    dtype = types.get(face.tensor[name].dtype, np.bool_) if name in face.tensor else np.bool_
     row = value if isinstance(value, list) else [value]
-    return np.array([[v.encode() if isinstance(v, str) else v for v in row]], dtype=dtype)
+    array = np.array([v.encode() if isinstance(v, str) else v for v in row], dtype=dtype)
+    return array[None] if face.has_batch_dimension else array
 
 
 class FakeMetric:

@@ -71,7 +71,8 @@ def test_everybody_in_one_run(bench, tmp_path, capsys):
     figures = json.loads(figures.read_text())
     rows = {(row["peer"], row["algorithm"], row["batch_size"]): row for row in figures["rows"]}
     both = {name[:2] for name in rows if (*name[:2], 1) in rows and (*name[:2], 2) in rows}
-    heads = {f"{head} {tree}" for head in ("EAGLE", "EAGLE3") for tree in ("(5, 1, 6)", "(5, 4, 8)")}
+    trees = ("(5, 1, 6)", "(5, 4, 8)", "(5, 1, 6), draft in int8wo")
+    heads = {f"{head} {tree}" for head in ("EAGLE", "EAGLE3") for tree in trees}
     assert both == {("specbackend", name) for name in {"plain", "NGRAM"} | heads} | {
         ("transformers", "plain"),
         *(("vllm", name) for name in ("plain", "eagle", "ngram")),

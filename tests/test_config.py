@@ -131,12 +131,18 @@ def test_refusals_name_the_parameter(name, value):
 
 
 @pytest.mark.parametrize(
-    "name",
-    [*TREE_NAMES, "speculative_draft_model_path", "speculative_token_map", "speculative_ngram_max_match_window_size"],
+    "name, value",
+    [
+        *((name, "3") for name in TREE_NAMES),
+        ("speculative_draft_model_path", "/models/draft"),
+        ("speculative_draft_model_quantization", "int8wo"),
+        ("speculative_token_map", "/models/freq.pt"),
+        ("speculative_ngram_max_match_window_size", "3"),
+    ],
 )
-def test_speculative_parameters_without_an_algorithm(name):
+def test_speculative_parameters_without_an_algorithm(name, value):
     with pytest.raises(ConfigError, match=rf"^{name}: .*speculative_algorithm is not"):
-        EngineConfig.from_params({**BASE, name: "3"})
+        EngineConfig.from_params({**BASE, name: value})
 
 
 @pytest.mark.parametrize(
@@ -184,9 +190,11 @@ def test_algorithm_without_draft(algorithm):
         EngineConfig.from_params({**BASE, "speculative_algorithm": algorithm})
 
 
+ROUNDED = "speculative_draft_model_quantization"
 DRAFT, MAP, WINDOW = "speculative_draft_model_path", "speculative_token_map", "speculative_ngram_min_match_window_size"
 MISFITS = [
     ({"speculative_algorithm": "NGRAM", DRAFT: "/models/draft"}, DRAFT),
+    ({"speculative_algorithm": "NGRAM", ROUNDED: "int8wo"}, ROUNDED),
     ({"speculative_algorithm": "NGRAM", "speculative_num_steps": 3}, "speculative_num_steps"),
     ({"speculative_algorithm": "NGRAM", "speculative_eagle_topk": 3}, "speculative_eagle_topk"),
     ({"speculative_algorithm": "NGRAM", "speculative_num_draft_tokens": 1}, "speculative_num_draft_tokens"),

@@ -11,8 +11,11 @@ ROOT = Path(__file__).parents[1]
 
 NO_TORCH_NOUNS = [
     f"specbackend.{noun}"
-    for noun in ("config", "request", "sampling_params", "errors", "text", "tokenizer", "words", "grammar", "frames")
-] + ["specbackend.engine_stats"]
+    for noun in (
+        *("config", "request", "sampling_params", "spec_trace", "engine_stats", "errors"),
+        *("text", "tokenizer", "words", "grammar", "frames"),
+    )
+]
 LAYERS = [  # top to bottom
     ["model_repository"],
     ["specbackend.serving"],

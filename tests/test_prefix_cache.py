@@ -94,3 +94,20 @@ def test_priorities_are_for_servers_that_serve_them(new_engine):
     with pytest.raises(InvalidRequest, match=r"^priority: .*enable_priority_scheduling"):
         engine.generate(input_ids=[5, 6], sampling_params={"priority": 1})
     assert engine.generate(input_ids=[5, 6], sampling_params={"priority": 0, "max_new_tokens": 1})["output_ids"]
+
+
+def test_flush_drops_what_no_request_uses_and_the_answers_stay(new_engine):
+    engine = new_engine()
+    prompt = list(range(40, 80))
+    before = engine.generate(input_ids=prompt, sampling_params=GREEDY)
+    view = engine.cache_view(10)
+    assert sum(node.num_tokens for node in view.nodes) == view.num_tokens == engine.slots.tree.num_slots > 0
+    running = engine.generate(input_ids=prompt, sampling_params=GREEDY, stream=True)
+    next(running)
+    assert engine.flush_cache() < view.num_tokens
+    assert engine.cache_view(10).locked_tokens == engine.cache_view(10).num_tokens > 0
+    assert list(running)[-1]["output_ids"] == before["output_ids"]
+    assert engine.flush_cache() > 0
+    assert engine.slots.num_free == engine.slots.num_slots
+    again = engine.generate(input_ids=prompt, sampling_params=GREEDY)
+    assert (again["output_ids"], again["meta_info"]["cached_tokens"]) == (before["output_ids"], 0)

@@ -323,6 +323,7 @@ EXAMPLES = {
     "ignore_eos": True,
     "include_stop_str_in_output": True,
     "no_stop_trim": True,
+    "return_spec_trace": True,
     "top_logprobs_num": 3,
     "logprob_start_len": 0,
     **dict.fromkeys(("repetition_penalty", "frequency_penalty", "presence_penalty"), 1.5),

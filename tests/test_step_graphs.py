@@ -27,6 +27,7 @@ PROMPT_WIDTHS = (16, 48, 64)  # fewer and shorter: here they are computed to be 
 LEFT_TO_THE_DECODER = [
     {"repetition_penalty": 1.3},
     {"logprobs": 2},
+    {"return_spec_trace": True},
     {"logit_bias": {"5": 2.0}},
     {"speculative_num_steps": 2},
 ]

@@ -134,17 +134,20 @@ def test_two_ranks_say_what_one_says(case, tmp_path, start):
 def test_a_trained_head_and_a_grammar(demo_prompts):
     """Large enough for packed weights."""
     demo = {"model_path": str(DEMO_TARGET), "speculative_draft_model_path": str(DEMO_EAGLE3)}
-    params = [{"temperature": 0, "max_new_tokens": 24}, {"temperature": 0, "regex": "([a-z]{1,9} ){4}"}]
+    traced = {"temperature": 0, "max_new_tokens": 24, "return_spec_trace": True}
+    params = [traced, {"temperature": 0, "regex": "([a-z]{1,9} ){4}"}]
     said = []
     for tp_size in (1, 2):
         engine = Engine(
             **demo, speculative_algorithm="EAGLE3", speculative_adaptive=False, max_total_tokens=2048, tp_size=tp_size
         )
         answers = engine.generate(input_ids=demo_prompts[:2], sampling_params=params)
-        said.append([(answer["text"], answer["meta_info"]["spec_verify_ct"]) for answer in answers])
+        steps = [step for step in answers[0]["meta_info"]["spec_trace"] if step["kind"] == "speculative"]
+        trees = [(step["accepted"], step["tree"]["parents"], step["tree"]["token_ids"]) for step in steps]
+        said.append([*((answer["text"], answer["meta_info"]["spec_verify_ct"]) for answer in answers), trees])
         engine.shutdown()
     assert said[0] == said[1]
-    assert said[0][0][1] < 12  # steps for 24 tokens
+    assert len(trees) == said[0][0][1] < 12  # steps for 24 tokens
 
 
 def test_requests_that_are_refused_or_cancelled_leave_the_ranks_in_step(tmp_path, start):

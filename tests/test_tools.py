@@ -76,8 +76,9 @@ def test_repository_has_the_parameters(serve, tmp_path, monkeypatch, capsys):
         "disable_radix_cache": "true",
     }
     engine_names = {field.name for field in fields(EngineConfig)}
-    llm = parameters_of(repository / "llm" / "config.pbtxt")
-    assert {name: value for name, value in llm.items() if name in engine_names} == in_engine
+    for model in ("llm", "vllm_model"):
+        params = parameters_of(repository / model / "config.pbtxt")
+        assert {name: value for name, value in params.items() if name in engine_names} == in_engine
     preprocessing = parameters_of(repository / "preprocessing" / "config.pbtxt")
     assert preprocessing == parameters_of(shipped / "preprocessing" / "config.pbtxt") | {
         "model_path": str(tmp_path / "target")

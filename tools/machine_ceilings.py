@@ -8,6 +8,7 @@ import torch
 from roofline import Ceilings, GemmTimes
 
 from specbackend.cuda_graphs import graph_timer
+from specbackend.kernels.cpu.memory import HugePages
 from specbackend.models.linear import linear
 
 ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
@@ -45,7 +46,7 @@ def measure(
 @torch.inference_mode()
 def read_bandwidth(device: torch.device, size: int = READ_BYTES) -> float:
     """Bytes/s of a sum over a buffer of `size` bytes, or of the product of its halves: CPUs like two streams better."""
-    buffer = torch.ones(size // 4, device=device)
+    buffer = HugePages().empty((size // 4,), torch.float32).fill_(1).to(device)
     first, second = buffer.chunk(2)
     return buffer.nbytes / min(best_seconds(work, device) for work in (buffer.sum, lambda: first @ second))
 

@@ -43,7 +43,8 @@ def make_repository(folder: Path, params: Mapping[str, Any]) -> Path:
     """The shipped model repository with these parameters instead of its own, and the gauges."""
     shutil.copytree(ROOT / "model_repository", folder, ignore=shutil.ignore_patterns("__pycache__", "model.json"))
     engine = EngineConfig.from_params(params).resolve_paths(ROOT).to_params()
-    (folder / "llm" / "1" / "model.json").write_text(json.dumps({**engine, "REPORT_CUSTOM_METRICS": True}))
+    for face in ("llm", "vllm_model"):
+        (folder / face / "1" / "model.json").write_text(json.dumps({**engine, "REPORT_CUSTOM_METRICS": True}))
     (folder / "preprocessing" / "1" / "model.json").write_text(json.dumps({"model_path": engine["model_path"]}))
     return folder
 

@@ -27,7 +27,8 @@ class HugePages:
 
 
 def _map(size: int) -> torch.Tensor:
-    mapped = mmap.mmap(-1, size + HUGE_PAGE)
+    # private: shared memory has huge pages by another setting of the kernel, which is off nearly everywhere
+    mapped = mmap.mmap(-1, size + HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     if hasattr(mmap, "MADV_HUGEPAGE"):
         mapped.madvise(mmap.MADV_HUGEPAGE)
     chunk = torch.frombuffer(mapped, dtype=torch.uint8)

@@ -39,6 +39,7 @@ def kv_layout(config: EngineConfig, pools: Sequence[KVPool], successor_keys: boo
         "version": BLOCK_VERSION,
         "draft": draft,
         "quantization": config.quantization,
+        "draft_quantization": config.speculative_draft_model_quantization if draft else None,
         "device": pools[0].device.type,
         "pools": [pool.layout() for pool in pools],
     }

@@ -67,6 +67,7 @@ class RadixNode:
     priority: int = 0  # the highest of the requests that gave its slots or had them already
     is_queued: bool = False  # for eviction
     salt: str | None = None  # of a root
+    number: int = field(default_factory=count().__next__)
 
     def path(self) -> Iterator["RadixNode"]:
         """This node and those above it, without the root."""
@@ -173,6 +174,14 @@ class RadixTree:
             self._remove(leaf)
             freed += leaf.slots
         return freed
+
+    def flush(self) -> list[int]:
+        """Drop all that is unpinned and tell nobody of it; return the freed slots."""
+        on_evict, self._on_evict = self._on_evict, None
+        try:
+            return self.evict(self.num_evictable)
+        finally:
+            self._on_evict = on_evict
 
     def prefix_of(self, node: RadixNode) -> CachedPrefix:
         """What leads to a node that is no root, the node included."""

@@ -58,6 +58,12 @@ class SlotManager:
         del self._free[cut:]
         return taken
 
+    def flush(self) -> int:
+        """Drop what the prefix cache holds and nobody uses; returns how many slots that frees."""
+        freed = self.tree.flush()
+        self.release(freed)
+        return len(freed)
+
     def release(self, slots: Sequence[int]) -> None:
         self._free += slots
 

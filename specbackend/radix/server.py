@@ -185,25 +185,32 @@ def _units(blocks: list[Block]) -> bytes:
 @contextmanager
 def listen(path: Path) -> Iterator[socket.socket]:
     """A socket that only this user reaches; its file goes at the end. Raises OSError if a sidecar serves there."""
-    listener = socket.socket(socket.AF_UNIX)
-    with _locked(path.parent):
+    with locked(path.parent):
         if is_served(path):
             raise OSError(f"{path}: a sidecar serves there already")
-        path.unlink(missing_ok=True)  # of one that was killed
-        umask = os.umask(0o177)
-        try:
-            listener.bind(str(path))
-        finally:
-            os.umask(umask)
-        listener.listen()
+        listener = bind(path)
     try:
         yield listener
     finally:
         path.unlink(missing_ok=True)
 
 
+def bind(path: Path) -> socket.socket:
+    """A socket that listens for this user only, in the place of one whose process was killed."""
+    path.unlink(missing_ok=True)
+    listener = socket.socket(socket.AF_UNIX)
+    umask = os.umask(0o177)
+    try:
+        listener.bind(str(path))
+    finally:
+        os.umask(umask)
+    listener.listen()
+    return listener
+
+
 @contextmanager
-def _locked(folder: Path) -> Iterator[None]:
+def locked(folder: Path) -> Iterator[None]:
+    """For whoever makes or removes sockets in it."""
     fd = os.open(folder, os.O_RDONLY)
     try:
         fcntl.flock(fd, fcntl.LOCK_EX)

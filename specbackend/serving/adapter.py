@@ -1,4 +1,7 @@
-"""The llm model inside Triton's stub process: load, execute, finalize. Thin: the engine is a process of its own."""
+"""The models llm and vllm_model inside Triton's stub process: load, execute, finalize.
+
+Thin: the engine is a process of its own.
+"""
 
 import json
 import os
@@ -11,6 +14,7 @@ from specbackend.config import EngineConfig
 from specbackend.errors import ConfigError, InvalidRequest
 from specbackend.radix.process import own_socket
 from specbackend.serving.calls import Call, CallReader, CancelCall
+from specbackend.serving.faces import LLM, Face
 from specbackend.serving.generation import Server
 from specbackend.serving.metrics import Metrics
 from specbackend.serving.responder import Arrival, Responder
@@ -23,10 +27,17 @@ TRITON_PARAMETERS = ("EXECUTION_ENV_PATH", "FORCE_CPU_ONLY_INPUT_TENSORS", "TRIT
 
 
 class Adapter:
-    """One instance of the llm model. Raises ConfigError or EngineError if it cannot load."""
+    """One instance of a model that has this face. Raises ConfigError or EngineError if it cannot load."""
 
-    def __init__(self, pb_utils: Any, args: Mapping[str, str], engine_command: Sequence[str] = ENGINE_COMMAND):
+    def __init__(
+        self,
+        pb_utils: Any,
+        args: Mapping[str, str],
+        engine_command: Sequence[str] = ENGINE_COMMAND,
+        face: Face = LLM,
+    ):
         self._pb = pb_utils
+        self._face = face
         params = read_parameters(args)
         labels = {"model": args["model_name"], "version": args["model_version"]}
         metrics = Metrics(pb_utils, labels) if read_flag(params, "REPORT_CUSTOM_METRICS", False) else None
@@ -37,14 +48,14 @@ class Adapter:
         tokenizer = Tokenizer(config.model_path)
         supervisor = EngineSupervisor(config.to_params(), config.watchdog_timeout, engine_command)
         limits = supervisor.start()
-        self._reader = CallReader(tokenizer, limits)
-        server = Server(tokenizer.decode, config.stream_interval)
+        self._reader = CallReader(tokenizer, limits, face)
+        server = Server(tokenizer.decode, config.stream_interval, face)
         self._responder = Responder(supervisor, server, config.max_queued_requests, metrics)
 
     def execute(self, requests: Iterable[Any]) -> None:
         """Read the requests and hand them to the response thread, errors too. Does not wait for any answer."""
         for request in requests:
-            sender = Sender(self._pb, request.get_response_sender())
+            sender = Sender(self._pb, request.get_response_sender(), self._face)
             self._responder.put(Arrival(sender, self._read(request)))
 
     def finalize(self) -> None:

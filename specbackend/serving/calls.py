@@ -5,23 +5,30 @@ import time
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field, fields, replace
-from itertools import chain
+from itertools import chain, pairwise
 from typing import Any
 
 import msgpack
 import numpy as np
 
 from specbackend.errors import InvalidRequest
-from specbackend.sampling_params import GUIDE_OBJECTS, GUIDES, RETURN_LOGPROB, SamplingParams, in_our_words
+from specbackend.sampling_params import (
+    GUIDE_OBJECTS,
+    GUIDES,
+    LONGEST_BAD_WORD,
+    MOST_BAD_WORDS,
+    RETURN_LOGPROB,
+    SamplingParams,
+    in_our_words,
+)
+from specbackend.serving.chat import render_chat
 from specbackend.serving.errors import Unsupported
+from specbackend.serving.faces import LLM, Face, complete_vllm
 from specbackend.serving.protocol import Ready
-from specbackend.serving.schemas import ALWAYS, ANY, LLM_INPUTS, LLM_OUTPUTS, LLM_PARAMETERS, Input
+from specbackend.serving.schemas import ALWAYS, ANY, CHAT_INPUTS, REQUEST_PARAMETERS, SAMPLING_PARAMETERS, Input, Output
 from specbackend.tokenizer import Tokenizer
 from specbackend.words import bad_word_ids, with_token_ids, word_biases
 
-TENSORS = {spec.name: spec for spec in LLM_INPUTS}
-PARAMETERS = {**TENSORS, **{spec.name: spec for spec in LLM_PARAMETERS}}  # where both exist, parameters have their own
-OUTPUTS = {spec.name: spec for spec in LLM_OUTPUTS if spec.asked_by}
 NUMBER, TEXT = ((int, float), "a number"), (str, "a string")
 INTEGER, FLAG = (int, "an integer"), (bool, "a bool")
 PARAMETER_TYPES = {
@@ -31,15 +38,25 @@ PARAMETER_TYPES = {
     **dict.fromkeys(("FP16", "FP32", "FP64"), NUMBER),
     "JSON": ((int, str), "a number or JSON"),
     "ANY": (object, "anything"),
+    "LOOSE": (object, "anything"),
 }
 # Stop words are looked for after every token, in the thread that answers everybody, and other words tokenized there.
-MOST_VALUES = {"stop": 64, "bad_words": 64, "bias_words": 256, "bias_weights": 256}
+MOST_VALUES = {
+    "stop": 64,
+    "stop_word_ids": 2 * 64,
+    "bad_words": 64,
+    "bad_word_ids": 2 * MOST_BAD_WORDS * LONGEST_BAD_WORD,
+    "bias_words": 256,
+    "bias_weights": 256,
+}
 SAMPLING_FIELDS = (*(f.name for f in fields(SamplingParams)), *RETURN_LOGPROB, *GUIDE_OBJECTS)
-JSON_FIELDS = {spec.sets for spec in LLM_PARAMETERS if spec.dtype == "JSON"}
+JSON_FIELDS = {spec.sets for spec in SAMPLING_PARAMETERS if spec.dtype == "JSON"}
+NOT_SAMPLING = {spec.name for spec in REQUEST_PARAMETERS}
+CHAT = tuple(spec.name for spec in CHAT_INPUTS)  # `messages` and what belongs to them
+JSON_BYTES = 8  # of messages, per byte of text: escapes and keys
 MOST_PROMPT_LOGPROBS = 1 << 16  # written as JSON in that thread, too: a quarter of a second
 GUIDE_TYPES = {"json_schema": "json_schema", "regex": "regex", "ebnf_grammar": "ebnf"}  # TensorRT-LLM's
-AS_TEXT = ("stop", "bad_words", *GUIDES)  # of the vLLM backend's sampling_parameters; all else may be text of JSON
-VLLM_DEFAULTS = {"temperature": 1.0, "max_new_tokens": 16}  # where they differ from ours
+AS_TEXT = ("stop", "bad_words", *GUIDES)  # of the vLLM backend's sampling parameters; all else may be text of JSON
 ANY_JSON = '{"type": ["object", "array"]}'  # TensorRT-LLM's guide type json
 
 
@@ -52,6 +69,7 @@ class Call:
     stream: bool = False
     echo: str = ""  # put in front of the answer
     outputs: frozenset[str] = frozenset(("text_output",))  # those to send
+    nulls: frozenset[str] = frozenset()  # of these, JSON that is asked for without what it would tell
     client_id: str = ""  # the client's request id; not unique
     arrival_ns: int = field(default_factory=time.monotonic_ns)
     timeout_us: int = 0  # 0: none
@@ -74,6 +92,12 @@ class CancelCall:
     client_id: str
 
 
+@dataclass(frozen=True)
+class Prompt:
+    input_ids: list[int]
+    text: str | None = None  # None: that of the ids
+
+
 class Fields:
     """What one request sets, by meaning instead of by name, with the name for error messages."""
 
@@ -84,7 +108,7 @@ class Fields:
     def add(self, spec: Input, values: Iterable) -> None:
         """Take one input's values. Raises InvalidRequest if another name for the same differs, or Unsupported."""
         if spec.sets is None:
-            self._check_neutral(spec, values)
+            check_neutral(spec, values)
             return
         values = list(values)
         value = values if spec.dims != (1,) else only_value(spec.name, values)
@@ -100,25 +124,29 @@ class Fields:
         """As the client calls it."""
         return self._names.get(meaning, meaning)
 
-    @staticmethod
-    def _check_neutral(spec: Input, values: Iterable) -> None:
-        if spec.neutral is not ANY and not all(value in spec.neutral for value in values):
-            only = f" (only {' and '.join(map(repr, spec.neutral))})" if spec.neutral else ""
-            raise Unsupported(spec.name, f"is not supported{only}{spec.why and f': {spec.why}'}")
+
+def check_neutral(spec: Input, values: Iterable) -> None:
+    """Raises Unsupported if one of the values would change something."""
+    if spec.neutral is not ANY and not all(value in spec.neutral for value in values):
+        only = f" (only {' and '.join(map(repr, spec.neutral))})" if spec.neutral else ""
+        raise Unsupported(spec.name, f"is not supported{only}{spec.why and f': {spec.why}'}")
 
 
-def read_fields(request: Any, context_length: int) -> Fields:
+def read_fields(request: Any, face: Face, context_length: int) -> Fields:
     """Collect the request's tensors and parameters. Raises InvalidRequest, naming the field."""
     fields = Fields()
     for tensor in request.inputs():
-        spec, array = TENSORS[tensor.name()], tensor.as_numpy()
+        spec, array = face.tensor[tensor.name()], tensor.as_numpy()
         check_size(spec, array.size, context_length)
-        fields.add(spec, tensor_values(spec.name, array))
-    for name, value in json.loads(request.parameters() or "{}").items():
-        if name not in PARAMETERS:
-            raise InvalidRequest(name, f"is not a known parameter (known: {', '.join(sorted(PARAMETERS))})")
-        check_type(PARAMETERS[name], value)
-        fields.add(PARAMETERS[name], [value])
+        read = tensor_values if face.has_batch_dimension else plain_values
+        fields.add(spec, read(spec.name, array))
+    given = json.loads(request.parameters() or "{}")
+    if fields.get("sampling_parameters") is not None:  # the tensor stands for all of them, as the vLLM backend has it
+        given = {name: value for name, value in given.items() if name in NOT_SAMPLING}
+    for name, value in given.items():
+        if name not in face.parameter:
+            raise InvalidRequest(name, f"is not a known parameter (known: {', '.join(sorted(face.parameter))})")
+        fields.add(face.parameter[name], [parameter_value(face.parameter[name], value)])
     return fields
 
 
@@ -130,17 +158,31 @@ def check_size(spec: Input, size: int, context_length: int) -> None:
         raise InvalidRequest(spec.name, f"has {size} values, at most {MOST_VALUES[spec.sets]} are served")
 
 
-def check_type(spec: Input, value: Any) -> None:
+def parameter_value(spec: Input, value: Any) -> Any:
     """A parameter's type is the client's choice; a tensor's is checked by Triton."""
     types, words = PARAMETER_TYPES[spec.dtype]
     if not isinstance(value, types) or (isinstance(value, bool) and types not in (bool, object)):
         raise InvalidRequest(spec.name, f"must be {words}, got {value!r}")
+    return loosely(spec.name, value) if spec.dtype == "LOOSE" else value
+
+
+def loosely(name: str, value: Any) -> Any:
+    """What the vLLM backend makes of a sampling parameter: text of a number or JSON is what it says."""
+    if isinstance(value, str) and name not in AS_TEXT:
+        with suppress(InvalidRequest):
+            return _read_json(name, value)
+    return None if name == "logprobs" and value is False else value  # Triton's OpenAI frontend says that for none
 
 
 def tensor_values(name: str, array: np.ndarray) -> Iterable:
-    """The Python values of a tensor [1, ...], one by one: large tensors that are refused are not worth a list."""
+    """The Python values of a tensor [1, ...]."""
     if array.ndim and array.shape[0] > 1:
         raise InvalidRequest(name, f"one prompt per request, got a batch of {array.shape[0]}")
+    return plain_values(name, array)
+
+
+def plain_values(name: str, array: np.ndarray) -> Iterable:
+    """A tensor's Python values, one by one: large tensors that are refused are not worth a list."""
     return (_plain(name, value) for value in array.flat)
 
 
@@ -164,39 +206,61 @@ def only_value(name: str, values: list) -> Any:
 class CallReader:
     """Turns Triton's requests into calls that the engine will not refuse."""
 
-    def __init__(self, tokenizer: Tokenizer, limits: Ready):
+    def __init__(self, tokenizer: Tokenizer, limits: Ready, face: Face = LLM):
         self._tokenizer = tokenizer
         self._limits = limits
+        self._face = face
 
     def read(self, request: Any) -> Call | CancelCall:
         """Raises InvalidRequest or Unsupported, naming the field as the client calls it."""
-        fields = read_fields(request, self._limits.context_length)
+        fields = read_fields(request, self._face, self._limits.context_length)
         if fields.get("cancel"):
             return _read_cancel(request)
-        input_ids = self._read_prompt(fields)
+        prompt = self._read_prompt(fields)
         params, names = self._read_params(fields)
-        outputs = _read_outputs(fields, params, request.requested_output_names())
-        params = _with_logprobs(params, outputs)
-        check_prompt_logprobs(names.get("prompt_logprobs", "prompt_logprobs"), params, len(input_ids))
+        outputs = self._read_outputs(fields, params, request.requested_output_names())
+        nulls = frozenset(name for name in outputs if self._is_null(name, params))
+        params = replace(self._with_needs(params, outputs), return_spec_trace="spec_trace" in outputs)
+        check_prompt_logprobs(names.get("prompt_logprobs", "prompt_logprobs"), params, len(prompt.input_ids))
+        stream = fields.get("stream", False)
+        echoes = self._face.echoes(fields.get("exclude_input_in_output"), stream)
         return Call(
-            input_ids,
+            prompt.input_ids,
             params,
-            stream=fields.get("stream", False),
-            echo="" if fields.get("exclude_input_in_output", True) else self._prompt_text(fields),
+            stream=stream,
+            echo=self._text(prompt) if echoes else "",
             outputs=outputs,
+            nulls=nulls,
             client_id=request.request_id(),
             timeout_us=request.timeout() or _read_timeout(fields),
             names=names,
         )
 
-    def _read_prompt(self, fields: Fields) -> list[int]:
-        text, input_ids = fields.get("text"), fields.get("input_ids")
-        if text is not None and input_ids is not None:
-            raise InvalidRequest("input_ids", "contradicts text_input: send one of the two")
-        if input_ids is None:
-            return encode_prompt(self._tokenizer, text, self._limits.context_length)
-        self._check_ids(fields, input_ids)
-        return input_ids
+    def _read_prompt(self, fields: Fields) -> Prompt:
+        first, *others = [name for name in ("text", "input_ids", "messages") if fields.get(name) is not None] or [
+            "text"
+        ]
+        if others:
+            raise InvalidRequest(fields.name(others[0]), f"contradicts {fields.name(first)}: send one of the two")
+        for name in CHAT:
+            if fields.get(name) is not None and first != "messages":
+                raise InvalidRequest(name, "says nothing without messages")
+        if first == "messages":
+            return self._read_chat(fields)
+        if first == "text":
+            text = fields.get("text")
+            return Prompt(encode_prompt(self._tokenizer, text, self._limits.context_length), text)
+        self._check_ids(fields, fields.get("input_ids"))
+        return Prompt(fields.get("input_ids"))
+
+    def _read_chat(self, fields: Fields) -> Prompt:
+        context_length = self._limits.context_length
+        check_text_length("messages", fields.get("messages"), self._tokenizer, context_length, JSON_BYTES)
+        text = render_chat(self._tokenizer, **{name: fields.get(name) for name in CHAT})
+        check_text_length("messages", text, self._tokenizer, context_length)
+        input_ids = self._tokenizer.encode(text, add_special_tokens=False)
+        check_prompt_length("messages", len(input_ids), context_length)
+        return Prompt(input_ids, text)
 
     def _check_ids(self, fields: Fields, input_ids: list[int]) -> None:
         length = fields.get("input_length", len(input_ids))
@@ -206,9 +270,8 @@ class CallReader:
         if not all(0 <= token < vocab_size for token in input_ids):
             raise InvalidRequest("input_ids", f"must lie between 0 and {vocab_size - 1}, the model's vocabulary")
 
-    def _prompt_text(self, fields: Fields) -> str:
-        text = fields.get("text")
-        return self._tokenizer.decode(fields.get("input_ids")) if text is None else text
+    def _text(self, prompt: Prompt) -> str:
+        return self._tokenizer.decode(prompt.input_ids) if prompt.text is None else prompt.text
 
     def _read_params(self, fields: Fields) -> tuple[SamplingParams, dict[str, str]]:
         """The parameters, and what the client calls them."""
@@ -226,9 +289,9 @@ class CallReader:
                 raise InvalidRequest(client_name, f"contradicts {names[name]}: send one of the two")
             params[name], names[name] = value, client_name
         names |= {own: names[name] for name, own, _ in in_our_words(params)}
-        defaults = VLLM_DEFAULTS if fields.get("sampling_parameters") else {}
+        complete = complete_vllm if fields.get("sampling_parameters") else self._face.complete
         try:
-            sampling = SamplingParams.from_dict(_apply_defaults({**defaults, **params}))
+            sampling = SamplingParams.from_dict(complete(params))
             sampling.check_vocabulary(self._limits.vocab_size, self._limits.eos_token_ids)
         except InvalidRequest as error:
             raise InvalidRequest(names.get(error.field, error.field), error.message) from None
@@ -238,6 +301,13 @@ class CallReader:
 
     def _read_words(self, fields: Fields) -> Iterator[tuple[str, Any, str]]:
         """Sampling parameters from what TensorRT-LLM's clients send as text, as all below: name, value, their name."""
+        for word in word_list(fields, "stop_word_ids"):
+            if len(word) > 1:
+                raise Unsupported(fields.name("stop_word_ids"), f"has {word}, only single tokens; see stop_words")
+        if single := word_list(fields, "stop_word_ids"):
+            yield "stop_token_ids", [word[0] for word in single], fields.name("stop_word_ids")
+        if words := word_list(fields, "bad_word_ids"):
+            yield "bad_words_ids", words, fields.name("bad_word_ids")
         bad, biased, weights = (fields.get(meaning) for meaning in ("bad_words", "bias_words", "bias_weights"))
         if bad is not None and (ids := bad_word_ids(self._tokenizer, "bad_words", bad)):
             yield "bad_words_ids", ids, "bad_words"
@@ -265,12 +335,48 @@ class CallReader:
         given = _read_json("sampling_parameters", fields.get("sampling_parameters") or "{}")
         if not isinstance(given, dict):
             raise InvalidRequest("sampling_parameters", f"must be an object, got {given!r}")
+        given = {name: loosely(name, value) for name, value in given.items()}
         for name, value in given.items():
-            if isinstance(value, str) and name not in AS_TEXT:
-                with suppress(InvalidRequest):
-                    given[name] = _read_json(name, value)
+            if name in self._face.parameter and self._face.parameter[name].sets is None and value is not None:
+                check_neutral(self._face.parameter[name], [value])
         for name, own, value in in_our_words(with_token_ids(self._tokenizer, given)):
             yield own, value, "bad_words" if "bad_words" in given and own == "bad_words_ids" else name
+
+    def _read_outputs(self, fields: Fields, params: SamplingParams, requested: Iterable[str]) -> frozenset[str]:
+        """Outputs whose flag is set, and those requested by name: Triton fills in all names if a client requests none.
+
+        Raises Unsupported for those that have no room for several answers in one response.
+        """
+        requested, outputs = set(requested), {spec.name: spec for spec in self._face.outputs if spec.asked_by}
+        named = set() if requested >= self._face.output.keys() else requested
+        flagged = {name: asked for name, spec in outputs.items() if (asked := _asked_by(spec, fields, params))}
+        asked = frozenset(flagged.keys() & requested | named & outputs.keys())
+        one_by_one = params.n == 1 or (fields.get("stream") and not self._face.side_by_side)
+        for name in sorted(asked):
+            if outputs[name].ragged and not one_by_one:
+                asked_by = fields.name(flagged.get(name, name))
+                room = "comes with n of 1 only" if self._face.side_by_side else "comes with stream only"
+                raise Unsupported(asked_by, f"{name} of several answers {room}, response by response")
+        return asked
+
+    def _is_null(self, output: str, params: SamplingParams) -> bool:
+        null = self._face.output[output].null
+        return null is not None and getattr(params, null) is None
+
+    def _with_needs(self, params: SamplingParams, outputs: frozenset[str]) -> SamplingParams:
+        """Whoever asks for an output asks for what is in it."""
+        needs = {self._face.output[name].needs for name in outputs} - {None}
+        return replace(params, **{name: 0 for name in needs if getattr(params, name) is None})
+
+
+def word_list(fields: Fields, meaning: str) -> list[list[int]]:
+    """The words in a tensor WORD_LIST. Raises InvalidRequest, if their ends are not in order."""
+    values = fields.get(meaning, [])
+    ids, ends = values[: len(values) // 2], [end for end in values[len(values) // 2 :] if end != -1]
+    words = [ids[start:end] for start, end in pairwise([0, *ends])]
+    if not all(words) or sum(map(len, words)) != max(ends, default=0):
+        raise InvalidRequest(fields.name(meaning), f"words must end behind each other within the {len(ids)} ids")
+    return words
 
 
 def _read_guide(fields: Fields) -> Iterator[tuple[str, str, str]]:
@@ -294,14 +400,22 @@ def encode_prompt(tokenizer: Tokenizer, text: str | None, context_length: int, c
     """
     if not text:
         raise InvalidRequest("text_input", "is required and must not be empty")
-    size, most = len(text.encode()), context_length * tokenizer.max_token_bytes
-    if size > most:
-        raise InvalidRequest("text_input", f"has {size} bytes; context_length {context_length} holds at most {most}")
+    check_text_length("text_input", text, tokenizer, context_length)
     if chat:
         text = tokenizer.apply_chat_template([{"role": "user", "content": text}])
     input_ids = tokenizer.encode(text, add_special_tokens=not chat)  # the template brings its own
     check_prompt_length("text_input", len(input_ids), context_length)
     return input_ids
+
+
+def check_text_length(name: str, text: str, tokenizer: Tokenizer, context_length: int, bytes_each: int = 1) -> None:
+    """Whether the text could have few enough tokens, without counting them; bytes_each: how it is written for each."""
+    try:
+        size, most = len(text.encode()), context_length * tokenizer.max_token_bytes * bytes_each
+    except UnicodeEncodeError:
+        raise InvalidRequest(name, "holds half of a surrogate pair, which is no text") from None
+    if size > most:
+        raise InvalidRequest(name, f"has {size} bytes; context_length {context_length} holds at most {most}")
 
 
 def check_prompt_length(name: str, length: int, context_length: int) -> None:
@@ -322,19 +436,6 @@ def _read_timeout(fields: Fields) -> int:
     if timeout < 0:
         raise InvalidRequest("timeout", f"must not be negative, got {timeout}")
     return timeout
-
-
-def _apply_defaults(params: dict[str, Any]) -> dict[str, Any]:
-    """What TensorRT-LLM makes of top_k and top_p: 0 is all tokens, and without temperature they decide if to sample."""
-    top_k, top_p = params.get("top_k"), params.get("top_p")
-    if top_k == 0:
-        params = {**params, "top_k": -1}
-    if top_p == 0:
-        params = {**params, "top_p": 1.0}
-    if top_k == 1:
-        return {**params, "temperature": 0.0}
-    chooses = top_k not in (None, -1, 0) or top_p not in (None, 0, 1) or bool(params.get("min_p"))
-    return {"temperature": 1.0 if chooses else 0.0, **params}
 
 
 def _read_json(name: str, text: str, as_pairs: bool = False) -> Any:
@@ -361,32 +462,15 @@ def check_packable(name: str, value: Any) -> None:
         raise InvalidRequest(name, f"cannot be sent to the engine: {error}") from None
 
 
-def _read_outputs(fields: Fields, params: SamplingParams, requested: Iterable[str]) -> frozenset[str]:
-    """Outputs whose flag is set, and those requested by name: Triton fills in all names if a client requests none.
-
-    Raises Unsupported for those that have no room for several answers in one response.
-    """
-    requested = set(requested)
-    named = set() if requested >= {spec.name for spec in LLM_OUTPUTS} else requested
-    flagged = {name for name, spec in OUTPUTS.items() if _is_asked(spec.asked_by, fields, params)}
-    outputs = frozenset(flagged & requested | named & OUTPUTS.keys())
-    for name in sorted(outputs):
-        if OUTPUTS[name].ragged and params.n > 1 and not fields.get("stream"):
-            asked_by = fields.name(OUTPUTS[name].asked_by) if name in flagged else name
-            raise Unsupported(asked_by, f"{name} of several answers comes with stream only, response by response")
-    return outputs
+def _asked_by(spec: Output, fields: Fields, params: SamplingParams) -> str | None:
+    """The first of the output's meanings that the client has set."""
+    by = (spec.asked_by,) if isinstance(spec.asked_by, str) else spec.asked_by
+    return next((meaning for meaning in by if _asks(meaning, fields, params)), None)
 
 
-def _is_asked(asked_by: str, fields: Fields, params: SamplingParams) -> bool:
-    if asked_by in ("logprobs", "prompt_logprobs"):
-        return getattr(params, asked_by) is not None
-    return asked_by == ALWAYS or (params.n > 1 if asked_by == "n" else bool(fields.get(asked_by)))
-
-
-def _with_logprobs(params: SamplingParams, outputs: frozenset[str]) -> SamplingParams:
-    """Whoever asks for an output asks for what is in it."""
-    if params.logprobs is None and outputs & {"logprobs", "output_log_probs", "cum_log_probs"}:
-        params = replace(params, logprobs=0)
-    if params.prompt_logprobs is None and "prompt_logprobs" in outputs:
-        params = replace(params, prompt_logprobs=0)
-    return params
+def _asks(meaning: str, fields: Fields, params: SamplingParams) -> bool:
+    if meaning in ("logprobs", "prompt_logprobs"):
+        return getattr(params, meaning) is not None
+    if meaning == "return_spec_trace":
+        return params.return_spec_trace
+    return meaning == ALWAYS or (params.n > 1 if meaning == "n" else bool(fields.get(meaning)))

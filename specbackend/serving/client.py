@@ -15,9 +15,10 @@ from typing import Any
 import numpy as np
 import tritonclient.grpc as grpc_client
 
-from specbackend.serving.schemas import APPLY_CHAT_TEMPLATE, LLM_INPUTS, Input
+from specbackend.serving.faces import LLM, VLLM
+from specbackend.serving.schemas import APPLY_CHAT_TEMPLATE, Input
 
-SPECS = {spec.name: spec for spec in (*LLM_INPUTS, APPLY_CHAT_TEMPLATE)}
+FACES = {"vllm_model": VLLM}  # of the others: LLM
 NUMPY_TYPES = {"STRING": np.object_, "INT32": np.int32, "UINT64": np.uint64, "FP32": np.float32, "BOOL": np.bool_}
 RESPONSE_TIMEOUT_S = 120.0
 
@@ -36,7 +37,8 @@ class Answer:
     def add(self, outputs: dict[str, Any]) -> None:
         self.responses.append(outputs)
         self.times.append(time.monotonic())
-        indices, texts = _listed(outputs.get("sequence_index", 0)), _listed(outputs.get("text_output", ""))
+        texts = _listed(outputs.get("text_output", ""))
+        indices = _listed(outputs.get("sequence_index", list(range(len(texts)))))
         for index, text in zip(indices, texts, strict=True):
             self.texts[index] = self.texts.get(index, "") + text
 
@@ -59,7 +61,7 @@ def stream_grpc(
     answer, results = Answer(), queue.SimpleQueue()
     with closing(grpc_client.InferenceServerClient(url)) as client:
         client.start_stream(callback=lambda result, error: results.put((result, error)))
-        client.async_stream_infer(model, _tensors(inputs), request_id=request_id, **options)
+        client.async_stream_infer(model, _tensors(model, inputs), request_id=request_id, **options)
         final = False
         while not final:
             if len(answer.responses) == cancel_after:
@@ -114,7 +116,7 @@ def ask_all(
                     num_open -= take()
                 client.async_stream_infer(
                     model,
-                    _tensors(question.inputs),
+                    _tensors(model, question.inputs),
                     request_id=str(len(answers)),
                     outputs=requested,
                     parameters=question.parameters,
@@ -174,12 +176,16 @@ def _events(response: http.client.HTTPResponse) -> Iterator[dict[str, Any]]:
             yield json.loads(text)
 
 
-def _tensors(inputs: Mapping[str, Any]) -> list[grpc_client.InferInput]:
-    return [_tensor(SPECS[name], value) for name, value in inputs.items()]
+def _tensors(model: str, inputs: Mapping[str, Any]) -> list[grpc_client.InferInput]:
+    face = FACES.get(model, LLM)
+    specs = {**face.tensor, APPLY_CHAT_TEMPLATE.name: APPLY_CHAT_TEMPLATE}
+    in_front = [1] * face.has_batch_dimension
+    return [_tensor(specs[name], value, in_front) for name, value in inputs.items()]
 
 
-def _tensor(spec: Input, value: Any) -> grpc_client.InferInput:
-    array = np.array([[v.encode() if isinstance(v, str) else v for v in _listed(value)]], NUMPY_TYPES[spec.dtype])
+def _tensor(spec: Input, value: Any, in_front: list[int]) -> grpc_client.InferInput:
+    array = np.array([v.encode() if isinstance(v, str) else v for v in _listed(value)], NUMPY_TYPES[spec.dtype])
+    array = array.reshape(*in_front, *array.shape)
     tensor = grpc_client.InferInput(spec.name, list(array.shape), "BYTES" if spec.dtype == "STRING" else spec.dtype)
     tensor.set_data_from_numpy(array)
     return tensor

@@ -1,60 +1,73 @@
 """The process that owns the engine, and with it the device: `python -m specbackend.serving.engine_process`.
 
-Started by the adapter with exec, never fork. Three threads: one steps the engine, one reads the socket, one watches the
-processes it works for. Only this side of the socket imports torch.
+Started by an adapter with exec, never fork, and shared by all adapters of its tritonserver that want an equal engine.
+Two threads: one steps the engine, one listens to the adapters and ends the process when nobody needs it. Only this side
+of the socket imports torch.
 """
 
 import argparse
 import importlib
 import os
 import queue
-import select
-import signal
 import socket
 import sys
-import threading
+import time
 import traceback
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from specbackend.errors import ConfigError, InvalidRequest, QueueFull
-from specbackend.request import Request
-from specbackend.serving.protocol import Cancel, Channel, Failed, Ready, Rejected, Start, Step, Submit
-
-Command = Start | Submit | Cancel
+from specbackend.request import Request, Update
+from specbackend.serving.connections import Connection, Connections, Gone, Heard
+from specbackend.serving.protocol import (
+    CacheTree,
+    Cancel,
+    Facts,
+    FlushCache,
+    Ready,
+    Rejected,
+    Start,
+    Step,
+    Submit,
+)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     args = _parse(arguments)
-    watch(args.stub_pid, args.server_pid)
-    sock = socket.socket(fileno=args.socket_fd)
-    sock.set_inheritable(False)
-    channel = Channel(sock)
+    listener = socket.socket(fileno=args.listener_fd)
+    listener.set_inheritable(False)
+    connections = Connections(listener, args.server_pid, args.linger)
     try:
-        run(channel, args.engine)
+        run(connections.heard, args.engine, args.started)
     except ConfigError as error:
-        channel.send(Failed(str(error)))
-    except ConnectionError:
-        pass  # the adapter is gone
-    except Exception as error:  # the adapter answers the clients with it and starts a new engine
+        connections.fail(str(error))
+    except Exception as error:  # the adapters answer the clients with it and start a new engine
         traceback.print_exc()
-        channel.send(Failed(f"{type(error).__name__}: {error}"))
-    return 1
+        connections.fail(f"{type(error).__name__}: {error}")
+    os._exit(1)  # at once: what else there is to clean up goes with the process
 
 
-def run(channel: Channel, engine_name: str) -> None:
-    """Load the engine that the first message describes and serve until it fails or the adapter is gone."""
-    commands: queue.SimpleQueue[Command] = queue.SimpleQueue()
-    threading.Thread(target=read_commands, args=(channel, commands), name="commands", daemon=True).start()
-    engine = load(engine_name, commands.get())
-    channel.send(describe(engine))
+def run(heard: queue.SimpleQueue[Heard], engine_name: str, started: float) -> None:
+    """Load the engine that the first adapter asks for and serve until it fails."""
+    early = until_start(heard)
+    engine = load(engine_name, early[-1].message)
+    server = EngineServer(engine, describe(engine, time.monotonic() - started))
+    for each in early:
+        server.hear(each)
     while True:
-        for command in take(commands, wait=not engine.has_work):
-            apply(engine, command, channel)
-        updates = engine.step()
-        channel.send(Step(updates, asdict(engine.stats())))
+        for each in take(heard, wait=not engine.has_work):
+            server.hear(each)
+        server.step()
+
+
+def until_start(heard: queue.SimpleQueue[Heard]) -> list[Heard]:
+    """What is said up to the first Start, which is the last of it."""
+    early = [heard.get()]
+    while not isinstance(early[-1].message, Start):
+        early.append(heard.get())
+    return early
 
 
 def load(engine_name: str, start: Start) -> Any:
@@ -63,72 +76,109 @@ def load(engine_name: str, start: Start) -> Any:
     return getattr(importlib.import_module(module), name)(**start.params)
 
 
-def describe(engine: Any) -> Ready:
+def describe(engine: Any, load_seconds: float) -> Ready:
     model = engine.model_config
     num_draft_tokens = engine.config.speculative_num_draft_tokens or 0
-    return Ready(engine.context_length, model.vocab_size, sorted(model.eos_token_ids), num_draft_tokens)
+    return Ready(engine.context_length, model.vocab_size, sorted(model.eos_token_ids), num_draft_tokens, load_seconds)
 
 
-def apply(engine: Any, command: Command, channel: Channel) -> None:
-    match command:
-        case Submit(request_id, input_ids, params):
-            try:
-                engine.submit(Request(request_id, input_ids, params))
-            except InvalidRequest as error:
-                channel.send(Rejected(request_id, error.field, error.message))
-            except QueueFull as error:
-                channel.send(Rejected(request_id, None, str(error)))
-        case Cancel(request_id):
-            engine.cancel(request_id)
+@dataclass(frozen=True)
+class Asker:
+    """Whose request it is, and what it is called there."""
+
+    connection: Connection
+    request_id: str
 
 
-def take(commands: queue.SimpleQueue, wait: bool) -> list[Command]:
-    """All commands that are there; with `wait`, at least one."""
-    taken = [commands.get()] if wait else []
+class EngineServer:
+    """An engine and those it works for. For one thread."""
+
+    def __init__(self, engine: Any, ready: Ready):
+        self._engine, self._ready = engine, ready
+        self._adapters: list[Connection] = []
+        self._askers: dict[str, Asker] = {}  # by the engine's own request ids
+
+    def hear(self, heard: Heard) -> None:
+        connection = heard.connection
+        match heard.message:
+            case Start():
+                self._adapters.append(connection)
+                connection.send(self._ready)
+            case Submit(request_id, input_ids, params):
+                self._submit(Asker(connection, request_id), input_ids, params)
+            case Cancel(request_id):
+                self._cancel(_engines_id(Asker(connection, request_id)))
+            case FlushCache():
+                connection.send(Facts({"freed_tokens": self._engine.flush_cache()}))
+            case CacheTree(limit):
+                connection.send(Facts(self._facts(limit)))
+            case Gone():
+                self._forget(connection)
+
+    def step(self) -> None:
+        updates: dict[Connection, list[Update]] = {adapter: [] for adapter in self._adapters}
+        for update in self._engine.step():
+            asker = self._askers[update.request_id]
+            updates.setdefault(asker.connection, []).append(replace(update, request_id=asker.request_id))
+            if update.finished:
+                del self._askers[update.request_id]
+        stats = asdict(self._engine.stats())
+        for adapter, own in updates.items():
+            adapter.send(Step(own, stats))
+
+    def _submit(self, asker: Asker, input_ids: list[int], params: Any) -> None:
+        request = Request(_engines_id(asker), input_ids, params)
+        try:
+            self._engine.submit(request)
+            self._askers[request.request_id] = asker
+        except InvalidRequest as error:
+            asker.connection.send(Rejected(asker.request_id, error.field, error.message))
+        except QueueFull as error:
+            asker.connection.send(Rejected(asker.request_id, None, str(error)))
+
+    def _cancel(self, engines_id: str) -> None:
+        """Ids that are over are no matter."""
+        if self._askers.pop(engines_id, None):
+            self._engine.cancel(engines_id)
+
+    def _forget(self, connection: Connection) -> None:
+        for engines_id in [key for key, asker in self._askers.items() if asker.connection is connection]:
+            self._cancel(engines_id)
+        if connection in self._adapters:
+            self._adapters.remove(connection)
+        connection.close()
+
+    def _facts(self, limit: int) -> dict:
+        config, stats = self._engine.config, self._engine.stats()
+        return {
+            "model_path": config.model_path,
+            "speculative_algorithm": config.speculative_algorithm,
+            "adapters": len(self._adapters),
+            "total_slots": stats.total_slots,
+            "free_slots": stats.free_slots,
+            **asdict(self._engine.cache_view(limit)),
+        }
+
+
+def _engines_id(asker: Asker) -> str:
+    return f"{asker.connection.number}/{asker.request_id}"
+
+
+def take(heard: queue.SimpleQueue, wait: bool) -> list[Heard]:
+    """All that is there; with `wait`, at least one."""
+    taken = [heard.get()] if wait else []
     with suppress(queue.Empty):
         while True:
-            taken.append(commands.get_nowait())
+            taken.append(heard.get_nowait())
     return taken
-
-
-def read_commands(channel: Channel, commands: queue.SimpleQueue) -> None:
-    """Pass on what the adapter sends; the end of the adapter is the end of this process."""
-    try:
-        while True:
-            for command in channel.receive():
-                commands.put(command)
-    except (EOFError, ConnectionError):
-        pass
-    except Exception:  # a bug; but an engine that hears nothing helps nobody
-        traceback.print_exc()
-        os._exit(1)
-    os._exit(0)  # from whatever the engine is doing: there is nobody left to do it for
-
-
-def watch(stub_pid: int, server_pid: int) -> None:
-    """Leave no process behind: if the stub or tritonserver ends, kill the stub and end.
-
-    Triton's stub does not notice the end of its server while it is inside a send, and would stay for ever.
-    """
-    try:
-        pidfds = [os.pidfd_open(stub_pid), os.pidfd_open(server_pid)]
-    except ProcessLookupError:
-        os._exit(1)
-    threading.Thread(target=_end_with, args=(pidfds,), name="guard", daemon=True).start()
-
-
-def _end_with(pidfds: list[int]) -> None:
-    select.select(pidfds, [], [])  # a pidfd becomes readable when its process ends
-    with suppress(ProcessLookupError):
-        signal.pidfd_send_signal(pidfds[0], signal.SIGKILL)
-    os._exit(1)
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Engine process; started by the Triton adapter.")
-    parser.add_argument("--socket-fd", type=int, required=True, help="inherited socket to the adapter")
-    parser.add_argument("--stub-pid", type=int, required=True, help="the adapter's process")
+    parser.add_argument("--listener-fd", type=int, required=True, help="inherited socket that listens for adapters")
     parser.add_argument("--server-pid", type=int, required=True, help="the tritonserver it belongs to")
+    parser.add_argument("--started", type=float, default=time.monotonic(), help="when it was, by time.monotonic()")
+    parser.add_argument("--linger", type=float, default=5.0, help="seconds without any adapter; default: %(default)s")
     parser.add_argument("--engine", default="specbackend.engine:serving_engine", help="module:factory")
     return parser.parse_args(arguments)
 

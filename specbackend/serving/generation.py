@@ -9,11 +9,13 @@ from functools import cached_property, lru_cache
 from specbackend.request import FinishReason, TokenLogprob, Update
 from specbackend.sampling_params import SamplingParams
 from specbackend.serving.calls import Call
+from specbackend.serving.faces import LLM, Face
+from specbackend.spec_trace import LEAST_LOGPROB, StepTrace, first_tokens
 from specbackend.text import Piece, TextStream
 
 Outputs = dict[str, object]  # by name
 OF_THE_CALL = ("num_input_tokens",)  # the same for each of its answers, so one value is sent for all
-LEAST_LOGPROB = -9999.0  # JSON has no infinity; vLLM's server says so, too
+NULL = "null"  # JSON's
 
 
 @dataclass
@@ -23,12 +25,15 @@ class Unsent:
     text: str = ""
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[TokenLogprob] = field(default_factory=list)
+    steps: list[str] = field(default_factory=list)  # as JSON: written step by step, it holds up nobody
     num_updates: int = 0
+    first: bool = False  # in front of it, nothing was sent
 
-    def add(self, piece: Piece, logprobs: list[TokenLogprob]) -> None:
+    def add(self, piece: Piece, logprobs: list[TokenLogprob], steps: list[str]) -> None:
         self.text += piece.text
         self.token_ids += piece.token_ids
         self.logprobs += logprobs[: len(piece.token_ids)]
+        self.steps += steps
         self.num_updates += 1
 
 
@@ -57,6 +62,7 @@ class Server:
 
     decode: Callable[..., str]  # takes token ids and skip_special_tokens
     stream_interval: int = 1
+    face: Face = LLM
 
     @cached_property
     def texts(self) -> TokenTexts:
@@ -90,11 +96,10 @@ class Answer:
         self._call = call
         self._server = server
         self._text = TextStream(server.decode, self.params)
-        self._unsent = Unsent(text=call.echo)
+        self._unsent = Unsent(text=call.echo, first=True)
         self._update = Update("", [], prompt_tokens=len(call.input_ids))
         self._prompt_logprobs: list[TokenLogprob] = []  # of all but the first
         self._cum_logprob = 0.0
-        self._started = False
         self._first_token_ns = self._last_token_ns = 0
 
     def advance(self, update: Update) -> Outputs | None:
@@ -103,7 +108,8 @@ class Answer:
         self._update = update
         self._prompt_logprobs += update.prompt_logprobs
         piece = self._text.push(update.token_ids, last=update.finished, has_end_token=update.has_end_token)
-        self._unsent.add(piece, update.logprobs)
+        steps = [self._step_text(step) for step in first_tokens(update.spec_trace, len(piece.token_ids))]
+        self._unsent.add(piece, update.logprobs, steps)
         self.finish_reason = FinishReason.STOP if piece.stopped else update.finish_reason
         if self.finish_reason or self._is_due():
             return self._take_outputs()
@@ -112,7 +118,7 @@ class Answer:
     def abort(self) -> Outputs:
         """End here; returns the last outputs."""
         self.finish_reason = FinishReason.ABORT
-        self._unsent.add(self._text.push([], last=True), [])
+        self._unsent.add(self._text.push([], last=True), [], [])
         return self._take_outputs()
 
     def record(self) -> AnswerRecord:
@@ -121,7 +127,7 @@ class Answer:
         return AnswerRecord(self.finish_reason, update.prompt_tokens, update.completion_tokens, first, last)
 
     def _is_due(self) -> bool:
-        interval = self._server.stream_interval if self._started else 1
+        interval = 1 if self._unsent.first else self._server.stream_interval
         return self._call.stream and bool(self._unsent.text) and self._unsent.num_updates >= interval
 
     def _note_time(self) -> None:
@@ -130,30 +136,54 @@ class Answer:
 
     def _take_outputs(self) -> Outputs:
         unsent, self._unsent = self._unsent, Unsent()
+        return self._outputs(unsent)
+
+    def without_news(self) -> Outputs:
+        """Its place in a response that is about another answer."""
+        return self._outputs(Unsent())
+
+    def _outputs(self, unsent: Unsent) -> Outputs:
         values = {
             "text_output": unsent.text,
             "output_ids": unsent.token_ids,
             "num_input_tokens": len(self._call.input_ids),
             "num_output_tokens": len(unsent.token_ids),
+            "sequence_length": len(unsent.token_ids),
             "sequence_index": self.index,
-            **self._logprob_outputs(unsent.logprobs),
+            "batch_index": 0,
+            "spec_trace": f"[{', '.join(unsent.steps)}]",
+            **self._logprob_outputs(unsent),
         }
         if self.finish_reason:
-            values |= {"finish_reason": self.finish_reason.value, **self._perf_metrics()}
-        self._started = True
-        return {name: value for name, value in values.items() if name in self._call.outputs}
+            reasons = {"finish_reason": self.finish_reason.value, "stop_reason": self._stop_reason()}
+            values |= {**reasons, **self._perf_metrics()}
+        values |= dict.fromkeys(self._call.nulls, NULL)
+        asked = {name: values.get(name, self._server.face.output[name].until_end) for name in self._call.outputs}
+        return {name: value for name, value in asked.items() if value is not None}
 
-    def _logprob_outputs(self, logprobs: list[TokenLogprob]) -> Outputs:
-        new = [each.logprob for each in logprobs]
+    def _logprob_outputs(self, unsent: Unsent) -> Outputs:
+        new = [each.logprob for each in unsent.logprobs]
         self._cum_logprob += sum(new)
-        outputs = {"output_log_probs": [new], "cum_log_probs": self._cum_logprob}
+        outputs = dict.fromkeys(("cum_log_probs", "cumulative_logprob"), self._cum_logprob)
+        outputs["output_log_probs"] = [new]
         if "logprobs" in self._call.outputs:
-            outputs["logprobs"] = self._server.texts.to_json(logprobs)
-        if "prompt_logprobs" in self._call.outputs and not self._started:
+            outputs["logprobs"] = self._server.texts.to_json(unsent.logprobs)
+        if "prompt_logprobs" in self._call.outputs and unsent.first:
             outputs["prompt_logprobs"] = self._server.texts.to_json([None, *self._prompt_logprobs])
         return outputs
 
+    def _step_text(self, step: StepTrace) -> str:
+        return json.dumps(step.to_dict(self._call.arrival_ns, self._server.texts.text))
+
+    def _stop_reason(self) -> str:
+        """The stop string or the token of stop_token_ids that ended the text; an eos is none, as in TensorRT-LLM."""
+        if self._text.stop_string is not None:
+            return self._text.stop_string
+        last = self._update.token_ids[-1:] if self._update.has_end_token else []
+        return str(last[0]) if last and last[0] in self.params.stop_token_ids else "None"
+
     def _perf_metrics(self) -> Outputs:
+        prompt, cached = self._update.prompt_tokens, self._update.cached_tokens
         tokens, steps, drafted = (
             self._update.completion_tokens,
             self._update.spec_verify_ct,
@@ -162,14 +192,20 @@ class Answer:
         # the prefill gives the first token and every step one of the target's own; the others were drafted
         accepted = max(tokens - 1 - steps, 0) if drafted else 0
         return {
-            "num_cached_tokens": self._update.cached_tokens,
-            "kv_cache_reused_blocks": self._update.cached_tokens,
+            "num_cached_tokens": cached,
+            **dict.fromkeys(("kv_cache_reused_blocks", "kv_cache_reused_block"), cached),
+            "kv_cache_missed_block": prompt - cached,
+            "kv_cache_hit_rate": cached / max(prompt, 1),
+            "kv_cache_alloc_new_blocks": prompt - cached + tokens,
+            "kv_cache_alloc_total_blocks": prompt + tokens,
             "acceptance_length": tokens / max(steps, 1),
             "acceptance_rate": accepted / max(drafted, 1),
             "total_accepted_draft_tokens": accepted,
             "total_draft_tokens": drafted,
             "num_spec_steps": steps,
+            "acceptance_histogram": self._update.accept_counts,
             "arrival_time_ns": self._call.arrival_ns,
+            "first_scheduled_time_ns": self._update.first_scheduled_ns,
             "first_token_time_ns": self._first_token_ns,
             "last_token_time_ns": self._last_token_ns,
         }
@@ -178,12 +214,14 @@ class Answer:
 class Generation:
     """All answers to one call. Each is a request to the engine, whose id begins with the call's.
 
-    With `stream` a response is about one answer, else one response has them all, side by side.
+    With `stream` a response is about one answer, else one response has them all, side by side, as in the streams of
+    faces that want it so.
     """
 
     def __init__(self, call_id: str, call: Call, server: Server):
         self.call_id = call_id  # our own: clients' ids may collide
         self.call = call
+        self._face = server.face
         self._answers = {f"{call_id}.{index}": Answer(index, call, server) for index in range(call.params.n)}
         self._finished: dict[int, Outputs] = {}  # without `stream`: the outputs, by the answer's index
 
@@ -222,10 +260,24 @@ class Generation:
 
     def _gather(self, index: int, outputs: Outputs) -> Outputs | None:
         """Without `stream`, keep an answer's outputs until all are there."""
-        if self.call.stream or len(self._answers) == 1:
+        if len(self._answers) == 1 or (self.call.stream and not self._face.side_by_side):
             return outputs
+        if self.call.stream:
+            answers = self._answers.values()
+            return _side_by_side([outputs if each.index == index else each.without_news() for each in answers])
         self._finished[index] = outputs
-        if not self.is_over:
-            return None
-        rows = [self._finished[index] for index in range(len(self._answers))]
-        return {name: value if name in OF_THE_CALL else [row[name] for row in rows] for name, value in outputs.items()}
+        return _side_by_side([self._finished[index] for index in range(len(self._answers))]) if self.is_over else None
+
+
+def _side_by_side(rows: list[Outputs]) -> Outputs:
+    """The outputs of all answers in one response: those that all of them have."""
+    names = [name for name in rows[0] if all(name in row for row in rows)]
+    return {name: rows[0][name] if name in OF_THE_CALL else _column([row[name] for row in rows]) for name in names}
+
+
+def _column(values: list) -> list:
+    """One value of each answer. Counts may be lists, which an answer that has not begun does not have."""
+    if not isinstance(values[0], list):
+        return values
+    longest = max(map(len, values))
+    return [value + [0] * (longest - len(value)) for value in values]

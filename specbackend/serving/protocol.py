@@ -1,4 +1,7 @@
-"""What adapter and engine process say to each other: messages as length-prefixed msgpack frames on one socket."""
+"""What adapters and the engine process say to each other: messages as length-prefixed msgpack frames.
+
+Each adapter has a connection of its own, with request ids of its own. Whoever sends no Start only asks.
+"""
 
 import socket
 from dataclasses import dataclass, field, fields
@@ -6,6 +9,7 @@ from dataclasses import dataclass, field, fields
 from specbackend.frames import LENGTH, pack, unpack
 from specbackend.request import Failure, FinishReason, TokenLogprob, Update
 from specbackend.sampling_params import SamplingParams
+from specbackend.spec_trace import Round, StepTrace, TreeTrace
 
 RECEIVE_BYTES = 1 << 20
 
@@ -15,7 +19,7 @@ RECEIVE_BYTES = 1 << 20
 
 @dataclass(frozen=True)
 class Start:
-    """The first message: what to load."""
+    """An adapter's first message: what to load. Whose comes first is the one that counts; the others' are equal."""
 
     params: dict  # of EngineConfig.from_params
 
@@ -32,7 +36,31 @@ class Cancel:
     request_id: str
 
 
+@dataclass(frozen=True)
+class FlushCache:
+    """Drop what the prefix cache holds and no request uses. Answered by Facts: freed_tokens."""
+
+
+@dataclass(frozen=True)
+class CacheTree:
+    """Answered by Facts: what the engine is, and its prefix cache as `cache.tree_view` describes it."""
+
+    limit: int  # nodes of the tree at most
+
+
+@dataclass(frozen=True)
+class Leave:
+    """End at once, if no adapter is there and you only wait for one to come back."""
+
+
 # ---- engine -> adapter
+
+
+@dataclass(frozen=True)
+class Hello:
+    """The first message on every connection, loaded or not."""
+
+    pid: int
 
 
 @dataclass(frozen=True)
@@ -43,6 +71,7 @@ class Ready:
     vocab_size: int
     eos_token_ids: list[int]
     num_draft_tokens: int  # nodes of the tree verified per step, root included; 0: no speculation
+    load_seconds: float = 0.0  # since the process was started
 
 
 @dataclass(frozen=True)
@@ -63,14 +92,22 @@ class Rejected:
 
 @dataclass(frozen=True)
 class Step:
-    """One step is done. Sent for every step, so it is also the sign of life that the watchdog looks for."""
+    """One step is done: what it did for this adapter. All adapters get one for every step, as a sign of life that the
+    watchdog looks for."""
 
     updates: list[Update] = field(default_factory=list)
     stats: dict[str, float] = field(default_factory=dict)
 
 
-MESSAGES = (Start, Submit, Cancel, Ready, Failed, Rejected, Step)
-Message = Start | Submit | Cancel | Ready | Failed | Rejected | Step
+@dataclass(frozen=True)
+class Facts:
+    """Plain values, by name."""
+
+    values: dict
+
+
+MESSAGES = (Start, Submit, Cancel, FlushCache, CacheTree, Leave, Hello, Ready, Failed, Rejected, Step, Facts)
+Message = Start | Submit | Cancel | FlushCache | CacheTree | Leave | Hello | Ready | Failed | Rejected | Step | Facts
 
 
 def encode(message: Message) -> bytes:
@@ -130,6 +167,7 @@ def _update(values: list) -> Update:
     update = dict(zip((f.name for f in fields(Update)), values, strict=True))
     for name in ("logprobs", "prompt_logprobs"):
         update[name] = [_token_logprob(*each) for each in update[name]]
+    update["spec_trace"] = [_step_trace(*each) for each in update["spec_trace"]]
     reason, failure = update["finish_reason"], update["failure"]
     return Update(
         **{**update, "finish_reason": reason and FinishReason(reason), "failure": failure and Failure(*failure)}
@@ -138,3 +176,8 @@ def _update(values: list) -> Update:
 
 def _token_logprob(token_id: int, logprob: float, rank: int, top: list) -> TokenLogprob:
     return TokenLogprob(token_id, logprob, rank, [tuple(pair) for pair in top])
+
+
+def _step_trace(*values) -> StepTrace:
+    *step, round = values
+    return StepTrace(*step, round and Round(TreeTrace(*round[0]), *round[1:]))

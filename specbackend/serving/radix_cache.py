@@ -1,12 +1,13 @@
-"""The radix_cache model: a window onto the sidecar, and its keeper where nobody else started one.
+"""The radix_cache model: a window onto the prefix caches, of the sidecar and of the engines beside it.
 
-What the sidecar cannot do is an answer, and never a reason not to load: tritonserver would serve no model then.
+It is the sidecar's keeper where nobody else started one. What that cannot do is an answer, and never a reason not to
+load: tritonserver would serve no model then.
 """
 
 import json
 import logging
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,9 @@ from specbackend.radix.protocol import Audit, Flush, GetStats
 from specbackend.radix.server import parse_size
 from specbackend.serving.adapter import TRITON_PARAMETERS, base_path, is_set, read_flag, read_parameters
 from specbackend.serving.calls import encode_prompt, only_value, tensor_values
+from specbackend.serving.engine_socket import ask_engines
 from specbackend.serving.errors import Unavailable
+from specbackend.serving.protocol import CacheTree, FlushCache
 from specbackend.serving.radix_metrics import RadixMetrics
 from specbackend.serving.triton_io import log_bug, triton_error
 from specbackend.tokenizer import Tokenizer
@@ -32,6 +35,7 @@ PARAMETERS = ("socket", *OWN_SIDECAR, "warm_up_prompts", "warm_up_model")
 PATHS = ("socket", "snapshot", "warm_up_prompts")
 READY_S = 10.0  # for the sidecar to answer; the model is ready without it then
 LOOKUP_S = 2.0
+TREE_NODES = 500  # of each engine's tree
 
 log = logging.getLogger(__name__)
 
@@ -41,6 +45,7 @@ class RadixCache:
 
     def __init__(self, pb_utils: Any, args: Mapping[str, str]):
         self._pb = pb_utils
+        self._server_pid = os.getppid()  # the stub is tritonserver's child
         params = read_parameters(args)
         options = _options(params, base_path(args))
         self._prompts = options.get("warm_up_prompts")
@@ -49,7 +54,7 @@ class RadixCache:
         if "socket" in options:
             self._path = Path(options["socket"])
         else:
-            self._path = own_socket(os.getppid())  # the stub is tritonserver's child
+            self._path = own_socket(self._server_pid)
             self._sidecar = _start(self._path, [w for n in OWN_SIDECAR if n in options for w in (f"--{n}", options[n])])
         labels = {"model": args["model_name"], "version": args["model_version"]}
         publishes = read_flag(params, "REPORT_CUSTOM_METRICS", False)
@@ -84,17 +89,32 @@ class RadixCache:
     def _do(self, inputs: Mapping[str, list]) -> dict:
         match only_value("action", inputs.get("action", ["stats"])):
             case "stats":
-                return {**self._stats(), "layouts": [_describe(layout) for layout in self._layouts()]}
+                return self._with_engines(CacheTree(0), self._readable_stats)
+            case "tree":
+                return {"engines": ask_engines(self._server_pid, CacheTree(TREE_NODES))}
             case "audit":
                 return ask(self._path, Audit())
-            case "flush":
-                return ask(self._path, Flush())
+            case "flush":  # engines first: what they hold goes to the sidecar
+                return self._with_engines(FlushCache(), lambda: ask(self._path, Flush()))
             case "lookup":
                 return {"models": [self._lookup(layout, inputs) for layout in self._layouts()]}
             case "warm_up":
                 return self._warm_up()
             case other:
-                raise InvalidRequest("action", f"must be stats, audit, flush, lookup or warm_up, got {other!r}")
+                raise InvalidRequest("action", f"must be stats, tree, audit, flush, lookup or warm_up, got {other!r}")
+
+    def _with_engines(self, question: CacheTree | FlushCache, ask_sidecar: Callable[[], dict]) -> dict:
+        """What the sidecar says, or why it does not, and each engine. Raises ConnectionError if there is neither."""
+        engines = ask_engines(self._server_pid, question)
+        try:
+            return {**ask_sidecar(), "engines": engines}
+        except ConnectionError as error:
+            if not engines:
+                raise
+            return {"error": str(error), "engines": engines}
+
+    def _readable_stats(self) -> dict:
+        return {**self._stats(), "layouts": [_describe(layout) for layout in self._layouts()]}
 
     def _stats(self) -> dict:
         return ask(self._path, GetStats())

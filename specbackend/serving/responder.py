@@ -83,7 +83,7 @@ class Responder:
         os.eventfd_write(self._wake_fd, 1)
 
     def close(self) -> None:
-        """Answer what is left with UNAVAILABLE and end the thread and the engine."""
+        """Answer what is left with UNAVAILABLE, end the thread and leave the engine."""
         self._closing = True
         os.eventfd_write(self._wake_fd, 1)
         self._thread.join()
@@ -285,4 +285,5 @@ def merge(earlier: Update | None, later: Update) -> Update:
         token_ids=earlier.token_ids + later.token_ids,
         logprobs=earlier.logprobs + later.logprobs,
         prompt_logprobs=earlier.prompt_logprobs + later.prompt_logprobs,
+        spec_trace=earlier.spec_trace + later.spec_trace,
     )

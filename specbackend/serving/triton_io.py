@@ -10,10 +10,15 @@ import numpy as np
 
 from specbackend.errors import InvalidRequest
 from specbackend.serving.errors import Cancelled, Unavailable, Unsupported
-from specbackend.serving.schemas import LLM_OUTPUTS
+from specbackend.serving.faces import LLM, Face
 
-OUTPUT_TYPES = {spec.name: spec.dtype for spec in LLM_OUTPUTS}
-NUMPY_TYPES = {"STRING": np.object_, "INT32": np.int32, "INT64": np.int64, "FP32": np.float32}
+NUMPY_TYPES = {
+    "STRING": np.object_,
+    "INT32": np.int32,
+    "UINT32": np.uint32,
+    "INT64": np.int64,
+    "FP32": np.float32,
+}
 
 log = logging.getLogger(__name__)
 
@@ -25,9 +30,10 @@ class Sender:
     What is sent after that is dropped.
     """
 
-    def __init__(self, pb_utils: Any, response_sender: Any):
+    def __init__(self, pb_utils: Any, response_sender: Any, face: Face = LLM):
         self._pb = pb_utils
         self._sender = response_sender
+        self._face = face
 
     @property
     def is_done(self) -> bool:
@@ -47,9 +53,9 @@ class Sender:
             self.fail(error)
 
     def send(self, outputs: Mapping[str, object], final: bool) -> None:
-        """Send values by output name; lists become [1, n], single values [1, 1]. Raises what Triton does."""
+        """Send values by output name; see `make_tensor`. Raises what Triton does."""
         if self._sender is not None:
-            tensors = [make_tensor(self._pb, name, value) for name, value in outputs.items()]
+            tensors = [make_tensor(self._pb, self._face, name, value) for name, value in outputs.items()]
             flags = self._pb.TRITONSERVER_RESPONSE_COMPLETE_FINAL if final else 0
             self._sender.send(self._pb.InferenceResponse(output_tensors=tensors), flags=flags)
             if final:
@@ -67,10 +73,13 @@ class Sender:
             log.error("an answer is lost: %s", lost)  # without the traceback, which would show `error` too
 
 
-def make_tensor(pb_utils: Any, name: str, value: object) -> Any:
+def make_tensor(pb_utils: Any, face: Face, name: str, value: object) -> Any:
+    """A tensor [n] from a list, [1] from a single value; behind as many dimensions of size 1 as the face has more."""
     values = value if isinstance(value, list) else [value]
-    row = [each.encode() if isinstance(each, str) else each for each in values]
-    return pb_utils.Tensor(name, np.array([row], dtype=NUMPY_TYPES[OUTPUT_TYPES[name]]))
+    spec = face.output[name]
+    array = np.array([v.encode() if isinstance(v, str) else v for v in values], dtype=NUMPY_TYPES[spec.dtype])
+    in_front = len(spec.dims) + face.has_batch_dimension - array.ndim
+    return pb_utils.Tensor(name, array.reshape(*[1] * in_front, *array.shape))
 
 
 def log_bug(error: Exception) -> None:

@@ -46,6 +46,24 @@ class Candidates:
     parent_BC: torch.Tensor  # int64, index of the parent candidate; -1 below the root
 
 
+@dataclass(frozen=True)
+class Proposal:
+    """A tree, and what it was kept of."""
+
+    tree: DraftTree
+    candidates: Candidates | None = None  # None: nobody has weighed them
+
+    @property
+    def logprob_BN(self) -> torch.Tensor | None:
+        """float32: how likely each drafted node is after its parent, by the draft. 0 of the root."""
+        if self.candidates is None:
+            return None
+        parent_BN = self.tree.parent_BN
+        kept, _ = _best(self.candidates, parent_BN.shape[1] - 1)
+        path_BN = torch.nn.functional.pad(self.candidates.score_BC.gather(1, kept), (1, 0))
+        return path_BN - path_BN.gather(1, parent_BN)
+
+
 def build_tree(root_token_B: torch.Tensor, candidates: Candidates, num_nodes_B: torch.Tensor, most: int) -> DraftTree:
     """Keep the root and each request's num_nodes - 1 best candidates, in index order; `most` is the largest num_nodes.
 
@@ -57,8 +75,7 @@ def build_tree(root_token_B: torch.Tensor, candidates: Candidates, num_nodes_B: 
 
         found = (candidates.score_BC, candidates.token_BC, candidates.parent_BC)
         return DraftTree(**vars(build_tree(root_token_B, *found, num_nodes_B, most)))
-    ranked = candidates.score_BC.sort(dim=1, descending=True, stable=True)
-    kept, rank = ranked.indices[:, : most - 1].sort(dim=1)
+    kept, rank = _best(candidates, most - 1)
     drafted = (rank < num_nodes_B[:, None] - 1) & (candidates.score_BC.gather(1, kept) > -torch.inf)
     parent_candidate = candidates.parent_BC.gather(1, kept)
     parent = torch.searchsorted(kept, parent_candidate) + 1  # place among the kept, after the root
@@ -68,6 +85,13 @@ def build_tree(root_token_B: torch.Tensor, candidates: Candidates, num_nodes_B: 
     parent_BN = torch.cat([root_parent, parent], dim=1)
     drafted_BN = torch.cat([torch.ones_like(root_parent, dtype=torch.bool), drafted], dim=1)
     return DraftTree.of(token_BN, parent_BN, drafted_BN)
+
+
+def _best(candidates: Candidates, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """int64 [B, count]: the indices of the best in ascending order, and how many are better than each."""
+    ranked = candidates.score_BC.sort(dim=1, descending=True, stable=True)
+    best = ranked.indices[:, :count].sort(dim=1)
+    return best.values, best.indices
 
 
 def ancestor_mask(parent_BN: torch.Tensor) -> torch.Tensor:

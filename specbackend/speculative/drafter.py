@@ -9,7 +9,7 @@ from specbackend.cuda_graphs import Recorder
 from specbackend.models.llama import TargetOutput
 from specbackend.request import Request
 from specbackend.sampling import SamplingBatch
-from specbackend.speculative.draft_tree import DraftTree
+from specbackend.speculative.draft_tree import Proposal
 from specbackend.speculative.tree_shapes import TreeShapes
 from specbackend.speculative.verifier import AcceptedPath
 
@@ -49,7 +49,7 @@ class Drafter(Protocol):
     def record_forwards(self, record: Recorder, batch_sizes: list[int], num_columns: int, tree: TreeShape) -> None:
         """From now on replay the draft's forwards for this tree. num_columns: of the request table."""
 
-    def propose(self, at: Sequences, sampling: SamplingBatch, shapes: TreeShapes) -> DraftTree:
+    def propose(self, at: Sequences, sampling: SamplingBatch, shapes: TreeShapes) -> Proposal:
         """Draft what may follow each sequence's root, for a target that picks as `sampling` says."""
 
     def follow_path(self, verified: Verified, at: Sequences) -> None:

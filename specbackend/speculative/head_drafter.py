@@ -16,7 +16,7 @@ from specbackend.models.llama import TargetOutput
 from specbackend.request import Request
 from specbackend.runner import causal_mask
 from specbackend.sampling import SamplingBatch
-from specbackend.speculative.draft_tree import DraftTree, build_tree
+from specbackend.speculative.draft_tree import Proposal, build_tree
 from specbackend.speculative.drafter import MOST_UNFED, CacheRule, Verified
 from specbackend.speculative.tree_growth import DraftPrefix, TreeGrower
 from specbackend.speculative.tree_shapes import TreeShapes
@@ -59,10 +59,11 @@ class HeadDrafter:
     def record_forwards(self, record: Recorder, batch_sizes: list[int], num_columns: int, tree: TreeShape) -> None:
         self.grower.record_forwards(record, batch_sizes, num_columns, feed_width=tree.longest_path)
 
-    def propose(self, at: Sequences, sampling: SamplingBatch, shapes: TreeShapes) -> DraftTree:
+    def propose(self, at: Sequences, sampling: SamplingBatch, shapes: TreeShapes) -> Proposal:
         prefix = DraftPrefix(at.length_B, at.prefix_slot_BL, self._hidden_RD[at.row_B])
         candidates = self.grower.grow(at, prefix, sampling, shapes)
-        return build_tree(at.root_B, candidates, shapes.num_nodes_B, shapes.most_nodes)
+        tree = build_tree(at.root_B, candidates, shapes.num_nodes_B, shapes.most_nodes)
+        return Proposal(tree, candidates)
 
     def follow_path(self, verified: Verified, at: Sequences) -> None:
         """Row j of the path pairs the feature of its node with the token after it; the width is fixed."""

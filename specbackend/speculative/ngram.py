@@ -15,7 +15,7 @@ from specbackend.cuda_graphs import Recorder
 from specbackend.models.llama import TargetOutput
 from specbackend.request import Request
 from specbackend.sampling import SamplingBatch
-from specbackend.speculative.draft_tree import DraftTree
+from specbackend.speculative.draft_tree import DraftTree, Proposal
 from specbackend.speculative.drafter import CacheRule, Verified
 from specbackend.speculative.tree_shapes import TreeShapes
 
@@ -87,12 +87,12 @@ class NgramDrafter:
     def record_forwards(self, record: Recorder, batch_sizes: list[int], num_columns: int, tree: TreeShape) -> None:
         """There are none."""
 
-    def propose(self, at: Sequences, sampling: SamplingBatch, shapes: TreeShapes) -> DraftTree:
+    def propose(self, at: Sequences, sampling: SamplingBatch, shapes: TreeShapes) -> Proposal:
         trees, N = [self._tree(request) for request in at.requests], shapes.most_nodes
         token_BN = torch.tensor([_padded(tree.tokens, N) for tree in trees], device=self.device)
         parent_BN = torch.tensor([_padded(tree.parents, N) for tree in trees], device=self.device)
         size_B1 = torch.tensor([[len(tree.tokens)] for tree in trees], device=self.device)
-        return DraftTree.of(token_BN, parent_BN, torch.arange(N, device=self.device) < size_B1)
+        return Proposal(DraftTree.of(token_BN, parent_BN, torch.arange(N, device=self.device) < size_B1))
 
     def follow_path(self, verified: Verified, at: Sequences) -> None:
         """Nothing to do, as above."""

@@ -11,7 +11,7 @@ from specbackend.models.llama import TargetOutput
 from specbackend.request import Request
 from specbackend.runner import causal_mask
 from specbackend.sampling import SamplingBatch
-from specbackend.speculative.draft_tree import DraftTree, build_tree
+from specbackend.speculative.draft_tree import Proposal, build_tree
 from specbackend.speculative.drafter import CacheRule, Verified
 from specbackend.speculative.tree_growth import DraftPrefix, TreeGrower
 from specbackend.speculative.tree_shapes import TreeShapes
@@ -39,12 +39,13 @@ class StandaloneDrafter:
     def record_forwards(self, record: Recorder, batch_sizes: list[int], num_columns: int, tree: TreeShape) -> None:
         self.grower.record_forwards(record, batch_sizes, num_columns, feed_width=len(self._back_P))
 
-    def propose(self, at: Sequences, sampling: SamplingBatch, shapes: TreeShapes) -> DraftTree:
+    def propose(self, at: Sequences, sampling: SamplingBatch, shapes: TreeShapes) -> Proposal:
         last_B = torch.full_like(at.length_B, len(self._back_P) - 1)
         hidden_BD = self.grower.feed(self._recent(at), None, last_B)
         slot_BL = self.table.slots[at.row_B, : at.prefix_slot_BL.shape[1] + 1]  # one more: the root has been read
         candidates = self.grower.grow(at, DraftPrefix(at.length_B + 1, slot_BL, hidden_BD), sampling, shapes)
-        return build_tree(at.root_B, candidates, shapes.num_nodes_B, shapes.most_nodes)
+        tree = build_tree(at.root_B, candidates, shapes.num_nodes_B, shapes.most_nodes)
+        return Proposal(tree, candidates)
 
     def follow_path(self, verified: Verified, at: Sequences) -> None:
         """Nothing to do: the next proposal reads what was accepted."""

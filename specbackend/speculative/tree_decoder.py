@@ -1,13 +1,16 @@
 """Speculative decoding: draft a tree, verify it in one target forward, keep the accepted path, tell the drafter."""
 
+import dataclasses
+
 import torch
 
-from specbackend.batch import Accepted, DecodeBatch, ExtendBatch, ForwardBatch, Sequences
+from specbackend.batch import Accepted, DecodeBatch, ExtendBatch, ForwardBatch, Sequences, traced_rows
 from specbackend.runner import TargetRunner, extend_forward_batch
 from specbackend.sampling import Nodes, SamplingBatch, pick_from, picked_logprobs, target_logits
 from specbackend.speculative.draft_tree import DraftTree
 from specbackend.speculative.drafter import Drafter, Verified
 from specbackend.speculative.plain import pick_after_prompt
+from specbackend.speculative.tracer import NOBODY, Observer, Tracer
 from specbackend.speculative.tree_shapes import TreeShapes
 from specbackend.speculative.verifier import AcceptedPath, accept_path
 
@@ -34,11 +37,17 @@ class TreeDecoder:
     def decode(self, batch: DecodeBatch) -> Accepted:
         at, device = self.runner.sequences(batch.requests), self.runner.device
         shapes = TreeShapes.of([request.tree for request in batch.requests], device)
-        return self.step(at, SamplingBatch.of(batch.requests, device), shapes)
+        sampling, rows = SamplingBatch.of(batch.requests, device), traced_rows(batch.requests)
+        if not rows:
+            return self.step(at, sampling, shapes)
+        tracer = Tracer(rows, sampling, batch.started_ns)
+        return dataclasses.replace(self.step(at, sampling, shapes, tracer), rounds=tracer.rounds)
 
-    def step(self, at: Sequences, sampling: SamplingBatch, shapes: TreeShapes) -> Accepted:
+    def step(self, at: Sequences, sampling: SamplingBatch, shapes: TreeShapes, observer: Observer = NOBODY) -> Accepted:
         """`decode` without the host's part: if `is_on_device`, a graph can hold it."""
-        tree = self.drafter.propose(at, sampling, shapes)
+        proposal = self.drafter.propose(at, sampling, shapes)
+        observer.drafted(proposal)
+        tree = proposal.tree
         verify = self._verify_batch(tree, at)
         output = self.runner.forward(verify)
         logits_BNV = self.runner.model.logits(output.hidden_TD).view(*tree.token_BN.shape, -1)
@@ -51,7 +60,9 @@ class TreeDecoder:
         token_BP = pick_BN.gather(1, node_BP)
         logprobs = picked_logprobs(logits_BNV, node_BP, token_BP, sampling)
         accepted = Accepted(token_BP, path.count_B, logprobs)
+        observer.verified(logits_BNV, path)
         self.drafter.follow_path(Verified(verify, output, path, accepted), at)
+        observer.extended()
         return accepted
 
     def _verify_batch(self, tree: DraftTree, at: Sequences) -> ForwardBatch:

@@ -233,6 +233,19 @@ def test_what_lacks_draft_kv_is_for_requests_without_drafts(successor):
     assert drafting.slots == plain.slots[:2]
 
 
+def test_flush_drops_what_nobody_uses_and_tells_no_lower_tier():
+    told = []
+    manager = SlotManager(10, successor_keys=False, cache_prefixes=True, on_evict=told.append)
+    used = manager.share([1, 2, 3], manager.allocate(2), manager.match([1, 2, 3]))
+    manager.unpin(manager.share([1, 5, 6, 7], manager.allocate(4), manager.match([9])))
+    assert (manager.flush(), manager.num_free, manager.tree.num_slots) == (3, 8, 2)
+    manager.unpin(used)
+    assert (manager.flush(), manager.num_free, told) == (2, 10, [])
+    manager.unpin(manager.share([1, 2, 3], manager.allocate(2), manager.match([9])))
+    manager.allocate(10)
+    assert len(told) == 1
+
+
 def test_a_lower_tier_is_told_of_what_is_evicted_and_of_what_a_request_leaves():
     evicted: list[CachedPrefix] = []
     finished: list[CachedPrefix] = []

@@ -1,6 +1,6 @@
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -19,6 +19,7 @@ ENGINE_PARAMS = {
     "max_total_tokens": 12000,
     "num_threads": 1,
 }
+FACES = {"llm", "vllm_model"}
 
 
 def pytest_collection_modifyitems(items):
@@ -28,20 +29,22 @@ def pytest_collection_modifyitems(items):
                 item.add_marker(pytest.mark.skip(reason="needs the tritonserver wheel"))
 
 
-def make_repository(folder: Path, **params) -> Path:
-    """The shipped model repository with other parameters, and the gauges, through model.json."""
-    shutil.copytree(ROOT / "model_repository", folder, dirs_exist_ok=True)
+def make_repository(folder: Path, faces: Iterable[str] = ("llm",), **params) -> Path:
+    """The shipped repository, with these faces, other parameters, which are theirs all, and gauges, by model.json."""
+    left_out = shutil.ignore_patterns(*FACES - set(faces))
+    shutil.copytree(ROOT / "model_repository", folder, ignore=left_out, dirs_exist_ok=True)
     params = {**ENGINE_PARAMS, "REPORT_CUSTOM_METRICS": True, **params}
-    (folder / "llm" / "1" / "model.json").write_text(json.dumps(params))
+    for face in faces:
+        (folder / face / "1" / "model.json").write_text(json.dumps(params))
     (folder / "preprocessing" / "1" / "model.json").write_text(json.dumps({"model_path": str(DEMO_TARGET)}))
     return folder
 
 
 @pytest.fixture(scope="session")
 def server(tmp_path_factory) -> Iterator[TritonServer]:
-    """One server for all tests that leave it alive."""
+    """One server for all tests that leave it alive; the only one with both faces."""
     folder = tmp_path_factory.mktemp("server")
-    with TritonServer(make_repository(folder / "models"), log_path=folder / "server.log") as running:
+    with TritonServer(make_repository(folder / "models", FACES), log_path=folder / "server.log") as running:
         yield running
 
 
@@ -54,15 +57,25 @@ def offline():
 
 
 def engine_pid(server: TritonServer) -> int:
-    [pid] = [pid for pid in processes_of(server.server_id) if b"engine_process" in _command_line(pid)]
+    """Of llm's engine."""
+    engines = [pid for pid in processes_of(server.server_id) if b"engine_process" in _command_line(pid)]
+    [pid] = [pid for pid in engines if len(engines) == 1 or b"/llm/" in _command_line(_parent(pid))]
     return pid
 
 
 def slots(server: TritonServer) -> dict[str, float]:
-    """The gauges of the KV pool: max, free (the cache's included), used, ..."""
-    prefix = "nv_trt_llm_kv_cache_block_metrics"
-    metrics = {name: value for name, value in read_metrics(server.metrics_url).items() if name.startswith(prefix)}
+    """The gauges of llm's KV pool: max, free (the cache's included), used, ..."""
+    prefix, model = "nv_trt_llm_kv_cache_block_metrics", 'model="llm"'
+    metrics = {
+        name: value
+        for name, value in read_metrics(server.metrics_url).items()
+        if name.startswith(prefix) and model in name
+    }
     return {name.split('kv_cache_block_type="')[1].split('"')[0]: value for name, value in metrics.items()}
+
+
+def _parent(pid: int) -> int:
+    return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
 
 
 def _command_line(pid: int) -> bytes:

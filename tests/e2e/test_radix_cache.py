@@ -60,7 +60,8 @@ def test_what_engines_store_shows(server):
     assert ask(server, action="audit") == (200, {"leaks": []})
     name = 'specbackend:radix_published_blocks{model="radix_cache"'
     wait_until(lambda: any(value for key, value in read_metrics(server.metrics_url).items() if key.startswith(name)))
-    assert ask(server, action="flush") == (200, {})
+    status, flushed = ask(server, action="flush")
+    assert (status, [engine["pid"] for engine in flushed["engines"]]) == (200, [engine_pid(server)])
     assert ask(server, action="stats")[1]["published_blocks"] == 0
 
 

@@ -191,6 +191,33 @@ def test_logprobs(server, offline, questions, model):
     assert len(json.loads(body["prompt_logprobs"])) == len(meta["input_token_logprobs"])
 
 
+@pytest.mark.parametrize("model", ["llm", "ensemble"])
+def test_traces(server, offline, questions, model):
+    """Of the offline engine's steps, response by response; times are of the same clock as Triton's process has."""
+    inputs = {**prompt_for(model, questions[0]), "max_tokens": 20, "return_spec_trace": True}
+    expected = offline.generate(
+        chat(questions[0]), {"temperature": 0, "max_new_tokens": 20, "return_spec_trace": True}
+    )["meta_info"]["spec_trace"]
+    status, body = generate_http(server.http_url, model, inputs)
+    assert status == 200, body
+    started = time.monotonic()
+    answer = ask(server, "grpc", model, {**inputs, "stream": True})
+    elapsed_ms = 1e3 * (time.monotonic() - started)
+    assert answer.error is None and len(answer.responses) > 2
+    for responses in ([body], answer.responses):
+        for response in responses:
+            steps = json.loads(response["spec_trace"])
+            assert "".join(text for step in steps for text in step["token_texts"]) == response["text_output"]
+        steps = [step for response in responses for step in json.loads(response["spec_trace"])]
+        for step, other in zip(steps, expected, strict=True):
+            assert [step[name] for name in ("kind", "token_ids", "accepted", "bonus")] == [
+                other[name] for name in ("kind", "token_ids", "accepted", "bonus")
+            ]
+            assert step.get("tree", {}).get("token_ids") == other.get("tree", {}).get("token_ids")
+    assert 0 < steps[0]["started_ms"] < steps[-1]["started_ms"] + steps[-1]["step_ms"] < elapsed_ms
+    assert "spec_trace" not in generate_http(server.http_url, model, prompt_for(model, questions[0]))[1]
+
+
 def test_a_tree_of_its_own(server, offline):
     inputs = {"text_input": "How many eggs", "max_tokens": 20, "return_perf_metrics": True}
     whole = generate_http(server.http_url, "llm", inputs)[1]

@@ -8,11 +8,19 @@ from specbackend.config import TREE
 from tests.checkpoints import write_head, write_target, write_tokenizer
 
 PROMPTS = [[5, 9, 2, 33, 17, 60, 41], [8, 1, 12]]
-PARAMS = [{"temperature": 0, "max_new_tokens": 7}, {"temperature": 1.0, "seed": 3, "max_new_tokens": 5}]
+PARAMS = [
+    {"temperature": 0, "max_new_tokens": 7},
+    {"temperature": 1.0, "seed": 3, "max_new_tokens": 5, "return_spec_trace": True},
+]
 LIMITED = [
     {"temperature": 0.7, "top_k": 5, "top_p": 0.9, "seed": 8, "max_new_tokens": 6},
     {"temperature": 1.5, "min_p": 0.1, "seed": 9, "max_new_tokens": 5},
 ]
+
+
+def traced_steps(answers: list[dict]) -> list[dict]:
+    """Those with trees."""
+    return [step for answer in answers for step in answer["meta_info"].get("spec_trace", []) if "tree" in step]
 
 
 def assert_kernels_equal_torch(engine_params: dict, sampling_params: list[dict], request) -> None:
@@ -26,6 +34,11 @@ def assert_kernels_equal_torch(engine_params: dict, sampling_params: list[dict],
     assert [a["output_ids"] for a in answers] == [a["output_ids"] for a in expected]
     steps = [[a["meta_info"]["spec_verify_ct"] for a in each] for each in (answers, expected)]
     assert steps[0] == steps[1]
+    for step, other in zip(*(traced_steps(each) for each in (answers, expected)), strict=True):
+        for name in ("parents", "token_ids"):
+            assert step["tree"][name] == other["tree"][name]
+        for name in ("draft_logprobs", "target_logprobs"):
+            assert step["tree"][name] == pytest.approx(other["tree"][name], abs=1e-4)
 
 
 @pytest.mark.parametrize("family", ["mimo", "qwen3"])  # an MTP layer and biases; norms of heads

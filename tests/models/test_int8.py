@@ -9,11 +9,12 @@ from specbackend.errors import ConfigError
 from specbackend.kernels import cpu
 from specbackend.models.int8 import Int8Linear
 from specbackend.models.linear import Linear, PackedLinear
-from tests.conftest import DEMO_TARGET
+from tests.conftest import DEMO_EAGLE3, DEMO_TARGET
 from tests.test_algorithms import PROMPTS, make_engine, write_checkpoints
 
 E, D = 1100, 600
 INT8 = {"quantization": "int8wo"}
+INT8_DRAFT = {"speculative_draft_model_quantization": "int8wo"}
 
 
 @pytest.fixture(params=[False, True], ids=["no bias", "bias"])
@@ -25,6 +26,18 @@ def weights(request):
 
 def output_ids(answers: list[dict]) -> list[list[int]]:
     return [answer["output_ids"] for answer in answers]
+
+
+def products(module: object) -> list[Linear]:
+    """All that a network multiplies by."""
+    found = []
+    for value in vars(module).values():
+        for each in value if isinstance(value, list) else [value]:
+            if isinstance(each, Linear):
+                found.append(each)
+            elif type(each).__module__.startswith("specbackend.models."):
+                found += products(each)
+    return found
 
 
 def rounded(x: torch.Tensor) -> torch.Tensor:
@@ -90,6 +103,35 @@ def test_speculation_changes_nothing(algorithm, family, tmp_path):
         assert all(type(each) is Int8Linear for each in products)
 
 
+@pytest.mark.parametrize(
+    "algorithm, family", [("EAGLE", "llama"), ("EAGLE3", "qwen2"), ("STANDALONE", "llama"), ("NEXTN", "mimo")]
+)
+def test_a_rounded_draft(algorithm, family, tmp_path):
+    """It may draft otherwise, and the answers stay those of the target, whose own weights are not rounded."""
+    folder, _ = write_checkpoints(tmp_path, family)
+    params = [{"temperature": t, "seed": 1, "max_new_tokens": 16} for t in (0, 0, 0, 0, 1.0, 1.0, 1.0, 1.0)]
+    plain = make_engine(folder, "plain", max_total_tokens=2000)
+    drafted = make_engine(folder, algorithm, **INT8_DRAFT, max_total_tokens=2000)
+    texts = [output_ids(each.generate(input_ids=PROMPTS, sampling_params=params)) for each in (plain, drafted)]
+    assert texts[0] == texts[1]
+    draft, target = drafted.decoder.drafter.grower.model, drafted.decoder.runner.model
+    assert {type(each) for each in products(draft)} == {Int8Linear}
+    assert Int8Linear not in {type(each) for each in products(target)}
+
+
+def test_a_rounded_head_matches_as_often(demo_prompts):
+    params = {"temperature": 0, "max_new_tokens": 48, "ignore_eos": True}
+    head = {"speculative_algorithm": "EAGLE3", "speculative_draft_model_path": str(DEMO_EAGLE3)}
+    counts = []
+    for others in ({}, INT8_DRAFT):
+        engine = Engine(
+            model_path=str(DEMO_TARGET), **head, **others, max_total_tokens=1 << 13, speculative_adaptive=False
+        )
+        engine.generate(input_ids=demo_prompts[:20], sampling_params=params)
+        counts.append(engine.stats().verify_steps)
+    assert counts[1] < 1.05 * counts[0]
+
+
 def test_the_demo_target_keeps_most_of_its_text(demo_prompts):
     params = {"temperature": 0, "max_new_tokens": 16}
     engines = [Engine(model_path=str(DEMO_TARGET), max_total_tokens=1 << 13, **others) for others in ({}, INT8)]
@@ -100,10 +142,21 @@ def test_the_demo_target_keeps_most_of_its_text(demo_prompts):
 
 
 @pytest.mark.parametrize(
-    "device, has_compiler, quantization", [("meta", True, "int8wo"), ("cpu", False, "int8wo"), ("cpu", True, "fp8wo")]
+    "name, device, has_compiler, quantization",
+    [
+        ("quantization", "meta", True, "int8wo"),
+        *(
+            (name, "cpu", has_compiler, quantization)
+            for name in ("quantization", *INT8_DRAFT)
+            for has_compiler, quantization in ((False, "int8wo"), (True, "fp8wo"))
+        ),
+    ],
 )
-def test_where_it_is_not_served(device, has_compiler, quantization, monkeypatch):
+def test_where_it_is_not_served(name, device, has_compiler, quantization, monkeypatch):
     if not has_compiler:
         monkeypatch.setattr(cpu, "compiled", lambda: None)
-    with pytest.raises(ConfigError, match=rf"^quantization: {quantization} "):
-        Engine(model_path=str(DEMO_TARGET), device=device, max_total_tokens=2048, quantization=quantization)
+    params = {"model_path": str(DEMO_TARGET), "device": device, "max_total_tokens": 2048, name: quantization}
+    if name in INT8_DRAFT:
+        params |= {"speculative_algorithm": "EAGLE3", "speculative_draft_model_path": str(DEMO_EAGLE3)}
+    with pytest.raises(ConfigError, match=rf"^{name}: {quantization} "):
+        Engine(**params)

@@ -1,4 +1,5 @@
 import json
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -8,14 +9,28 @@ from specbackend.serving.adapter import Adapter
 from specbackend.serving.supervisor import ENGINE_COMMAND
 from tests.fakes import FakePbUtils, save_byte_checkpoint
 
-FAKE_ENGINE = (*ENGINE_COMMAND, "--engine", "tests.fakes:FakeEngine")
-SLOW_ENGINE = (*ENGINE_COMMAND, "--engine", "tests.fakes:SlowEngine")
-STUCK_ENGINE = (*ENGINE_COMMAND, "--engine", "tests.serving.engines:StuckEngine")
+ENGINES = (
+    "tests.fakes:FakeEngine",
+    "tests.fakes:SlowEngine",
+    "tests.serving.engines:StuckEngine",
+    "tests.serving.engines:UnluckyEngine",
+)
+FAKE_ENGINE, SLOW_ENGINE, STUCK_ENGINE, UNLUCKY_ENGINE = (
+    (*ENGINE_COMMAND, "--linger", "0.3", "--engine", name) for name in ENGINES
+)
 
 
 @pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory) -> Path:
     return save_byte_checkpoint(tmp_path_factory.mktemp("checkpoint"))
+
+
+@pytest.fixture(autouse=True)
+def socket_folder(monkeypatch) -> Iterator[Path]:
+    """Of its own for each test, so that no engine is shared. A socket's path has to be short."""
+    with tempfile.TemporaryDirectory(prefix="sb-", ignore_cleanup_errors=True) as folder:
+        monkeypatch.setattr(tempfile, "tempdir", folder)
+        yield Path(folder)
 
 
 @pytest.fixture
@@ -52,3 +67,11 @@ def start_adapter(triton_args) -> Iterator[Callable[..., Adapter]]:
 @pytest.fixture
 def adapter(start_adapter) -> Adapter:
     return start_adapter()
+
+
+def is_running(pid: int) -> bool:
+    """Not so for one that has ended, though its parent has not asked for the code."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except FileNotFoundError:
+        return False

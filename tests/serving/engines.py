@@ -12,3 +12,11 @@ class StuckEngine(FakeEngine):
         super().__init__(**params)
         if self.config.random_seed == STUCK_SEED:
             time.sleep(3600)
+
+
+class UnluckyEngine(FakeEngine):
+    """Takes its time to find out that it cannot load."""
+
+    def __init__(self, **params):
+        time.sleep(1)
+        super().__init__(**params)

@@ -4,6 +4,8 @@ import json
 import os
 import signal
 import time
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -13,9 +15,10 @@ from specbackend.request import FinishReason, Update
 from specbackend.serving import protocol
 from specbackend.serving import supervisor as supervisor_module
 from specbackend.serving.adapter import Adapter, read_parameters
+from specbackend.serving.engine_socket import ask_engines
 from specbackend.serving.errors import EngineError
 from specbackend.serving.generation import Server
-from specbackend.serving.protocol import Cancel, Submit
+from specbackend.serving.protocol import CacheTree, Cancel, Submit
 from specbackend.serving.responder import merge
 from specbackend.serving.supervisor import EngineProcess
 from tests.fakes import (
@@ -27,7 +30,8 @@ from tests.fakes import (
     byte_tokenizer,
     fake_answer,
 )
-from tests.serving.conftest import SLOW_ENGINE, STUCK_ENGINE
+from tests.radix.sidecars import wait_until
+from tests.serving.conftest import FAKE_ENGINE, SLOW_ENGINE, STUCK_ENGINE, is_running
 from tests.serving.engines import STUCK_SEED
 
 PROMPT = "héllo 😀 "
@@ -426,7 +430,7 @@ def test_finalize_ends_the_engine_and_answers_the_rest(triton_args):
     time.sleep(0.1)
     adapter.finalize()
     assert request.sender.error().code == FakeError.UNAVAILABLE
-    assert not Path(f"/proc/{engine}").exists()
+    wait_until(lambda: not is_running(engine))
 
 
 def test_finalize_answers_what_has_just_arrived(triton_args):
@@ -440,10 +444,93 @@ def test_finalize_answers_what_has_just_arrived(triton_args):
     assert request.sender.error().code == FakeError.UNAVAILABLE
 
 
-def test_two_adapters_can_live_side_by_side(start_adapter):
-    """While Triton reloads a model, the new instance starts before the old one ends."""
-    adapters = [start_adapter(), start_adapter()]
+# ---- several adapters
+
+
+def test_adapters_of_equal_parameters_share_an_engine(start_adapter, triton_args):
+    """While Triton reloads a model, the new instance starts before the old one ends. Others are there all the time."""
+    adapters = [Adapter(FakePbUtils, triton_args(), FAKE_ENGINE), start_adapter()]
     assert [execute(a, text_input="xy", max_tokens=4).sender.text() for a in adapters] == ["xyxy"] * 2
+    assert pid(adapters[0]) == pid(adapters[1]) != pid(start_adapter(random_seed=1))
+    adapters[0].finalize()
+    assert execute(adapters[1], text_input="xy", max_tokens=4).sender.text() == "xyxy"
+
+
+@pytest.fixture
+def patient_engine(triton_args) -> Iterator[tuple[Sequence[str], int]]:
+    """The command and the pid of an engine that waits long for a model to come back."""
+    command = [*FAKE_ENGINE, "--linger", "60"]
+    adapter = Adapter(FakePbUtils, triton_args(), command)
+    engine = pid(adapter)
+    adapter.finalize()
+    yield command, engine
+    with suppress(ProcessLookupError):
+        os.kill(engine, signal.SIGKILL)
+
+
+def test_a_model_that_comes_back_soon_finds_its_engine(start_adapter, patient_engine):
+    command, engine = patient_engine
+    assert execute(start_adapter(command), text_input="xy", max_tokens=4).sender.text() == "xyxy"
+    assert [facts["pid"] for facts in ask_engines(os.getppid(), CacheTree(0))] == [engine]
+
+
+def test_another_engine_does_not_start_beside_one_that_nobody_uses(start_adapter, patient_engine):
+    used = start_adapter()
+    start_adapter(random_seed=1)
+    wait_until(lambda: not is_running(patient_engine[1]))
+    assert execute(used, text_input="xy", max_tokens=4).sender.text() == "xyxy"
+    assert len(ask_engines(os.getppid(), CacheTree(0))) == 2
+
+
+def test_an_adapter_that_its_engine_has_dropped_comes_back_to_it(start_adapter):
+    adapter, other = start_adapter(SLOW_ENGINE), start_adapter(SLOW_ENGINE)
+    lost, kept = (execute(each, max_tokens=90) for each in (adapter, other))
+    engine = pid(adapter)
+    adapter._responder._supervisor._process.channel._socket.sendall(b"\1\0\0\0\xc1")  # which means nothing
+    assert "has closed its connection" in str(lost.sender.error())
+    assert execute(adapter, text_input="xy", max_tokens=4).sender.text() == "xyxy"
+    assert kept.sender.text() == answer(PROMPT, 90)
+    assert pid(adapter) == pid(other) == engine
+
+
+def test_all_adapters_notice_the_end_and_share_the_next_engine(start_adapter):
+    adapters = [start_adapter(SLOW_ENGINE) for _ in range(3)]
+    requests = [execute(adapter, max_tokens=400, stream=True) for adapter in adapters]
+    time.sleep(0.2)
+    before = pid(adapters[0])
+    os.kill(before, signal.SIGKILL)
+    errors = [request.sender.error() for request in requests]
+    assert {error.code for error in errors} == {FakeError.UNAVAILABLE}
+    assert "was killed by SIGKILL" in str(errors[0])
+    assert all("the engine process has ended" in str(error) for error in errors[1:])
+    assert [execute(a, text_input="xy", max_tokens=4).sender.text() for a in adapters] == ["xyxy"] * 3
+    assert {pid(adapter) for adapter in adapters} == {pid(adapters[0])} != {before}
+
+
+@pytest.mark.parametrize("asked", [0, 1])
+def test_whoever_waits_in_vain_ends_the_engine_for_all(start_adapter, asked):
+    """Also where somebody else has started it."""
+    adapters = [start_adapter(watchdog_timeout=0.5) for _ in range(2)]
+    before = pid(adapters[0])
+    assert "watchdog_timeout" in str(execute(adapters[asked], text_input="hang").sender.error())
+    assert not is_running(before)
+    assert [execute(a, text_input="xy", max_tokens=4).sender.text() for a in adapters] == ["xyxy"] * 2
+    assert pid(adapters[0]) == pid(adapters[1])
+
+
+def test_a_killed_engine_that_does_not_go_is_not_found_again(start_adapter, monkeypatch):
+    """A driver may hold it, with its socket open."""
+    monkeypatch.setattr(supervisor_module, "EXIT_LIMIT_S", 0.3)
+    adapter = start_adapter(watchdog_timeout=1.0)
+    stuck = adapter._responder._supervisor._process
+    with monkeypatch.context() as patch:
+        patch.setattr(signal, "pidfd_send_signal", lambda *_: None)
+        os.kill(stuck.pid, signal.SIGSTOP)
+        assert "watchdog_timeout" in str(execute(adapter, text_input="xy").sender.error())
+        assert execute(adapter, text_input="xy", max_tokens=2).sender.text() == "xy"
+    assert not stuck.exited and stuck.pid != pid(adapter)
+    stuck.kill()  # which is late, and leaves the other's socket alone
+    assert pid(adapter) == pid(start_adapter(watchdog_timeout=1.0))
 
 
 @pytest.mark.parametrize(

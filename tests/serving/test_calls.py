@@ -11,10 +11,11 @@ from specbackend.errors import InvalidRequest
 from specbackend.sampling_params import NOT_SERVED, UNLIMITED, SamplingParams
 from specbackend.serving.calls import ANY_JSON, CallReader, CancelCall
 from specbackend.serving.errors import Unsupported
+from specbackend.serving.faces import VLLM
 from specbackend.serving.protocol import Ready
-from specbackend.serving.schemas import ANY, LLM_INPUTS, LLM_PARAMETERS
+from specbackend.serving.schemas import LLM_INPUTS, LLM_PARAMETERS
 from specbackend.tokenizer import Tokenizer
-from tests.fakes import CONTEXT_LENGTH, END_ID, VOCAB_SIZE, FakeRequest
+from tests.fakes import CONTEXT_LENGTH, END_ID, VOCAB_SIZE, FakeRequest, VllmRequest
 
 LIMITS = Ready(CONTEXT_LENGTH, VOCAB_SIZE, [END_ID], num_draft_tokens=8)
 
@@ -34,6 +35,18 @@ def read(tokenizer):
         if "input_ids" not in inputs:
             inputs = {"text_input": "hi", **inputs}
         return CallReader(tokenizer, LIMITS).read(FakeRequest(request_id, parameters, timeout, outputs, **inputs))
+
+    return read_inputs
+
+
+@pytest.fixture
+def read_vllm(tokenizer):
+    """The same as a client of vllm_model."""
+
+    def read_inputs(parameters=None, outputs=None, **inputs):
+        if "input_ids" not in inputs:
+            inputs = {"text_input": "hi", **inputs}
+        return CallReader(tokenizer, LIMITS, VLLM).read(VllmRequest("", parameters, 0, outputs, **inputs))
 
     return read_inputs
 
@@ -285,15 +298,6 @@ def test_what_only_others_serve_is_refused_unless_it_changes_nothing(read, name)
                 read(parameters={name: value})
 
 
-def test_every_declared_input_is_served_or_refused(read):
-    """None is dropped: for each input without a meaning there is a value that is refused, or all change nothing."""
-    for spec in LLM_INPUTS:
-        if spec.sets is None and spec.neutral is not ANY:
-            value = {"STRING": "zzz", "BOOL": True}.get(spec.dtype, 77)
-            with pytest.raises(Unsupported, match=spec.name):
-                read(**{spec.name: [value] if -1 in spec.dims else value})
-
-
 def test_bad_words_are_tokens_as_they_begin_a_text_and_after_a_space(read, tokenizer):
     encode = tokenizer.encode
     expected = (tuple(encode("no")), tuple(encode(" no")), tuple(encode(" ")))
@@ -339,8 +343,19 @@ def test_outputs_are_sent_when_asked(read):
     assert read(parameters={"logprobs": 0}).outputs == {"text_output", "logprobs"}
     assert read(parameters={"return_logprob": True}).outputs == {"text_output", "logprobs"}
     assert read(parameters={"prompt_logprobs": 0}).outputs == {"text_output", "prompt_logprobs"}
+    assert read(return_spec_trace=True).outputs == {"text_output", "spec_trace"}
     assert read(num_return_sequences=1).outputs == {"text_output"}
     assert read(num_return_sequences=2).outputs == {"text_output", "sequence_index"}
+
+
+def test_a_trace_is_made_when_it_is_sent(read):
+    asked = [{"return_spec_trace": True}, {"parameters": {"return_spec_trace": True}}, {"outputs": ["spec_trace"]}]
+    for request in [*asked, {"parameters": {"sampling_parameters": '{"return_spec_trace": true}'}}]:
+        call = read(**request)
+        assert call.params.return_spec_trace and "spec_trace" in call.outputs
+    for request in ({}, {"return_spec_trace": False}, {"return_spec_trace": True, "outputs": ["text_output"]}):
+        call = read(**request)
+        assert not call.params.return_spec_trace and call.outputs == {"text_output"}
 
 
 def test_answers_of_different_lengths_fit_only_into_responses_of_their_own(read):
@@ -411,7 +426,7 @@ def test_vllms_sampling_parameters(read, given, inputs, expected):
         ('{"min_tokens": "many"}', "min_tokens: must be an integer, got 'many'"),
         ('{"min_tokens": -1}', "min_tokens: must be between"),
         ('{"max_tokens": 6}', "max_tokens: contradicts request_output_len"),
-        ('{"lora_name": "x"}', "lora_name: is not a supported sampling parameter"),
+        ('{"lora_nam": "x"}', "lora_nam: is not a supported sampling parameter"),
         ('{"best_of": 2}', "best_of: is not supported"),
         ('{"bad_words": ["x y z x y z x y z x y z x y z x y z"]}', "bad_words: each sequence must have"),
     ],
@@ -420,6 +435,80 @@ def test_vllms_sampling_parameters_are_refused_by_name(read, given, message):
     with pytest.raises(InvalidRequest) as error:
         read(request_output_len=5, parameters={"sampling_parameters": given})
     assert str(error.value).startswith(message)
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ({}, {"temperature": 1.0, "max_new_tokens": 16, "top_k": -1}),
+        ({"max_tokens": "30", "min_tokens": "30"}, {"max_new_tokens": 30, "min_new_tokens": 30}),
+        ({"temperature": "0.1", "top_p": "0.95"}, {"temperature": 0.1, "top_p": 0.95}),
+        ({"temperature": 0, "stop": "1", "seed": "7"}, {"temperature": 0, "stop": ("1",), "seed": 7}),
+        ({"ignore_eos": "true", "allowed_token_ids": "[5]"}, {"ignore_eos": True, "allowed_token_ids": (5,)}),
+        ({"structured_outputs": '{"regex": "a"}'}, {"regex": "a"}),
+        ({"logit_bias": '{"5": 1.5}', "n": 2, "speculative": False}, {"logit_bias": ((5, 1.5),), "speculative": False}),
+        ({"frequency_penalty": 0.0, "n": 1, "logprobs": False, "best_of": 1}, {"logprobs": None}),
+    ],
+    ids=str,
+)
+def test_vllm_face_takes_sampling_parameters_from_either_place(read_vllm, given, expected):
+    """As the vLLM backend: values may be text; beside the tensor, those of the request are ignored."""
+    as_tensor = {"sampling_parameters": json.dumps(given)}
+    contradiction = {"temperature": "0.7", "max_tokens": "100", "lora_name": "x", "unknown": "y"}
+    for call in (
+        read_vllm(parameters=given),
+        read_vllm(**as_tensor),
+        read_vllm(parameters=contradiction, **as_tensor),
+    ):
+        assert {name: getattr(call.params, name) for name in expected} == expected
+    assert read_vllm(parameters={"timeout": 5, **contradiction}, **as_tensor).timeout_us == 5
+    assert read_vllm(parameters={"bad_words": "c"}).params.bad_words_ids == ((66,), (220, 66))
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"min_tokens": "many"}, "min_tokens: must be an integer, got 'many'"),
+        ({"top_p": 0}, "top_p: must be above 0"),
+        ({"lora_name": "x"}, "lora_name: is not supported: there are no adapters"),
+        ({"best_of": "2"}, "best_of: is not supported"),
+        ({"structured_outputs": "{"}, "structured_outputs: must be a"),
+        ({"structured_outputs": '{"jsn": 1}'}, "structured_outputs: jsn is not supported"),
+    ],
+    ids=str,
+)
+def test_vllm_face_refuses_by_name(read_vllm, given, message):
+    for request in ({"parameters": given}, {"sampling_parameters": json.dumps(given)}):
+        with pytest.raises(InvalidRequest) as error:
+            read_vllm(**request)
+        assert str(error.value).startswith(message)
+        assert isinstance(error.value, Unsupported) == ("is not supported:" in message or "best_of" in given)
+
+
+@pytest.mark.parametrize(("stream", "exclude"), [(s, e) for s in (None, False, True) for e in (None, False, True)])
+def test_vllm_face_echoes_as_the_vllm_backend(read_vllm, stream, exclude):
+    inputs = {"stream": stream, "exclude_input_in_output": exclude}
+    inputs = {name: value for name, value in inputs.items() if value is not None}
+    if stream and exclude is False:
+        with pytest.raises(InvalidRequest, match=r"When streaming, `exclude_input_in_output` = False is not allowed."):
+            read_vllm(**inputs)
+    else:
+        assert read_vllm(**inputs).echo == ("" if stream or exclude else "hi")
+
+
+def test_vllm_face_sends_what_is_asked_and_null_without_logprobs(read_vllm):
+    assert read_vllm().outputs == {"text_output"}
+    flags = ["finish_reason", "cumulative_logprob", "logprobs", "num_input_tokens", "num_output_tokens"]
+    every = read_vllm(**{f"return_{name}": True for name in flags})
+    assert every.outputs == {"text_output", *flags}
+    assert every.nulls == {"logprobs"} and every.params.logprobs == 0  # the sum needs them
+    assert read_vllm(return_logprobs=True).params.logprobs is None
+    asked = read_vllm(return_logprobs=True, sampling_parameters='{"logprobs": "0"}')
+    assert asked.nulls == frozenset() and asked.params.logprobs == 0
+    assert read_vllm(outputs=["text_output", "finish_reason"]).outputs == {"text_output", "finish_reason"}
+    assert read_vllm(sampling_parameters='{"logprobs": 1}').outputs == {"text_output"}
+    with pytest.raises(Unsupported, match=r"^return_output_ids: .* n of 1"):
+        read_vllm(return_output_ids=True, stream=True, sampling_parameters='{"n": 2}')
 
 
 def test_every_sampling_parameter_can_be_said(read):

@@ -2,14 +2,18 @@
 
 import json
 import math
+from dataclasses import replace
 
 import pytest
 
 from specbackend.request import FinishReason, TokenLogprob, Update
 from specbackend.sampling_params import SamplingParams
 from specbackend.serving.calls import Call
+from specbackend.serving.faces import LLM, VLLM
 from specbackend.serving.generation import Generation, Server
+from specbackend.serving.responder import merge
 from specbackend.serving.schemas import LLM_OUTPUTS
+from specbackend.spec_trace import Round, StepTrace, TreeTrace
 from tests.fakes import byte_tokenizer, fake_logprobs
 
 ALL_OUTPUTS = frozenset(spec.name for spec in LLM_OUTPUTS if spec.asked_by)
@@ -20,9 +24,9 @@ def ids(text: str) -> list[int]:
     return byte_tokenizer().encode(text).ids
 
 
-def generation(params: SamplingParams | None = None, stream_interval=1, **call) -> Generation:
+def generation(params: SamplingParams | None = None, stream_interval=1, face=LLM, **call) -> Generation:
     call = Call(ids("prompt"), params or SamplingParams(), **call)
-    return Generation("0", call, Server(DECODE, stream_interval))
+    return Generation("0", call, Server(DECODE, stream_interval, face))
 
 
 def update(
@@ -63,6 +67,22 @@ def test_a_stop_string_ends_the_answer():
     assert answer.is_over
 
 
+@pytest.mark.parametrize(
+    ("end", "reason"),
+    [
+        (update("xENDEN", FinishReason.LENGTH), "END"),
+        (update("xy", FinishReason.LENGTH), "None"),
+        (update("xy", FinishReason.STOP, has_end_token=True), str(ids("y")[0])),
+        (update("xz", FinishReason.STOP, has_end_token=True), "None"),  # an eos
+    ],
+)
+@pytest.mark.parametrize("keep", [False, True])
+def test_the_stop_reason_is_the_string_or_the_token(end, reason, keep):
+    params = SamplingParams(stop=("ND", "END"), stop_token_ids=(ids("y")[0],), include_stop_str_in_output=keep)
+    outputs = generation(params, outputs=frozenset(("stop_reason",))).advance(end)
+    assert outputs == {"stop_reason": reason}
+
+
 def test_abort_gives_what_there_is():
     answer = generation(stopping("END"), outputs=frozenset(("text_output", "finish_reason")))
     answer.advance(update("aEN"))
@@ -78,13 +98,17 @@ def test_stream_interval_counts_steps_after_the_first_response():
 def test_perf_metrics_come_with_the_last_response():
     answer = generation(stream=True, outputs=ALL_OUTPUTS)
     assert "acceptance_length" not in answer.advance(update("a", total=1, steps=0))
-    outputs = answer.advance(update("bcdefgh", FinishReason.LENGTH, total=8, steps=2, draft_tokens=14))
+    counts = {"accept_counts": [0, 1, 0, 0, 1], "first_scheduled_ns": 5}
+    outputs = answer.advance(update("bcdefgh", FinishReason.LENGTH, total=8, steps=2, draft_tokens=14, **counts))
     assert set(outputs) == ALL_OUTPUTS - {"prompt_logprobs"}  # it came with the first
     assert outputs["acceptance_length"] == 4.0
     # of 8 tokens one is the prefill's and two are the target's own after the two trees
     assert (outputs["total_accepted_draft_tokens"], outputs["total_draft_tokens"]) == (5, 14)
     assert outputs["acceptance_rate"] == pytest.approx(5 / 14)
-    assert outputs["num_cached_tokens"] == outputs["kv_cache_reused_blocks"] == 2
+    assert outputs["acceptance_histogram"] == [0, 1, 0, 0, 1] and outputs["first_scheduled_time_ns"] == 5
+    assert outputs["num_cached_tokens"] == outputs["kv_cache_reused_blocks"] == outputs["kv_cache_reused_block"] == 2
+    assert outputs["kv_cache_missed_block"] == 4 and outputs["kv_cache_hit_rate"] == pytest.approx(2 / 6)
+    assert (outputs["kv_cache_alloc_new_blocks"], outputs["kv_cache_alloc_total_blocks"]) == (12, 14)
     assert outputs["arrival_time_ns"] <= outputs["first_token_time_ns"] <= outputs["last_token_time_ns"]
 
 
@@ -138,6 +162,66 @@ def test_abort_ends_what_is_left_of_several(stream):
     assert answers.is_over
 
 
+def test_counts_of_an_answer_that_never_began_are_zeros():
+    answers = generation(TWO, outputs=frozenset(("acceptance_histogram",)))
+    assert answers.advance(update("ab", FinishReason.LENGTH, index=1, accept_counts=[1, 0, 2])) is None
+    assert answers.abort() == [{"acceptance_histogram": [[0, 0, 0], [1, 0, 2]]}]
+
+
+# ---- the vLLM backend's face
+
+VLLM_OUTPUTS = frozenset(
+    ("text_output", "finish_reason", "num_input_tokens", "num_output_tokens", "logprobs", "prompt_logprobs")
+)
+
+
+def test_vllm_streams_have_every_output_in_every_response():
+    answer = generation(stream=True, face=VLLM, outputs=VLLM_OUTPUTS, nulls=frozenset(("logprobs",)))
+    first = answer.advance(update("ab"))
+    assert first == {
+        "text_output": "ab",
+        "finish_reason": "None",
+        "num_input_tokens": 6,
+        "num_output_tokens": 2,
+        "logprobs": "null",
+        "prompt_logprobs": "[null]",
+    }
+    last = answer.advance(update("c", FinishReason.LENGTH))
+    assert last == {**first, "text_output": "c", "finish_reason": "length", "num_output_tokens": 1} | {
+        "prompt_logprobs": "null"
+    }
+
+
+def test_vllm_streams_have_a_place_for_each_answer():
+    outputs = frozenset(("text_output", "finish_reason", "num_input_tokens", "num_output_tokens", "num_spec_steps"))
+    answers = generation(TWO, stream=True, face=VLLM, outputs=outputs)
+    assert answers.advance(update("ab", index=1)) == {
+        "text_output": ["", "ab"],
+        "finish_reason": ["None", "None"],
+        "num_input_tokens": 6,
+        "num_output_tokens": [0, 2],
+    }
+    one_left = answers.advance(update("cEND", index=1))
+    assert (one_left["text_output"], one_left["finish_reason"]) == (["", "c"], ["None", "stop"])
+    assert answers.advance(update("xyz", FinishReason.LENGTH, index=0)) == {
+        "text_output": ["xyz", ""],
+        "finish_reason": ["length", "stop"],
+        "num_input_tokens": 6,
+        "num_output_tokens": [3, 0],
+        "num_spec_steps": [1, 1],
+    }
+    assert answers.is_over
+
+
+def test_prompt_logprobs_wait_for_their_answers_first_response():
+    outputs = frozenset(("text_output", "prompt_logprobs"))
+    answers = generation(TWO, stream=True, face=VLLM, outputs=outputs)
+    prompt = fake_logprobs(ids("prompt")[1:], 0)
+    assert answers.advance(update("E", index=0, prompt_logprobs=prompt)) is None  # may become END
+    assert answers.advance(update("ab", index=1, prompt_logprobs=prompt))["prompt_logprobs"][0] == "null"
+    assert len(json.loads(answers.advance(update("x", index=0))["prompt_logprobs"][0])) == 6
+
+
 # ---- logprobs
 
 LOGPROBS = SamplingParams(logprobs=2, prompt_logprobs=0, stop=("END",))
@@ -185,3 +269,68 @@ def test_impossible_tokens_are_numbers_too():
     never = [TokenLogprob(ids("a")[0], -0.5, 1, [(ids("a")[0], -0.5), (3, -math.inf)])]
     outputs = answer.advance(update("a", FinishReason.LENGTH, logprobs=never))
     assert json.loads(outputs["logprobs"], parse_constant=pytest.fail)[0]["3"]["logprob"] == -9999.0
+
+
+# ---- traces of steps
+
+TRACE = frozenset(("text_output", "spec_trace"))
+
+
+def traced(text: str, **more) -> Update:
+    draft, target = [None, -0.5, -math.inf, -1.0], [None, -1.0, -2.0, -math.inf]
+    round = Round(TreeTrace([-1, 0, 1, 1], ids(f"?{text[:-1]}!"), draft, target), [1, 2], 1.0, 2.0, 0.5)
+    step = StepTrace("speculative", 2, more.pop("started_ns", 0), 3.5, ids(text), ids(text)[-1], round=round)
+    return update(text, spec_trace=[step], **more)
+
+
+def steps_of(outputs: dict) -> list[dict]:
+    return json.loads(outputs["spec_trace"], parse_constant=pytest.fail)
+
+
+def test_a_step_is_told_with_its_tokens():
+    answer = generation(stream=True, outputs=TRACE, arrival_ns=5_000_000)
+    euro = ids("€")
+    first = StepTrace("prefill", 1, 7_500_000, 1.25, euro[:2], euro[1], prompt_tokens=6, cached_tokens=2)
+    assert answer.advance(Update("0.0", euro[:2], spec_trace=[first])) is None
+    prefill, plain = steps_of(answer.advance(Update("0.0", euro[2:], spec_trace=[replace(first, kind="plain")])))
+    assert prefill == {
+        "kind": "prefill",
+        "batch_size": 1,
+        "started_ms": 2.5,
+        "step_ms": 1.25,
+        "token_ids": euro[:2],
+        "token_texts": [DECODE([token], skip_special_tokens=False) for token in euro[:2]],
+        "accepted": [],
+        "bonus": euro[1],
+        "prompt_tokens": 6,
+        "cached_tokens": 2,
+    }
+    assert "prompt_tokens" not in plain
+    [step] = steps_of(answer.advance(traced("abc", started_ns=9_000_000)))
+    assert (step["started_ms"], step["token_texts"], step["accepted"]) == (4.0, ["a", "b", "c"], [1, 2])
+    assert step["tree"] == {
+        "parents": [-1, 0, 1, 1],
+        "token_ids": ids("?ab!"),
+        "token_texts": ["?", "a", "b", "!"],
+        "draft_logprobs": [None, -0.5, -9999.0, -1.0],
+        "target_logprobs": [None, -1.0, -2.0, -9999.0],
+    }
+    assert (step["draft_ms"], step["verify_ms"], step["extend_ms"]) == (1.0, 2.0, 0.5)
+
+
+def test_a_stop_string_cuts_the_trace_with_the_tokens():
+    answer = generation(stopping("END"), outputs=TRACE)
+    both = merge(merge(None, traced("aEN")), merge(traced("Dbc"), traced("xyz")))
+    whole, cut = steps_of(answer.advance(both))
+    assert (whole["token_ids"], cut["token_ids"]) == (ids("aEN"), ids("D"))
+    assert (cut["bonus"], cut["accepted"]) == (ids("c")[0], [1, 2])
+
+
+def test_without_stream_all_steps_come_with_the_answer():
+    answer = generation(outputs=TRACE)
+    assert answer.advance(traced("abc")) is None
+    assert len(steps_of(answer.advance(traced("xyz", finish=FinishReason.LENGTH)))) == 2
+    answer = generation(SamplingParams(n=2), outputs=TRACE)
+    answer.advance(traced("abc", finish=FinishReason.LENGTH))
+    outputs = answer.advance(traced("xyz", finish=FinishReason.LENGTH, index=1))
+    assert [json.loads(text)[0]["token_ids"] for text in outputs["spec_trace"]] == [ids("abc"), ids("xyz")]

@@ -10,9 +10,14 @@ from specbackend.request import Failure, FinishReason, TokenLogprob, Update
 from specbackend.sampling_params import SamplingParams
 from specbackend.serving.protocol import (
     LENGTH,
+    CacheTree,
     Cancel,
     Channel,
+    Facts,
     Failed,
+    FlushCache,
+    Hello,
+    Leave,
     Ready,
     Rejected,
     Start,
@@ -21,7 +26,9 @@ from specbackend.serving.protocol import (
     decode,
     encode,
 )
+from specbackend.spec_trace import Round, StepTrace, TreeTrace
 
+TREE = TreeTrace([-1, 0, 0], [4, 5, 6], [None, -0.5, -float("inf")], [None, -0.25, -1.0])
 MESSAGES = [
     Start({"model_path": "/m", "speculative_num_steps": 5, "dtype": None, "mem_fraction_static": 0.5}),
     Submit("7", [1, 2, 3], SamplingParams(max_new_tokens=9, temperature=0.7, seed=(1 << 64) - 1, stop=("é", "\n"))),
@@ -29,9 +36,14 @@ MESSAGES = [
         "8", [1], SamplingParams(logit_bias=((5, -1.5), (6, 2.0)), bad_words_ids=((1, 2), (3,)), top_p=0.9, top_k=3)
     ),
     Cancel("7"),
-    Ready(1024, 32000, [2], 8),
+    FlushCache(),
+    CacheTree(100),
+    Leave(),
+    Hello(4711),
+    Ready(1024, 32000, [2], 8, 1.5),
     Failed("model_path: no such folder"),
     Rejected("7", None, "full"),
+    Facts({"pid": 4711, "nodes": [{"id": 1, "parent": None}]}),
     Step([Update("7", [5, 6], FinishReason.STOP, 3, 2, 1, 1), Update("8", [])], {"num_running": 2}),
     Step(
         [
@@ -42,6 +54,10 @@ MESSAGES = [
                 logprobs=[TokenLogprob(5, -0.5, 2, [(6, -0.25), (5, -0.5)])],
                 prompt_logprobs=[TokenLogprob(1, -3.0, 7)],
                 failure=Failure("json_schema", "is too large"),
+                spec_trace=[
+                    StepTrace("plain", 3, 1 << 60, 0.5, [5], 5),
+                    StepTrace("speculative", 1, 7, 3.5, [5, 6], 6, round=Round(TREE, [1], 1.0, 2.0, 0.5)),
+                ],
             )
         ]
     ),

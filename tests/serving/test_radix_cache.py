@@ -13,11 +13,12 @@ import pytest
 from specbackend.errors import ConfigError
 from specbackend.radix.client import RadixClient
 from specbackend.radix.keys import Layout
-from specbackend.serving import radix_cache, radix_metrics
+from specbackend.serving import engine_socket, radix_cache, radix_metrics
 from specbackend.serving.radix_cache import RadixCache
 from specbackend.tokenizer import Tokenizer
 from tests.fakes import FakeError, FakePbUtils, FakeRequest
 from tests.radix.sidecars import PATIENT_S, running, store, wait_until
+from tests.serving.conftest import SLOW_ENGINE
 
 
 class FakeInferenceRequest:
@@ -90,7 +91,7 @@ def test_it_starts_a_sidecar_of_its_own(start, tmp_path, checkpoint):
     salted = ask(model, action="lookup", input_ids=ids, cache_salt="salt")
     assert salted["models"][0]["cached_tokens"] == 0
     assert ask(model, action="audit") == {"leaks": []}
-    assert ask(model, action="flush") == {}
+    assert ask(model, action="flush") == {"engines": []}
     assert ask(model, action="lookup", input_ids=ids)["models"][0]["cached_tokens"] == 0
     model.finalize()
     assert list((tmp_path / "private").iterdir()) == []
@@ -103,6 +104,37 @@ def test_a_killed_sidecar_is_an_answer_and_comes_back(start):
     error = ask(model)
     assert not isinstance(error, FakeError) or error.code == FakeError.UNAVAILABLE
     wait_until(lambda: not isinstance(ask(model), FakeError))
+
+
+def test_engines_are_asked_and_flushed_with_and_without_a_sidecar(start, start_adapter, checkpoint, tmp_path):
+    model = start(socket="radix.sock")
+    assert ask(model, action="tree") == {"engines": []}
+    adapters = start_adapter(), start_adapter(), start_adapter(random_seed=1)
+    pids = {adapter._responder._supervisor.pid for adapter in adapters}
+    engines = ask(model, action="tree")["engines"]
+    assert {engine["pid"] for engine in engines} == pids and len(engines) == 2
+    assert sorted(engine["adapters"] for engine in engines) == [1, 2]
+    assert [node["num_tokens"] for node in engines[0]["nodes"]] == [2, 5]
+    for action, facts in (("stats", {"num_tokens": 7, "nodes": []}), ("flush", {"freed_tokens": 5})):
+        answer = ask(model, action=action)
+        assert "does not answer" in answer["error"]
+        assert [facts.items() <= engine.items() for engine in answer["engines"]] == [True, True]
+    with running(tmp_path / "radix.sock"):
+        assert ask(model)["arena_bytes"] == 32 << 16 and len(ask(model)["engines"]) == 2
+        assert len(ask(model, action="flush")["engines"]) == 2
+
+
+def test_an_engine_that_does_not_answer_is_named(start, start_adapter, monkeypatch):
+    monkeypatch.setattr(engine_socket, "ANSWER_TIMEOUT_S", 0.5)
+    model, adapter = start(socket="radix.sock"), start_adapter(SLOW_ENGINE)
+    request = FakeRequest(text_input="hang")
+    adapter.execute([request])
+    wait_until(lambda: "error" in ask(model, action="tree")["engines"][0])
+    [engine] = ask(model, action="tree")["engines"]
+    pid = adapter._responder._supervisor.pid
+    assert engine == {"pid": pid, "error": "the engine does not answer"}
+    os.kill(pid, signal.SIGKILL)
+    request.sender.wait()
 
 
 def test_it_looks_at_the_sidecar_that_it_is_told(start, tmp_path):

@@ -65,7 +65,7 @@ def propose_for(requests: list[Request], drafter: NgramDrafter):
     """Tokens and parents of what was drafted, for each request."""
     nothing = torch.zeros(0)  # a drafter without a network does not ask where the KV is
     shapes = TreeShapes.of([request.tree for request in requests], "cpu")
-    tree = drafter.propose(Sequences(requests, nothing, nothing, nothing, nothing), None, shapes)
+    tree = drafter.propose(Sequences(requests, nothing, nothing, nothing, nothing), None, shapes).tree
     assert tree.token_BN.shape == (len(requests), max(request.tree.num_nodes for request in requests))
     sizes = tree.drafted_BN.sum(1).tolist()
     assert tree.drafted_BN.tolist() == [[node < size for node in range(tree.token_BN.shape[1])] for size in sizes]
