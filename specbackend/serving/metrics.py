@@ -2,7 +2,9 @@
 
 `FAMILIES` is all of it: what is exported under which name, and where its value comes from. Names are those of Triton's
 TensorRT-LLM and vLLM backends, of vLLM and of SGLang; what none of them has is called specbackend. A block of KV is one
-token's slot. Every call is made by the response thread: two threads that touch one metric end tritonserver.
+token's slot. Models that share an engine all export its numbers, each beside its own answers.
+
+Every call is made by the response thread: two threads that touch one metric end tritonserver.
 """
 
 import time
@@ -142,7 +144,8 @@ FAMILIES = (
     # ---- Triton's TensorRT-LLM backend
     gauge("nv_trt_llm_request_metrics", "Requests by state", requests_by_state, "request_type"),
     gauge(BLOCKS, "KV slots by state; those that only the prefix cache holds are free", blocks, "kv_cache_block_type"),
-    gauge("nv_trt_llm_inflight_batcher_metrics", "The last step", batcher, "inflight_batcher_specific_metric"),
+    gauge("nv_trt_llm_inflight_batcher_metrics", "The last step, and recent retractions",
+          batcher, "inflight_batcher_specific_metric"),
     gauge("nv_trt_llm_general_metrics", "Steps since start, and when they were counted",
           lambda s: {"iteration_counter": sum(s.engine.steps.values()), "timestamp": s.timestamp},
           "general_type"),

@@ -9,7 +9,7 @@ import os
 import queue
 import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 
 from specbackend.engine_stats import EngineStats
@@ -61,12 +61,13 @@ class Responder:
         server: Server,
         max_queued_requests: int = 1024,
         metrics: Metrics | None = None,
+        stats: Mapping[str, object] | None = None,
     ):
         self._supervisor = supervisor
         self._server = server
         self._max_queued_requests = max_queued_requests
         self._metrics = metrics
-        self._stats: dict[str, object] = {}  # not published yet
+        self._stats = stats or {}  # EngineStats that are not published yet
         self._traffic = Traffic()
         self._streams: dict[str, Stream] = {}  # by our own id
         self._ids = itertools.count()
@@ -180,7 +181,8 @@ class Responder:
                         updates[update.request_id] = merge(updates.get(update.request_id), update)
                 case Rejected():
                     self._reject(event)
-                case Ready():
+                case Ready(stats=stats):
+                    self._stats = stats
                     self._traffic.engine_restarts += 1
                     for stream in self._streams.values():
                         with stream.sender.guard():
