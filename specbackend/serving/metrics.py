@@ -2,7 +2,9 @@
 
 `FAMILIES` is all of it: what is exported under which name, and where its value comes from. Names are those of Triton's
 TensorRT-LLM and vLLM backends, of vLLM and of SGLang; what none of them has is called specbackend. A block of KV is one
-token's slot. Every call is made by the response thread: two threads that touch one metric end tritonserver.
+token's slot. Models that share an engine all export its numbers, each beside its own answers.
+
+Every call is made by the response thread: two threads that touch one metric end tritonserver.
 """
 
 import time
@@ -15,7 +17,8 @@ from typing import Any
 from specbackend.engine_stats import EngineStats
 from specbackend.serving.generation import AnswerRecord
 
-PUBLISH_INTERVAL_S = 0.25
+PUBLISH_INTERVAL_S = 1.0  # answers wait meanwhile: some 50 calls that take 40 us each, more where cores are short
+IDLE_PUBLISH_INTERVAL_S = 0.25  # when no answer is open
 BLOCKS = "nv_trt_llm_kv_cache_block_metrics"  # Triton's front end makes the ORCA header for load balancers of it
 
 TOKEN_BUCKETS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10000, 20000, 50000, 100000)
@@ -141,7 +144,8 @@ FAMILIES = (
     # ---- Triton's TensorRT-LLM backend
     gauge("nv_trt_llm_request_metrics", "Requests by state", requests_by_state, "request_type"),
     gauge(BLOCKS, "KV slots by state; those that only the prefix cache holds are free", blocks, "kv_cache_block_type"),
-    gauge("nv_trt_llm_inflight_batcher_metrics", "The last step", batcher, "inflight_batcher_specific_metric"),
+    gauge("nv_trt_llm_inflight_batcher_metrics", "The last step, and recent retractions",
+          batcher, "inflight_batcher_specific_metric"),
     gauge("nv_trt_llm_general_metrics", "Steps since start, and when they were counted",
           lambda s: {"iteration_counter": sum(s.engine.steps.values()), "timestamp": s.timestamp},
           "general_type"),
@@ -166,8 +170,6 @@ FAMILIES = (
     histogram("vllm:time_to_first_token_seconds", "From a request's arrival to its answer's first token",
               attrgetter("traffic.first_token_seconds"), FIRST_TOKEN_BUCKETS),
     histogram("vllm:time_per_output_token_seconds", f"Time between tokens: {MEAN}",
-              of_answers("seconds_per_token"), PER_TOKEN_BUCKETS),
-    histogram("vllm:inter_token_latency_seconds", f"Time between tokens: {MEAN}",
               of_answers("seconds_per_token"), PER_TOKEN_BUCKETS),
     histogram("vllm:e2e_request_latency_seconds", "From a request's arrival to its answer's end",
               of_answers("seconds"), REQUEST_BUCKETS),

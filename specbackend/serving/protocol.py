@@ -72,6 +72,7 @@ class Ready:
     eos_token_ids: list[int]
     num_draft_tokens: int  # nodes of the tree verified per step, root included; 0: no speculation
     load_seconds: float = 0.0  # since the process was started
+    stats: dict[str, object] = field(default_factory=dict)  # as in Step
 
 
 @dataclass(frozen=True)
@@ -96,7 +97,7 @@ class Step:
     watchdog looks for."""
 
     updates: list[Update] = field(default_factory=list)
-    stats: dict[str, float] = field(default_factory=dict)
+    stats: dict[str, object] = field(default_factory=dict)  # EngineStats
 
 
 @dataclass(frozen=True)

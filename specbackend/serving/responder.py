@@ -9,7 +9,7 @@ import os
 import queue
 import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 
 from specbackend.engine_stats import EngineStats
@@ -17,7 +17,7 @@ from specbackend.request import Update
 from specbackend.serving.calls import Call, CancelCall
 from specbackend.serving.errors import Cancelled, Unavailable
 from specbackend.serving.generation import Generation, Server
-from specbackend.serving.metrics import PUBLISH_INTERVAL_S, Metrics, Snapshot, Traffic
+from specbackend.serving.metrics import IDLE_PUBLISH_INTERVAL_S, PUBLISH_INTERVAL_S, Metrics, Snapshot, Traffic
 from specbackend.serving.protocol import Cancel, Message, Ready, Rejected, Step, Submit
 from specbackend.serving.supervisor import EngineDown, EngineSupervisor, wait_readable
 from specbackend.serving.triton_io import Sender, log_bug
@@ -61,16 +61,17 @@ class Responder:
         server: Server,
         max_queued_requests: int = 1024,
         metrics: Metrics | None = None,
+        stats: Mapping[str, object] | None = None,
     ):
         self._supervisor = supervisor
         self._server = server
         self._max_queued_requests = max_queued_requests
         self._metrics = metrics
-        self._stats: dict[str, object] = {}  # not published yet
+        self._stats = stats or {}  # EngineStats that are not published yet
         self._traffic = Traffic()
         self._streams: dict[str, Stream] = {}  # by our own id
         self._ids = itertools.count()
-        self._next_sweep = self._next_publish = 0.0
+        self._next_sweep = self._last_publish = 0.0
         self._inbox: queue.SimpleQueue[Arrival] = queue.SimpleQueue()
         self._wake_fd = os.eventfd(0, os.EFD_NONBLOCK)
         self._closing = False
@@ -113,8 +114,9 @@ class Responder:
         if now >= self._next_sweep:
             self._next_sweep = now + SWEEP_INTERVAL_S
             self._sweep(now)
-        if self._stats and now >= self._next_publish:
-            self._next_publish = now + PUBLISH_INTERVAL_S
+        interval = PUBLISH_INTERVAL_S if self._streams else IDLE_PUBLISH_INTERVAL_S
+        if self._stats and now >= self._last_publish + interval:
+            self._last_publish = now
             self._publish()
 
     def _wait(self) -> list[int]:
@@ -179,7 +181,8 @@ class Responder:
                         updates[update.request_id] = merge(updates.get(update.request_id), update)
                 case Rejected():
                     self._reject(event)
-                case Ready():
+                case Ready(stats=stats):
+                    self._stats = stats
                     self._traffic.engine_restarts += 1
                     for stream in self._streams.values():
                         with stream.sender.guard():
