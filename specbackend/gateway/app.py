@@ -42,7 +42,7 @@ class Gateway:
 
     def __init__(self, settings: GatewaySettings):
         self.settings = settings
-        self.tokenizer = Tokenizer(settings.tokenizer)
+        self.tokenizer = Tokenizer(settings.tokenizer, settings.chat_template)
         self.parsers = MessageParsers(settings.reasoning_parser, settings.tool_call_parser)
         self.started = int(time.time())
         self.triton: TritonServer | None = None

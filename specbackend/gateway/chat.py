@@ -8,7 +8,7 @@ from typing import Any
 from specbackend.gateway.answers import Delta, Usage, ask
 from specbackend.gateway.inputs import chat_question, check_tools, new_id, num_answers
 from specbackend.gateway.logprobs import of_chat
-from specbackend.gateway.message import Message, MessageParsers
+from specbackend.gateway.message import Message, MessageParsers, guide
 from specbackend.gateway.protocol import ChatRequest
 from specbackend.gateway.triton import TritonServer
 from specbackend.tokenizer import Tokenizer
@@ -21,7 +21,9 @@ class Chat:
         check_tools(request)
         self._request = request
         self._parsers = parsers
-        self._questions = [chat_question(tokenizer, request, parsers.guide(request))]
+        format = parsers.format(request)
+        shows_marks = format is not None and format.has_special_tokens
+        self._questions = [chat_question(tokenizer, request, guide(request), shows_marks)]
         self._n = num_answers(request.sampling())
         self._usage = Usage(self._questions)
         self._messages: dict[int, Message] = {}  # by the answer's index

@@ -10,14 +10,22 @@ from specbackend.gateway.errors import refused
 from specbackend.gateway.protocol import MOST_PROMPTS, ChatRequest, CompletionRequest, Generation, NamedTool
 from specbackend.gateway.triton import Question
 from specbackend.sampling_params import ANY_OBJECT
-from specbackend.tokenizer import ChatTemplateError, Tokenizer
+from specbackend.serving.chat import render_chat
+from specbackend.tokenizer import Tokenizer
 
 GUIDE_NAMES = ("json_schema", "regex", "ebnf", "choice", "structured_outputs", "guided_decoding")
 
 
-def chat_question(tokenizer: Tokenizer, request: ChatRequest, guide: str | None = None) -> Question:
-    """The conversation in the chat template. `guide` is the JSON schema that calls of tools obey, if they must be."""
+def chat_question(
+    tokenizer: Tokenizer, request: ChatRequest, guide: str | None = None, shows_marks: bool = False
+) -> Question:
+    """The conversation in the chat template.
+
+    guide: the JSON schema that calls of tools obey, if there must be any. shows_marks: special tokens are text, too.
+    """
     sampling = {"max_tokens": None, **request.sampling()}  # None: up to the context length
+    if shows_marks:
+        sampling["skip_special_tokens"] = False
     names = {"input_ids": "messages", "logprobs": "top_logprobs"}
     if request.max_completion_tokens is not None:
         if sampling["max_tokens"] not in (None, request.max_completion_tokens):
@@ -56,28 +64,25 @@ def prompt_ids(tokenizer: Tokenizer, name: str, prompt: str | list) -> list[list
 
 
 def chat_ids(tokenizer: Tokenizer, request: ChatRequest) -> list[int]:
+    """Raises InvalidRequest."""
     variables = dict(request.chat_template_kwargs or {})
     if request.reasoning_effort is not None:
         variables["reasoning_effort"] = request.reasoning_effort
-    try:
-        text = tokenizer.apply_chat_template(
-            [_for_template(message) for message in request.messages],
-            tools=template_tools(request),
-            add_generation_prompt=request.add_generation_prompt,
-            continue_final_message=request.continue_final_message,
-            **variables,
-        )
-    except ChatTemplateError as error:
-        raise refused("messages", str(error)) from None
-    except TypeError as error:  # a variable that is not for clients to set
-        raise refused("chat_template_kwargs", str(error)) from None
+    text = render_chat(
+        tokenizer,
+        json.dumps(request.messages),
+        json.dumps(template_tools(request)),
+        json.dumps(variables),
+        request.add_generation_prompt,
+        request.continue_final_message,
+    )
     return tokenizer.encode(text, add_special_tokens=False)  # the template brings its own
 
 
-def template_tools(request: ChatRequest) -> list[dict[str, Any]] | None:
+def template_tools(request: ChatRequest) -> list[dict[str, Any]]:
     """Those that the model hears of."""
     if not request.tools or request.tool_choice == "none":
-        return None
+        return []
     return [tool.model_dump(exclude_unset=True) | {"type": "function"} for tool in request.tools]
 
 
@@ -88,39 +93,6 @@ def check_tools(request: ChatRequest) -> None:
         raise refused("tool_choice", f"{choice} needs tools")
     if isinstance(choice, NamedTool) and choice.function.name not in known:
         raise refused("tool_choice", f"{choice.function.name} is not among tools")
-
-
-def _for_template(message: dict[str, Any]) -> dict[str, Any]:
-    """Templates know content as a text, and the arguments of calls as objects."""
-    message = dict(message)
-    if isinstance(message.get("content"), list):
-        message["content"] = "\n".join(_text_of(part) for part in message["content"])
-    if message.get("tool_calls"):
-        message["tool_calls"] = [_with_object(call) for call in message["tool_calls"]]
-    return message
-
-
-def _text_of(part: Any) -> str:
-    if not isinstance(part, dict) or part.get("type") != "text" or not isinstance(part.get("text"), str):
-        kind = part.get("type") if isinstance(part, dict) else part
-        raise refused("messages", f"content of type {kind!r} is not supported: only text")
-    return part["text"]
-
-
-def _with_object(call: Any) -> dict[str, Any]:
-    try:
-        function = call["function"]
-        arguments = function.get("arguments") or "{}"
-        return {**call, "function": {**function, "arguments": _object(arguments)}}
-    except (TypeError, KeyError, AttributeError, ValueError):
-        raise refused("messages", "tool_calls: must be calls of functions whose arguments are JSON objects") from None
-
-
-def _object(arguments: Any) -> dict:
-    value = json.loads(arguments) if isinstance(arguments, str) else arguments
-    if not isinstance(value, dict):
-        raise ValueError
-    return value
 
 
 def _schema_of_format(request: ChatRequest) -> str | None:

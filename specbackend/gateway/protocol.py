@@ -109,7 +109,7 @@ class ChatRequest(Generation):
     parallel_tool_calls: bool | None = None  # None: true
     separate_reasoning: bool = True
     # of the chat template
-    add_generation_prompt: bool = True
+    add_generation_prompt: bool | None = None  # None: unless the final message is to be continued
     continue_final_message: bool = False
     chat_template_kwargs: dict[str, Any] | None = None
     reasoning_effort: str | None = None
