@@ -523,13 +523,15 @@ def test_a_killed_engine_that_does_not_go_is_not_found_again(start_adapter, monk
     monkeypatch.setattr(supervisor_module, "EXIT_LIMIT_S", 0.3)
     adapter = start_adapter(watchdog_timeout=1.0)
     stuck = adapter._responder._supervisor._process
-    with monkeypatch.context() as patch:
-        patch.setattr(signal, "pidfd_send_signal", lambda *_: None)
-        os.kill(stuck.pid, signal.SIGSTOP)
-        assert "watchdog_timeout" in str(execute(adapter, text_input="xy").sender.error())
-        assert execute(adapter, text_input="xy", max_tokens=2).sender.text() == "xy"
-    assert not stuck.exited and stuck.pid != pid(adapter)
-    stuck.kill()  # which is late, and leaves the other's socket alone
+    os.kill(stuck.pid, signal.SIGSTOP)
+    try:
+        with monkeypatch.context() as patch:
+            patch.setattr(signal, "pidfd_send_signal", lambda *_: None)
+            assert "watchdog_timeout" in str(execute(adapter, text_input="xy").sender.error())
+            assert execute(adapter, text_input="xy", max_tokens=2).sender.text() == "xy"
+        assert not stuck.exited and stuck.pid != pid(adapter)
+    finally:
+        stuck.kill()  # which is late, and leaves the other's socket alone
     assert pid(adapter) == pid(start_adapter(watchdog_timeout=1.0))
 
 
