@@ -69,7 +69,7 @@ def parse(format: Format, pieces: list[str]) -> tuple[str, Calls]:
         ),
         (HERMES, '<tool_call>{"name": "get", "arguments": "{\\"a\\": 1}"}</tool_call>', ("", [("get", '{"a": 1}')])),
         (HERMES, f'<tool_call>{{"id": "1", "name": "get", "arguments": {A}, "type": "x}}"}}</tool_call>', ("", [GET])),
-        (HERMES, f"<tool_call>{CALL[:-1]}</tool_call>{{}}!", ("{}!", [GET])),
+        (HERMES, f"<tool_call>{CALL[:-1]}</tool_call>}}!", ("}!", [GET])),
         (HERMES, f"<tool_call>{CALL} and so on", (" and so on", [GET])),
         (HERMES, f"<tool_call>{CALL}</tool", ("</tool", [GET])),
         (HERMES, f"<tool_call>{CALL[:-20]}", ("", [("get", A[:-19])])),
