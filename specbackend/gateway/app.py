@@ -73,7 +73,6 @@ def create_app(settings: GatewaySettings) -> FastAPI:
     _add_openai(app, gateway)
     _add_sglang(app, gateway)
     _add_operations(app, gateway)
-    # more routers are included here
     return app
 
 

@@ -50,7 +50,8 @@ def serve_beside(triton: TritonServer, settings: GatewaySettings) -> int:
 
 def _end_with(process: subprocess.Popen, server: uvicorn.Server) -> None:
     code = process.wait()
-    log.error("tritonserver has ended with code %d", code)
+    if not server.should_exit:
+        log.error("tritonserver has ended with code %d", code)
     server.should_exit = True
 
 
