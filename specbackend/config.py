@@ -94,6 +94,8 @@ class EngineConfig:
     enable_torch_compile: bool = False  # of decode steps
     torch_compile_max_bs: int = 32  # largest batch whose decode step is compiled
     stream_interval: int = 1  # decode steps between two responses of one request
+    decode_log_interval: int = 40  # decode steps between two lines in the log; 0: none, and none about prompts
+    log_level: str = "info"  # of the engine: debug, info, warning or error
     tp_size: int = 1  # processes that share the layers; on GPUs each has one
     random_seed: int = 0
     logits_processors: str | None = None  # the server's own: module:function, separated by commas; see sampling.custom
@@ -161,11 +163,13 @@ class EngineConfig:
         _one_of("hicache_write_policy", self.hicache_write_policy, ("write_through", "write_back"))
         _one_of("attention_backend", self.attention_backend, ("auto", "torch", "native", "triton", "flashinfer"))
         _one_of("page_size", self.page_size, (1,))
+        _one_of("log_level", self.log_level, ("debug", "info", "warning", "error"))
 
     def _check_ranges(self) -> None:
         for name in ("max_running_requests", "max_queued_requests", "max_prefill_tokens", "stream_interval", "tp_size"):
             _at_least(name, getattr(self, name), 1)
         _at_least("torch_compile_max_bs", self.torch_compile_max_bs, 1)
+        _at_least("decode_log_interval", self.decode_log_interval, 0)
         _at_least("priority_scheduling_preemption_threshold", self.priority_scheduling_preemption_threshold, 0)
         for name in ("context_length", "max_total_tokens", "num_threads"):
             if getattr(self, name) is not None:

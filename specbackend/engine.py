@@ -9,10 +9,11 @@ request is a function of the logits, which are equal on all ranks to the bit, an
 drafts, grammars and caches know nothing of ranks.
 """
 
+import logging
 import random
 import sys
+import time
 from collections.abc import Iterator
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -28,6 +29,7 @@ from specbackend.cache.slots import SlotManager
 from specbackend.cache.tree_view import TreeView
 from specbackend.config import EngineConfig
 from specbackend.cuda_graphs import Recorder, graph_batch_sizes, graph_recorder
+from specbackend.engine_stats import PLAIN, PREFILL, SPECULATIVE, EngineStats, EngineStep, StepCounts, log_step
 from specbackend.errors import ConfigError, InvalidRequest
 from specbackend.followers import Followers, exit_after
 from specbackend.grammar import GrammarCompiler
@@ -63,24 +65,6 @@ DEFAULT_GRAPH_MAX_BS = 32
 WRITE_HOOKS = {"write_through": "on_finish", "write_back": "on_evict"}  # of SlotManager
 
 
-@dataclass(frozen=True)
-class EngineStats:
-    """Plain numbers for metrics. Idle and without leaks: free_slots + evictable_slots == total_slots."""
-
-    num_running: int
-    num_waiting: int
-    free_slots: int
-    evictable_slots: int
-    total_slots: int
-    prompt_tokens: int  # since start, like all below
-    cached_tokens: int
-    completion_tokens: int
-    verify_steps: int
-    shadow_requests: int
-    shadow_different_requests: int
-    shadow_tokens: int
-
-
 class Engine:
     """Serves one target checkpoint, with a draft or without.
 
@@ -99,7 +83,7 @@ class Engine:
         self.dtype = _dtype(config, self.model_config)
         self.context_length = _context_length(config, self.model_config)
         self._seeds = random.Random(config.random_seed)
-        self._totals = {"prompt_tokens": 0, "cached_tokens": 0, "completion_tokens": 0, "verify_steps": 0}
+        self._counts = StepCounts(config)
         self._tokenizer: Tokenizer | None = None
         self._processors = load_processors(config.logits_processors) if config.logits_processors else ()
         self._compiler: GrammarCompiler | None = None
@@ -249,10 +233,12 @@ class Engine:
             return self._followers.compare(self._step())
 
     def _step(self) -> list[Update]:
+        start = time.perf_counter()
         self.shadows.start()
         batch = self.scheduler.schedule()
         if batch is None:
             return []
+        undrafted_ct = batch.requests[0].undrafted_ct
         if isinstance(batch, ExtendBatch):
             accepted = self.decoder.extend(batch)  # draft KV too, even for plain requests: the cache is for everybody
         elif batch.requests[0].tree is not None:
@@ -261,18 +247,22 @@ class Engine:
             accepted = self.plain.decode(batch)
         updates = self.shadows.take(batch.requests, self.scheduler.commit(batch, accepted))
         self.shadows.step_aside()
-        self._count(batch, updates)
+        is_drafted = batch.requests[0].undrafted_ct == undrafted_ct  # batches are drafted as a whole
+        self._count(batch, updates, is_drafted, time.perf_counter() - start)
         return updates
 
     def stats(self) -> EngineStats:
         scheduler, slots, shadows = self.scheduler, self.slots, self.shadows
+        num_running = len(scheduler.running) + len(scheduler.prefilling) - shadows.num_running
         return EngineStats(
-            num_running=len(scheduler.running) + len(scheduler.prefilling) - shadows.num_running,
+            num_running=num_running,
+            num_prefilling=min(len(scheduler.prefilling), num_running),
             num_waiting=len(scheduler.waiting) - shadows.num_waiting,
+            max_running_requests=self.config.max_running_requests,
             free_slots=slots.num_free,
             evictable_slots=slots.tree.num_evictable,
             total_slots=slots.num_slots,
-            **self._totals,
+            **self._counts.numbers(),
             shadow_requests=shadows.totals.requests,
             shadow_different_requests=shadows.totals.different_requests,
             shadow_tokens=shadows.totals.tokens,
@@ -402,19 +392,24 @@ class Engine:
                 raise InvalidRequest(guide.kind, f"cannot be served with this checkpoint: {error}") from error
         return self._compiler
 
-    def _count(self, batch: ExtendBatch | DecodeBatch, updates: list[Update]) -> None:
-        """Step by step, because a request that is cancelled has no last update."""
-        self._totals["completion_tokens"] += sum(len(update.token_ids) for update in updates)
-        if isinstance(batch, DecodeBatch):
-            self._totals["verify_steps"] += len(updates)
-        for update in updates:
-            if update.completion_tokens == 1 and update.spec_verify_ct == 0:
-                self._totals["prompt_tokens"] += update.prompt_tokens
-                self._totals["cached_tokens"] += update.cached_tokens
+    def _count(self, batch: ExtendBatch | DecodeBatch, updates: list[Update], is_drafted: bool, seconds: float) -> None:
+        """Take note of a step and, if it is time, write a line about it."""
+        chunk_lens, kind = [], SPECULATIVE if batch.requests[0].tree and is_drafted else PLAIN
+        if isinstance(batch, ExtendBatch):
+            chunk_lens, kind = batch.chunk_lens, PREFILL
+        step = EngineStep(kind, seconds, batch.requests, chunk_lens, updates, self.scheduler.num_retracted)
+        self._counts.note(step)
+        if self._counts.is_line_due(step):
+            log_step(step, self.stats(), speculates=self.config.tree is not None)
 
 
 def serving_engine(**params) -> Engine:
-    """An Engine beside a tritonserver on the same machine: unless told otherwise, it leaves one core to that."""
+    """An Engine beside a tritonserver on the same machine: unless told otherwise, it leaves one core to that.
+
+    Its log goes to stderr, which is the server's log.
+    """
+    logging.basicConfig(format="[%(asctime)s] %(message)s", datefmt="%Y-%m-%d %H:%M:%S")
+    logging.getLogger("specbackend").setLevel(EngineConfig.from_params(params).log_level.upper())
     torch.set_num_threads(max(1, torch.get_num_threads() - 1))
     return Engine(**params)
 

@@ -3,6 +3,7 @@
 import struct
 from collections.abc import Sequence
 from dataclasses import fields
+from functools import cache
 
 import msgpack
 
@@ -21,5 +22,11 @@ def unpack(body: bytes, kinds: Sequence[type]) -> object:
     return kinds[kind](*values)
 
 
+@cache
+def field_names(kind: type) -> tuple[str, ...]:
+    """Of a dataclass. Remembered: to ask for `fields` each time takes longer than to pack or unpack their values."""
+    return tuple(each.name for each in fields(kind))
+
+
 def _values(message: object) -> list:
-    return [getattr(message, f.name) for f in fields(message)]
+    return [getattr(message, name) for name in field_names(type(message))]

@@ -49,6 +49,7 @@ class Scheduler:
         self._pinned: dict[Request, PinnedPrefix] = {}
         self._num_owned: dict[Request, int] = {}  # table columns that hold a slot
         self._num_drafted: dict[Request, int | None] = {}  # see `SlotManager.share`
+        self.num_retracted = 0  # since start
         self._num_arrived = 0
         self._num_admitted = 0
         self._last_was_extend = False
@@ -261,6 +262,7 @@ class Scheduler:
 
     def _retract(self, request: Request) -> None:
         """Take a request's slots; it waits in its old place in line and is recomputed, outputs included."""
+        self.num_retracted += 1
         (self.running if request in self.running else self.prefilling).remove(request)
         self.slots.unpin(self._release(request))
         if not request.output_ids:

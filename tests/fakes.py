@@ -6,7 +6,6 @@ import signal
 import threading
 import time
 from collections import deque
-from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import ClassVar
@@ -16,6 +15,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from specbackend.cache.tree_view import NodeView, TreeView
 from specbackend.config import EngineConfig
+from specbackend.engine_stats import EngineStats
 from specbackend.errors import ConfigError, InvalidRequest, QueueFull
 from specbackend.request import Failure, FinishReason, Request, TokenLogprob, Update
 
@@ -65,22 +65,6 @@ def fake_logprobs(input_ids: list[int], count: int | None) -> list[TokenLogprob]
     return [TokenLogprob(t, -t / 8, 2, [(t - 1, -(t - 1) / 8), (t, -t / 8)][:count]) for t in input_ids]
 
 
-@dataclass(frozen=True)
-class FakeStats:
-    num_running: int
-    num_waiting: int
-    free_slots: int
-    evictable_slots: int = 0
-    total_slots: int = 1000
-    prompt_tokens: int = 0
-    cached_tokens: int = 0
-    completion_tokens: int = 0
-    verify_steps: int = 0
-    shadow_requests: int = 0
-    shadow_different_requests: int = 0
-    shadow_tokens: int = 0
-
-
 class FakeEngine:
     """Has the Engine's interface. The next step does what a prompt begins with: `crash`, `raise`, `hang` or `fail`."""
 
@@ -123,9 +107,9 @@ class FakeEngine:
     def cache_view(self, limit: int) -> TreeView:
         return TreeView(2, 7, 2, [NodeView(4, None, 2, 7, 1, 0, 3), NodeView(9, 4, 5, 5, 0, 1, 0)][:limit])
 
-    def stats(self) -> FakeStats:
+    def stats(self) -> EngineStats:
         running = len(self._requests)
-        return FakeStats(num_running=running, num_waiting=0, free_slots=1000 - running)
+        return EngineStats(running, num_waiting=0, free_slots=1000 - running, evictable_slots=0, total_slots=1000)
 
     def _advance(self, request: Request) -> Update:
         prompt = self._decode(request.input_ids)
@@ -212,7 +196,7 @@ class FakeSender:
         return self.responses
 
     def text(self) -> str:
-        return "".join(response.outputs["text_output"][0, 0].decode() for response in self.wait())
+        return "".join(response.outputs["text_output"].item().decode() for response in self.wait())
 
     def error(self) -> FakeError:
         error = self.wait()[-1].error
@@ -277,8 +261,9 @@ def _tensor_array(face, name: str, value) -> np.ndarray:
 
 
 class FakeMetric:
-    def __init__(self):
-        self.value, self.threads = None, set()
+    def __init__(self, buckets: list[float] | None = None):
+        self.value, self.observed, self.threads = None, [], set()
+        self.buckets = buckets
 
     def set(self, value: float) -> None:
         self.value = value
@@ -288,16 +273,22 @@ class FakeMetric:
         assert value >= 0, "a counter cannot go back"
         self.set((self.value or 0) + value)
 
+    def observe(self, value: float) -> None:
+        assert self.buckets, "no histogram"
+        self.observed.append(value)
+        self.threads.add(threading.get_ident())
+
 
 class FakeMetricFamily:
-    COUNTER, GAUGE = "counter", "gauge"
+    COUNTER, GAUGE, HISTOGRAM = "counter", "gauge", "histogram"
 
     def __init__(self, name: str, description: str, kind: str):
         self.name, self.kind, self.metrics = name, kind, {}
         FakePbUtils.metric_families.append(self)
 
-    def Metric(self, labels: dict) -> FakeMetric:
-        return self.metrics.setdefault(json.dumps(labels), FakeMetric())
+    def Metric(self, labels: dict, buckets: list[float] | None = None) -> FakeMetric:
+        assert (self.kind == self.HISTOGRAM) == (buckets is not None), "buckets are for histograms"
+        return self.metrics.setdefault(json.dumps(labels), FakeMetric(buckets))
 
 
 class FakePbUtils:

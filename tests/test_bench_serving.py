@@ -1,9 +1,13 @@
-"""tools/bench_serving with tiny settings and the real tritonserver, and what is read from clients' answers."""
+"""tools/bench_serving with tiny settings and the real tritonserver, and what is read from clients' answers.
+
+perf_analyzer is the real one, too.
+"""
 
 import json
 import sys
 from importlib.util import find_spec
 
+import perf_analyzer
 import pytest
 import serving_load
 
@@ -44,6 +48,7 @@ def bench(monkeypatch):
     return call
 
 
+SECOND = 1_000_000_000  # in perf_analyzer's time
 TINY = ("--rounds", 2, "--requests", 3, "--concurrencies", 1, 2, "--max-new-tokens", 6, "--num-threads", 1)
 
 
@@ -63,8 +68,12 @@ def test_server_beside_the_engine(bench, tmp_path, capsys):
     assert len(capsys.readouterr().out.splitlines()) == 2 + len(figures["rows"])
 
 
+def in_flight_of(command: list[str]) -> str:
+    return command[command.index("--concurrency-range") + 1]
+
+
 @pytest.mark.skipif(find_spec("pytriton") is None, reason="needs the tritonserver wheel")
-def test_a_different_answer_is_told(bench, monkeypatch, capsys):
+def test_a_different_answer_to_perf_analyzer_is_told(bench, monkeypatch, capsys):
     module, right = bench.module, bench.module.offline_answers
 
     def one_is_wrong(turn, engine):
@@ -72,8 +81,46 @@ def test_a_different_answer_is_told(bench, monkeypatch, capsys):
         return [[first[0] + 1, *first[1:]], *others]
 
     monkeypatch.setattr(module, "offline_answers", one_is_wrong)
-    assert bench(*TINY[2:], "--rounds", 1) == 1
-    assert "3/4" in capsys.readouterr().out
+    run, in_flight = perf_analyzer.run, []
+    monkeypatch.setattr(perf_analyzer, "run", lambda command: in_flight.append(in_flight_of(command)) or run(command))
+    assert bench(*TINY[2:], "--rounds", 1, "--perf-analyzer") == 1
+    assert in_flight == ["1", "2", "1", "2"]  # warm-up, round
+    one, two = [line.split() for line in capsys.readouterr().out.splitlines()[2:]]
+    assert (one[0], one[-1], two[0], two[-1]) == ("1", "3/4", "2", "7/8")
+
+
+def profiled(prompt: str, started: int, *responses: tuple[int, list[int] | int]) -> dict:
+    """A request as perf_analyzer writes it down: nanoseconds, one value or a list, and noise for what was not sent."""
+    times, ids = zip(*responses, strict=True)
+    outputs = [{"text_output": "x", "num_spec_steps": 1304156109, "output_ids": each} for each in ids]
+    inputs = {"text_input": prompt, "max_tokens": 8}
+    return {"timestamp": started, "request_inputs": inputs, "response_timestamps": times, "response_outputs": outputs}
+
+
+def test_answers_in_a_profile():
+    b = profiled("b", 3 * SECOND, (4 * SECOND, 5))
+    a = profiled("a", 1 * SECOND, (2 * SECOND, 7), (3 * SECOND, [8, 9]))
+    questions = [serving_load.greedy_question(prompt, 8) for prompt in "ab"]
+    assert perf_analyzer.in_order(questions, [b, a]) == [answer(1.0, (2.0, 7), (3.0, [8, 9])), answer(3.0, (4.0, 5))]
+
+
+def test_perf_analyzer_that_fails_or_is_missing(monkeypatch, tmp_path):
+    question = serving_load.greedy_question("a", 8)
+
+    def failure() -> str:
+        with pytest.raises(perf_analyzer.PerfAnalyzerError) as caught:
+            perf_analyzer.ask_all("localhost:1", "llm", [question], 1)
+        return str(caught.value)
+
+    monkeypatch.setattr(sys, "prefix", str(tmp_path))
+    assert "set PERF_ANALYZER" in failure()
+    monkeypatch.setenv("PERF_ANALYZER", str(tmp_path / "none"))
+    assert "No such file" in failure()
+    program = tmp_path / "program"
+    program.write_text("#!/bin/sh\necho cannot connect >&2; exit 3\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PERF_ANALYZER", str(program))
+    assert failure() == f"{program} ended with code 3\ncannot connect"
 
 
 def test_parameters_of_the_engine(bench, monkeypatch):

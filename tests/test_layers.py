@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[1]
 NO_TORCH_NOUNS = [
     f"specbackend.{noun}"
     for noun in (
-        *("config", "request", "sampling_params", "spec_trace", "errors"),
+        *("config", "request", "sampling_params", "spec_trace", "engine_stats", "errors"),
         *("text", "tokenizer", "words", "grammar", "frames"),
     )
 ]

@@ -282,7 +282,8 @@ def test_shutdown_drops_shadows(make_engine):
 
 
 def test_a_shadow_needs_no_more_than_what_picks_tokens():
-    params = SamplingParams(max_new_tokens=50, min_new_tokens=9, top_k=3, n=2, logprobs=4, prompt_logprobs=0)
+    told = {"logprobs": 4, "prompt_logprobs": 0, "return_spec_trace": True}
+    params = SamplingParams(max_new_tokens=50, min_new_tokens=9, top_k=3, n=2, **told)
     request = Request("0", [1], params, output_ids=[5, 6, 7], seed=99)
     expected = SamplingParams(max_new_tokens=3, min_new_tokens=3, top_k=3, seed=99, speculative=False)
     assert plain_params(request) == expected

@@ -11,6 +11,7 @@ from fastapi.responses import JSONResponse, PlainTextResponse
 from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
 
+from specbackend.gateway import dashboard
 from specbackend.gateway.chat import Chat
 from specbackend.gateway.completions import Completion
 from specbackend.gateway.errors import ApiError, add_handlers
@@ -25,7 +26,7 @@ from specbackend.serving.client import metrics_text
 from specbackend.tokenizer import Tokenizer
 
 T = TypeVar("T")
-OPEN_PATHS = ("/health",)  # without a key
+OPEN_PATHS = ("/health", *dashboard.PAGE_PATHS)  # without a key
 
 
 class Work(Protocol):
@@ -73,6 +74,7 @@ def create_app(settings: GatewaySettings) -> FastAPI:
     _add_openai(app, gateway)
     _add_sglang(app, gateway)
     _add_operations(app, gateway)
+    app.include_router(dashboard.router(settings.metrics_url, settings.grpc_url))
     return app
 
 

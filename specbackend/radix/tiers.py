@@ -98,6 +98,7 @@ class StoreTier:
         self._store, self._cache = store, cache
         self._writer, self._fetcher = (BoundedWorker(name, MOST_WAITING) for name in ("store writes", "store fetches"))
         self._closing = threading.Event()
+        self._num_fetched = 0
 
     def write_behind(self, blocks: Sequence[Block]) -> None:
         self._writer.submit(self._write, [block.key for block in blocks])
@@ -114,6 +115,7 @@ class StoreTier:
     def stats(self) -> dict[str, int]:
         return {
             "store_errors": self._store.num_errors,
+            "store_fetched_blocks": self._num_fetched,
             "store_writes_dropped": self._writer.num_dropped,
             "store_fetches_dropped": self._fetcher.num_dropped,
         }
@@ -137,6 +139,7 @@ class StoreTier:
                     if value is None or not _is_sound(key, value, num_bytes):
                         return
                     self._cache.publish(holder, key, np.frombuffer(value, np.uint8, offset=CHECKSUM.size))
+                    self._num_fetched += 1
 
 
 def _is_sound(key: bytes, value: bytes, num_bytes: int) -> bool:

@@ -50,7 +50,7 @@ class Adapter:
         limits = supervisor.start()
         self._reader = CallReader(tokenizer, limits, face)
         server = Server(tokenizer.decode, config.stream_interval, face)
-        self._responder = Responder(supervisor, server, config.max_queued_requests, metrics)
+        self._responder = Responder(supervisor, server, config.max_queued_requests, metrics, limits.stats)
 
     def execute(self, requests: Iterable[Any]) -> None:
         """Read the requests and hand them to the response thread, errors too. Does not wait for any answer."""

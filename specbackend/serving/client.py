@@ -159,16 +159,16 @@ def generate_http(url: str, model: str, inputs: Mapping[str, Any]) -> tuple[int,
         return response.status, json.loads(response.read())
 
 
-def read_metrics(url: str) -> dict[str, float]:
+def read_metrics(url: str, timeout_s: float = RESPONSE_TIMEOUT_S) -> dict[str, float]:
     """Triton's metrics by their name with labels, as printed."""
-    lines = metrics_text(url).splitlines()
+    lines = metrics_text(url, timeout_s).splitlines()
     pairs = (line.rsplit(" ", 1) for line in lines if line and not line.startswith("#"))
     return {name: float(value) for name, value in pairs}
 
 
-def metrics_text(url: str) -> str:
+def metrics_text(url: str, timeout_s: float = RESPONSE_TIMEOUT_S) -> str:
     """What Triton's metrics port says, in Prometheus' format."""
-    with closing(http.client.HTTPConnection(url, timeout=RESPONSE_TIMEOUT_S)) as connection:
+    with closing(http.client.HTTPConnection(url, timeout=timeout_s)) as connection:
         connection.request("GET", "/metrics")
         return connection.getresponse().read().decode()
 

@@ -69,6 +69,23 @@ class Server:
         return TokenTexts(self.decode)
 
 
+@dataclass(frozen=True)
+class AnswerRecord:
+    """What became of one answer. Times are since the call arrived."""
+
+    finish_reason: FinishReason | None  # None: it goes on
+    prompt_tokens: int
+    completion_tokens: int
+    first_token_seconds: float
+    seconds: float  # to the last token
+
+    @property
+    def seconds_per_token(self) -> float | None:
+        """After the first token."""
+        more = self.completion_tokens - 1
+        return (self.seconds - self.first_token_seconds) / more if more > 0 else None
+
+
 class Answer:
     """One answer to a call as it grows. `finish_reason` is set with its last outputs."""
 
@@ -103,6 +120,11 @@ class Answer:
         self.finish_reason = FinishReason.ABORT
         self._unsent.add(self._text.push([], last=True), [], [])
         return self._take_outputs()
+
+    def record(self) -> AnswerRecord:
+        first, last = ((ns - self._call.arrival_ns) / 1e9 for ns in (self._first_token_ns, self._last_token_ns))
+        update = self._update
+        return AnswerRecord(self.finish_reason, update.prompt_tokens, update.completion_tokens, first, last)
 
     def _is_due(self) -> bool:
         interval = 1 if self._unsent.first else self._server.stream_interval
@@ -226,6 +248,9 @@ class Generation:
         answer = self._answers[update.request_id]
         outputs = answer.advance(update)
         return outputs if outputs is None else self._gather(answer.index, outputs)
+
+    def record(self, request_id: str) -> AnswerRecord:
+        return self._answers[request_id].record()
 
     def abort(self) -> list[Outputs]:
         """End here; returns the outputs of the last responses."""

@@ -4,14 +4,14 @@ Each adapter has a connection of its own, with request ids of its own. Whoever s
 """
 
 import socket
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 
-from specbackend.frames import LENGTH, pack, unpack
+from specbackend.frames import LENGTH, field_names, pack, unpack
 from specbackend.request import Failure, FinishReason, TokenLogprob, Update
 from specbackend.sampling_params import SamplingParams
 from specbackend.spec_trace import Round, StepTrace, TreeTrace
 
-RECEIVE_BYTES = 1 << 20
+RECEIVE_BYTES = 1 << 16  # of more, each receive would map fresh memory, which takes longer than to receive
 
 
 # ---- adapter -> engine
@@ -72,6 +72,7 @@ class Ready:
     eos_token_ids: list[int]
     num_draft_tokens: int  # nodes of the tree verified per step, root included; 0: no speculation
     load_seconds: float = 0.0  # since the process was started
+    stats: dict[str, object] = field(default_factory=dict)  # as in Step
 
 
 @dataclass(frozen=True)
@@ -96,7 +97,7 @@ class Step:
     watchdog looks for."""
 
     updates: list[Update] = field(default_factory=list)
-    stats: dict[str, float] = field(default_factory=dict)
+    stats: dict[str, object] = field(default_factory=dict)  # EngineStats
 
 
 @dataclass(frozen=True)
@@ -160,11 +161,11 @@ class Channel:
 
 
 def _sampling_params(values: list) -> SamplingParams:
-    return SamplingParams.from_dict(dict(zip((f.name for f in fields(SamplingParams)), values, strict=True)))
+    return SamplingParams.from_dict(dict(zip(field_names(SamplingParams), values, strict=True)))
 
 
 def _update(values: list) -> Update:
-    update = dict(zip((f.name for f in fields(Update)), values, strict=True))
+    update = dict(zip(field_names(Update), values, strict=True))
     for name in ("logprobs", "prompt_logprobs"):
         update[name] = [_token_logprob(*each) for each in update[name]]
     update["spec_trace"] = [_step_trace(*each) for each in update["spec_trace"]]

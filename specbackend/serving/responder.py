@@ -9,14 +9,15 @@ import os
 import queue
 import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 
+from specbackend.engine_stats import EngineStats
 from specbackend.request import Update
 from specbackend.serving.calls import Call, CancelCall
 from specbackend.serving.errors import Cancelled, Unavailable
 from specbackend.serving.generation import Generation, Server
-from specbackend.serving.metrics import PUBLISH_INTERVAL_S, Metrics
+from specbackend.serving.metrics import IDLE_PUBLISH_INTERVAL_S, PUBLISH_INTERVAL_S, Metrics, Snapshot, Traffic
 from specbackend.serving.protocol import Cancel, Message, Ready, Rejected, Step, Submit
 from specbackend.serving.supervisor import EngineDown, EngineSupervisor, wait_readable
 from specbackend.serving.triton_io import Sender, log_bug
@@ -60,15 +61,17 @@ class Responder:
         server: Server,
         max_queued_requests: int = 1024,
         metrics: Metrics | None = None,
+        stats: Mapping[str, object] | None = None,
     ):
         self._supervisor = supervisor
         self._server = server
         self._max_queued_requests = max_queued_requests
         self._metrics = metrics
-        self._stats: dict[str, float] = {}  # not published yet
+        self._stats = stats or {}  # EngineStats that are not published yet
+        self._traffic = Traffic()
         self._streams: dict[str, Stream] = {}  # by our own id
         self._ids = itertools.count()
-        self._next_sweep = self._next_publish = 0.0
+        self._next_sweep = self._last_publish = 0.0
         self._inbox: queue.SimpleQueue[Arrival] = queue.SimpleQueue()
         self._wake_fd = os.eventfd(0, os.EFD_NONBLOCK)
         self._closing = False
@@ -111,8 +114,9 @@ class Responder:
         if now >= self._next_sweep:
             self._next_sweep = now + SWEEP_INTERVAL_S
             self._sweep(now)
-        if self._stats and now >= self._next_publish:
-            self._next_publish = now + PUBLISH_INTERVAL_S
+        interval = PUBLISH_INTERVAL_S if self._streams else IDLE_PUBLISH_INTERVAL_S
+        if self._stats and now >= self._last_publish + interval:
+            self._last_publish = now
             self._publish()
 
     def _wait(self) -> list[int]:
@@ -177,7 +181,9 @@ class Responder:
                         updates[update.request_id] = merge(updates.get(update.request_id), update)
                 case Rejected():
                     self._reject(event)
-                case Ready():
+                case Ready(stats=stats):
+                    self._stats = stats
+                    self._traffic.engine_restarts += 1
                     for stream in self._streams.values():
                         with stream.sender.guard():
                             self._submit(stream)
@@ -197,12 +203,22 @@ class Responder:
                 return
             outputs = stream.generation.advance(update)
             final = stream.generation.is_over
+            self._note(stream.generation, update)
             if final:
                 del self._streams[stream.generation.call_id]
             if not update.finished and not stream.generation.is_open(update.request_id):
                 self._supervisor.send(Cancel(update.request_id))
             if outputs is not None:
                 stream.sender.send(outputs, final)
+
+    def _note(self, generation: Generation, update: Update) -> None:
+        """For metrics. Most updates are neither an answer's first nor its last."""
+        if 0 < len(update.token_ids) == update.completion_tokens:
+            self._traffic.first_token_seconds.append(generation.record(update.request_id).first_token_seconds)
+        if not generation.is_open(update.request_id):
+            self._traffic.note_answer(generation.record(update.request_id))
+        if generation.is_over:
+            self._traffic.numbers_of_answers.append(generation.call.params.n)
 
     def _reject(self, rejected: Rejected) -> None:
         stream = self._stream_of(rejected.request_id)
@@ -253,13 +269,13 @@ class Responder:
 
     def _publish(self) -> None:
         stats, self._stats = self._stats, {}
-        if self._metrics is None:
-            return
-        try:
-            self._metrics.publish(stats)
-        except Exception as error:  # it would fail each time; answers matter more
-            log_bug(error)
-            self._metrics = None
+        if self._metrics is not None:
+            try:
+                self._metrics.publish(Snapshot(EngineStats(**stats), self._traffic))
+            except Exception as error:  # it would fail each time; answers matter more
+                log_bug(error)
+                self._metrics = None
+        self._traffic.forget_observations()
 
 
 def merge(earlier: Update | None, later: Update) -> Update:

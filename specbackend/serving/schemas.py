@@ -36,6 +36,7 @@ class Output:
     dtype: str
     dims: tuple[int, ...] = (1,)
     asked_by: str | tuple[str, ...] = ()  # (): declared, never sent
+    has_batch_dimension: bool = True  # where the face's tensors have one
     ragged: bool = False  # as long as the answer, so that several answers do not fit side by side
     needs: str | None = None  # the sampling parameter that whoever asks for this asks for, too
     null: str | None = None  # the sampling parameter without which this is the JSON value null
@@ -254,7 +255,8 @@ PERF_METRICS = (
 
 # Without `stream` and with n above 1, a LIST has an element for each answer.
 LLM_OUTPUTS = (
-    Output("text_output", "STRING", LIST, asked_by=ALWAYS),  # what is new when streaming, else all
+    # what is new when streaming, else all; [n], as TensorRT-LLM's clients read it
+    Output("text_output", "STRING", LIST, asked_by=ALWAYS, has_batch_dimension=False),
     Output("finish_reason", "STRING", LIST, asked_by="return_finish_reason"),  # stop, length, abort; at an answer's end
     Output("stop_reason", "STRING", LIST, asked_by="return_stop_reason"),  # a stop string, the id of a token, or None
     Output("output_ids", "INT32", (-1, -1), asked_by=("return_output_ids", "input_length"), ragged=True),

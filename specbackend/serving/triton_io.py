@@ -78,7 +78,7 @@ def make_tensor(pb_utils: Any, face: Face, name: str, value: object) -> Any:
     values = value if isinstance(value, list) else [value]
     spec = face.output[name]
     array = np.array([v.encode() if isinstance(v, str) else v for v in values], dtype=NUMPY_TYPES[spec.dtype])
-    in_front = len(spec.dims) + face.has_batch_dimension - array.ndim
+    in_front = len(spec.dims) + (face.has_batch_dimension and spec.has_batch_dimension) - array.ndim
     return pb_utils.Tensor(name, array.reshape(*[1] * in_front, *array.shape))
 
 

@@ -41,9 +41,8 @@ def make_repository(folder: Path, faces: Iterable[str] = ("llm",), **params) -> 
 
 
 def engine_pid(server: TritonServer) -> int:
-    """Of llm's engine."""
-    engines = [pid for pid in processes_of(server.server_id) if b"engine_process" in _command_line(pid)]
-    [pid] = [pid for pid in engines if len(engines) == 1 or b"/llm/" in _command_line(_parent(pid))]
+    """Of the one engine that all faces share."""
+    [pid] = [pid for pid in processes_of(server.server_id) if b"engine_process" in _command_line(pid)]
     return pid
 
 
@@ -56,10 +55,6 @@ def slots(server: TritonServer) -> dict[str, float]:
         if name.startswith(prefix) and model in name
     }
     return {name.split('kv_cache_block_type="')[1].split('"')[0]: value for name, value in metrics.items()}
-
-
-def _parent(pid: int) -> int:
-    return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
 
 
 def _command_line(pid: int) -> bytes:

@@ -359,7 +359,8 @@ def test_killed_engine(server):
         killed = time.monotonic()
         errors = [answer.result(10).error for answer in answers]
         assert time.monotonic() - killed < 1
-    assert all("killed by SIGKILL" in error for error in errors)
+    known = ("the engine process was killed by SIGKILL", "the engine process has ended")  # to the face that started it
+    assert {error.endswith(known) for error in errors} == {True}, errors
     assert all(answer.result().responses for answer in answers)
     assert single.result()[0] in UNAVAILABLE
     assert generate_http(server.http_url, "llm", {"text_input": "How many", "max_tokens": 3})[0] == 200

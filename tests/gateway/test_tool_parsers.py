@@ -23,7 +23,7 @@ from tests.fakes import END_ID
 from tests.grammar.texts import ids_of, make_compiler
 from tests.test_text import cut
 
-A = '{"city": "Zürich \\"{}\\" \\\\", "days": [{"n": 1}]}'  # arguments with all that could mislead
+A = '{"city": "Zürich \\"}\\" \\\\", "days": [{"n": 1}]}'  # arguments with all that could mislead
 CALL = f'{{"name": "get", "arguments": {A}}}'
 OTHER = '{"name": "now", "arguments": {}}'
 PARAMETERS = CALL.replace('"arguments"', '"parameters"')
@@ -69,7 +69,7 @@ def parse(format: Format, pieces: list[str]) -> tuple[str, Calls]:
         ),
         (HERMES, '<tool_call>{"name": "get", "arguments": "{\\"a\\": 1}"}</tool_call>', ("", [("get", '{"a": 1}')])),
         (HERMES, f'<tool_call>{{"id": "1", "name": "get", "arguments": {A}, "type": "x}}"}}</tool_call>', ("", [GET])),
-        (HERMES, f"<tool_call>{CALL[:-1]}</tool_call>!", ("!", [GET])),
+        (HERMES, f"<tool_call>{CALL[:-1]}</tool_call>}}!", ("}!", [GET])),
         (HERMES, f"<tool_call>{CALL} and so on", (" and so on", [GET])),
         (HERMES, f"<tool_call>{CALL}</tool", ("</tool", [GET])),
         (HERMES, f"<tool_call>{CALL[:-20]}", ("", [("get", A[:-19])])),
@@ -95,6 +95,7 @@ def parse(format: Format, pieces: list[str]) -> tuple[str, Calls]:
         (LLAMA3, '{"type": "function", "name": "now", "parameters": {}}', ("", [NOW])),
         (MISTRAL, f"[TOOL_CALLS] [{CALL}, {OTHER}]", ("", [GET, NOW])),
         (MISTRAL, f'Hm. [TOOL_CALLS][{CALL[:-1]}, "id": "abcdefghi"}}]', ("Hm.", [GET])),
+        (MISTRAL, f"[TOOL_CALLS] [{CALL}, {OTHER}] [TOOL_CALLS] [{OTHER}]", ("", [GET, NOW, NOW])),
         (MISTRAL, "[TOOL_CALLS] []", ("[TOOL_CALLS] []", [])),
         (MISTRAL, f"[TOOL_CALLS] [{OTHER}, 5]", (", 5]", [NOW])),
         (MISTRAL, f"[{OTHER}]", (f"[{OTHER}]", [])),
@@ -183,6 +184,7 @@ TOOLS = [
 ]
 NOW_CALL = {"name": "now", "parameters": {}}
 GROW_CALL = {"name": "grow", "parameters": {"root": {"value": 1, "next": {"value": 2}}}}
+LIST_CALL = {"name": "grow", "parameters": [1]}
 BAD_CALL = {"name": "grow", "parameters": {"root": {"value": 1, "next": {"value": "two"}}}}
 
 
@@ -195,7 +197,11 @@ def is_complete(compiler: GrammarCompiler, schema: str, text: str) -> bool:
 @pytest.mark.parametrize(
     ("options", "good", "bad"),
     [
-        ({}, [[NOW_CALL], [GROW_CALL, NOW_CALL]], [[], [BAD_CALL], [{"name": "x", "parameters": {}}], NOW_CALL]),
+        (
+            {},
+            [[NOW_CALL], [GROW_CALL, NOW_CALL]],
+            [[], [BAD_CALL], [LIST_CALL], [{"name": "x", "parameters": {}}], NOW_CALL],
+        ),
         ({"parallel_tool_calls": False}, [[NOW_CALL], [GROW_CALL]], [[NOW_CALL, NOW_CALL]]),
         ({"name": "grow"}, [[GROW_CALL]], [[NOW_CALL], [GROW_CALL, GROW_CALL], [BAD_CALL]]),
     ],

@@ -101,6 +101,7 @@ def test_a_block_goes_from_host_to_host(valkey, tmp_path):
             else:
                 assert read(client, KEYS) == 0
                 wait_until(lambda client=client: fetched(client, KEYS, 10))
+                wait_until(lambda path=path: stats(path)["store_fetched_blocks"] == 10)
             assert leaks(path) == []
             client.close()
     assert int(valkey.run("TTL", PREFIX + KEYS[0])[1:]) > 0

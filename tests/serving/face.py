@@ -4,10 +4,14 @@ Prints a line of JSON whenever its engine is ready (its pid) or has ended (why).
 """
 
 import json
+import socket
 import sys
 import tempfile
 import time
+from pathlib import Path
 
+from specbackend.serving import supervisor as supervisor_module
+from specbackend.serving.engine_socket import connect
 from specbackend.serving.errors import EngineError
 from specbackend.serving.protocol import Ready
 from specbackend.serving.supervisor import EngineDown, EngineSupervisor, wait_readable
@@ -15,6 +19,7 @@ from specbackend.serving.supervisor import EngineDown, EngineSupervisor, wait_re
 
 def main() -> None:
     tempfile.tempdir = sys.argv[1]
+    supervisor_module.connect = connect_slowly
     supervisor = EngineSupervisor(json.loads(sys.argv[2]), 60.0, sys.argv[3:])
     try:
         supervisor.start()
@@ -28,6 +33,13 @@ def main() -> None:
                 say(down=event.reason)
             if isinstance(event, Ready):
                 say(pid=supervisor.pid)
+
+
+def connect_slowly(path: Path) -> socket.socket | None:
+    """Leaves time for another face to start the engine that this one has looked for."""
+    found = connect(path)
+    time.sleep(0.1)
+    return found
 
 
 def wait(supervisor: EngineSupervisor) -> list[int]:

@@ -523,13 +523,15 @@ def test_a_killed_engine_that_does_not_go_is_not_found_again(start_adapter, monk
     monkeypatch.setattr(supervisor_module, "EXIT_LIMIT_S", 0.3)
     adapter = start_adapter(watchdog_timeout=1.0)
     stuck = adapter._responder._supervisor._process
-    with monkeypatch.context() as patch:
-        patch.setattr(signal, "pidfd_send_signal", lambda *_: None)
-        os.kill(stuck.pid, signal.SIGSTOP)
-        assert "watchdog_timeout" in str(execute(adapter, text_input="xy").sender.error())
-        assert execute(adapter, text_input="xy", max_tokens=2).sender.text() == "xy"
-    assert not stuck.exited and stuck.pid != pid(adapter)
-    stuck.kill()  # which is late, and leaves the other's socket alone
+    os.kill(stuck.pid, signal.SIGSTOP)
+    try:
+        with monkeypatch.context() as patch:
+            patch.setattr(signal, "pidfd_send_signal", lambda *_: None)
+            assert "watchdog_timeout" in str(execute(adapter, text_input="xy").sender.error())
+            assert execute(adapter, text_input="xy", max_tokens=2).sender.text() == "xy"
+        assert not stuck.exited and stuck.pid != pid(adapter)
+    finally:
+        stuck.kill()  # which is late, and leaves the other's socket alone
     assert pid(adapter) == pid(start_adapter(watchdog_timeout=1.0))
 
 
@@ -588,7 +590,7 @@ def test_several_answers(adapter, stream):
     responses = request.sender.wait()
     texts = dict.fromkeys(range(3), "")
     for outputs in (response.outputs for response in responses):
-        for index, text in zip(outputs["sequence_index"][0], outputs["text_output"][0], strict=True):
+        for index, text in zip(outputs["sequence_index"][0], outputs["text_output"], strict=True):
             texts[index] += text.decode()
     assert texts == {index: answer("abcd", 40, seed=2 + index) for index in range(3)}
     assert (len(responses) > 3) == stream
@@ -627,7 +629,7 @@ def test_answers_end_one_by_one(start_adapter, monkeypatch, cancel_arrives):
     inputs = {"text_input": "abcdefghijkl", "num_return_sequences": 8, "seed": 0, "stop_words": ["kla"]}
     request = execute(adapter, several(**inputs, return_finish_reason=True))
     [response] = request.sender.wait()
-    assert response.outputs["text_output"].tolist() == [["abcdefghij"[i:].encode() for i in range(8)]]
+    assert response.outputs["text_output"].tolist() == ["abcdefghij"[i:].encode() for i in range(8)]
     assert response.outputs["finish_reason"].tolist() == [[b"stop"] * 8]
     assert cancelled[0] != "0.0" and set(cancelled) == {f"0.{i}" for i in range(8)}
     if cancel_arrives:  # all places are free again

@@ -82,7 +82,7 @@ def start_engine(socket_folder, checkpoint) -> Iterator[Callable]:
         return server, engine
 
     yield start
-    for process in processes:
+    for process in reversed(processes):  # the end of its tritonserver would have the engine kill its adapter: us
         process.kill()
         process.wait()
 

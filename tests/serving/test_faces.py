@@ -95,6 +95,7 @@ EFFECTS = {
     "return_num_input_tokens": (True, {ADDED: {"num_input_tokens"}}),
     "return_num_output_tokens": (True, {ADDED: {"num_output_tokens"}}),
     "return_perf_metrics": (True, {ADDED: METRICS}),
+    "return_spec_trace": (True, {"return_spec_trace": True, ADDED: {"spec_trace"}}),
     "sampling_param_return_perf_metrics": (True, {ADDED: METRICS}),
     "sampling_parameters": ('{"max_tokens": 5}', {"max_new_tokens": 5}),
 }
@@ -173,6 +174,7 @@ PARAMETERS = {
     "stop_token_ids": ("[1, 2]", {"stop_token_ids": (1, 2)}),
     "ignore_eos": (True, {"ignore_eos": True}),
     "n": (2, {"n": 2}),
+    "return_spec_trace": (True, {"return_spec_trace": True}),
     "speculative": (False, {"speculative": False}),
     "speculative_num_steps": (2, {"speculative_num_steps": 2}),
     "speculative_eagle_topk": (2, {"speculative_eagle_topk": 2}),

@@ -224,6 +224,13 @@ def test_vllm_streams_have_a_place_for_each_answer():
     assert answers.is_over
 
 
+def test_metrics_of_answers_side_by_side_wait_for_the_last():
+    answers = generation(TWO, stream=True, face=VLLM, outputs=frozenset(("text_output", "num_spec_steps")))
+    assert answers.advance(update("ab", FinishReason.LENGTH, index=0)) == {"text_output": ["ab", ""]}
+    last = answers.advance(update("c", FinishReason.LENGTH, index=1, steps=3))
+    assert last == {"text_output": ["", "c"], "num_spec_steps": [1, 3]}
+
+
 def test_prompt_logprobs_wait_for_their_answers_first_response():
     outputs = frozenset(("text_output", "prompt_logprobs"))
     answers = generation(TWO, stream=True, face=VLLM, outputs=outputs)

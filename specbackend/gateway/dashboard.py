@@ -1,0 +1,141 @@
+"""The web page at /dashboard: live numbers, the radix tree, and a playground that draws each step's draft tree.
+
+The page is files and JSON. It asks the gateway it came from for completions, keeps what it plots over time to itself,
+and nothing is kept here.
+"""
+
+import json
+import re
+from collections.abc import Mapping
+from contextlib import closing
+from dataclasses import dataclass
+from http.client import HTTPException
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tritonclient.grpc as grpc_client
+from fastapi import APIRouter, Request
+from fastapi.responses import FileResponse, JSONResponse, RedirectResponse, Response
+from tritonclient.utils import InferenceServerException
+
+from specbackend.serving.client import read_metrics
+
+STATIC = Path(__file__).parent / "static"
+FILES = frozenset(path.name for path in STATIC.iterdir())  # the only names that are looked up
+STATS_TIMEOUT_S = 2.0  # the page asks each second
+TREE_TIMEOUT_S = 10.0  # the model waits for engines in the middle of a step
+HEADERS = {
+    "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; "
+    "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "no-referrer",
+    "Cache-Control": "no-cache",
+}
+PAGE_PATHS = ("/dashboard", "/dashboard/", *(f"/dashboard/{name}" for name in FILES))  # nobody's data: without a key
+LABEL = re.compile(r'(\w+)="((?:[^"\\]|\\.)*)"')
+UNREACHABLE = (
+    "tritonserver's metrics port does not answer at {url} ({reason}). The server is down, was started without metrics, "
+    "or is somewhere else."
+)
+SWITCHED_OFF = (
+    "tritonserver answers, but no model exports its numbers. Set the parameter REPORT_CUSTOM_METRICS to true in "
+    "model_repository/llm/config.pbtxt and start the server again."
+)
+
+
+@dataclass(frozen=True)
+class Family:
+    """A family of metrics that the page shows. `by`: the label whose values are shown apart."""
+
+    name: str
+    by: str | None = None
+
+
+FAMILIES = {  # by the name in the page's JSON; counters count from the engine's start
+    "running": Family("sglang:num_running_reqs"),
+    "queued": Family("sglang:num_queue_reqs"),
+    "token_usage": Family("sglang:token_usage"),
+    "accept_length": Family("sglang:spec_accept_length"),
+    "tree_utilization": Family("specbackend:tree_utilization"),
+    "plain_share": Family("specbackend:plain_share"),
+    "prompt_tokens": Family("vllm:prompt_tokens_total"),
+    "generation_tokens": Family("vllm:generation_tokens_total"),
+    "first_token_seconds": Family("vllm:time_to_first_token_seconds_sum"),
+    "first_tokens": Family("vllm:time_to_first_token_seconds_count"),
+    "drafts": Family("vllm:spec_decode_num_drafts_total"),
+    "accepted_by_position": Family("vllm:spec_decode_num_accepted_tokens_per_pos_total", by="position"),
+    "cached_tokens": Family("sglang:cached_tokens_total", by="cache_source"),
+    "retractions": Family("sglang:num_retracted_requests_total"),
+    "engine_restarts": Family("specbackend:engine_restarts_total"),
+}
+
+
+def router(metrics_url: str, grpc_url: str) -> APIRouter:
+    """Routes under /dashboard. Both addresses are the tritonserver's, as host:port."""
+    routes = APIRouter(prefix="/dashboard", include_in_schema=False)
+
+    @routes.get("")
+    def redirect(request: Request) -> Response:
+        return RedirectResponse(f"{request.url.path.rsplit('/', 1)[-1]}/")  # relative: a proxy may have its own prefix
+
+    @routes.get("/api/stats")
+    def stats() -> Response:
+        return JSONResponse(read_stats(metrics_url), headers=HEADERS)
+
+    @routes.get("/api/radix_tree")
+    def radix_tree() -> Response:
+        return JSONResponse(read_radix_tree(grpc_url), headers=HEADERS)
+
+    @routes.get("/api/engines")
+    def engines() -> Response:
+        answer = read_radix_tree(grpc_url)
+        for engine in answer.get("engines", []):
+            engine.pop("nodes", None)
+        return JSONResponse(answer, headers=HEADERS)
+
+    @routes.get("/{name:path}")
+    def static(name: str) -> Response:
+        name = name or "index.html"
+        return FileResponse(STATIC / name, headers=HEADERS) if name in FILES else Response(status_code=404)
+
+    return routes
+
+
+def read_stats(metrics_url: str) -> dict[str, Any]:
+    """What the page polls: `models`, the numbers of FAMILIES by model; or `state`, down or off, and `problem`: why."""
+    try:
+        models = by_model(read_metrics(metrics_url, STATS_TIMEOUT_S))
+    except (OSError, HTTPException, ValueError) as error:
+        reason = error or type(error).__name__
+        return {"state": "down", "problem": UNREACHABLE.format(url=metrics_url, reason=reason)}
+    return {"models": models} if models else {"state": "off", "problem": SWITCHED_OFF}
+
+
+def by_model(metrics: Mapping[str, float]) -> dict[str, dict[str, Any]]:
+    """The numbers of FAMILIES of each model that has some. A family with `by` is a dict by that label's value."""
+    quantities = {family.name: (quantity, family.by) for quantity, family in FAMILIES.items()}
+    models: dict[str, dict[str, Any]] = {}
+    for series, value in metrics.items():
+        name, _, labels = series.partition("{")
+        if name in quantities:
+            quantity, by = quantities[name]
+            values = dict(LABEL.findall(labels))
+            numbers = models.setdefault(values.get("model", ""), {})
+            if by is None:
+                numbers[quantity] = value
+            else:
+                numbers.setdefault(quantity, {})[values.get(by, "")] = value
+    return models
+
+
+def read_radix_tree(grpc_url: str) -> dict[str, Any]:
+    """What the model `radix_cache` answers to `tree`, or `problem`, a sentence for people."""
+    action = grpc_client.InferInput("action", [1, 1], "BYTES")
+    action.set_data_from_numpy(np.array([[b"tree"]], np.object_))
+    try:
+        with closing(grpc_client.InferenceServerClient(grpc_url)) as client:
+            result = client.infer("radix_cache", [action], client_timeout=TREE_TIMEOUT_S)
+        return json.loads(result.as_numpy("result").item())
+    except InferenceServerException as error:
+        return {"problem": f"The model radix_cache does not show its tree: {error.message()}"}
