@@ -154,6 +154,21 @@ def json_schema(schema: dict) -> dict:
     return {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}
 
 
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
+def test_how_each_step_came_by_its_tokens(client, offline, tokenizer, stream):
+    """Only who asks is told."""
+    asked = {"model": MODEL, "messages": messages("How many?"), "max_tokens": 12, "temperature": 0, "stream": stream}
+    choices = {}
+    for asks in (False, True):
+        answer = client.chat.completions.create(**asked, extra_body={"return_spec_trace": asks})
+        choices[asks] = [choice for chunk in answer for choice in chunk.choices] if stream else answer.choices
+    expected = ask_offline(offline, tokenizer, "How many?", max_new_tokens=12, temperature=0)["output_ids"]
+    steps = [step for choice in choices[True] for step in choice.spec_trace]
+    assert [token for step in steps for token in step["token_ids"]][: len(expected)] == expected
+    assert steps[0]["kind"] == "prefill" and {"speculative"} <= {step["kind"] for step in steps}
+    assert not any(hasattr(choice, "spec_trace") for choice in choices[False])
+
+
 FORMATS = {
     "json_schema": {"response_format": json_schema(SCHEMA)},
     "json_object": {"response_format": {"type": "json_object"}},
