@@ -104,8 +104,18 @@ def test_cors(settings):
         assert "access-control-allow-origin" not in httpx.get(f"{url}/health", headers={"Origin": "http://x"}).headers
 
 
-def test_no_clients_text_is_logged(url, caplog, capfd):
+def test_no_clients_text_is_logged(url, caplog, capfd, monkeypatch):
+    """Not by a bug, either, whose message may quote it."""
     secret = "the butler did it"
+
+    def fail(*args):
+        raise ValueError(secret)
+
+    with monkeypatch.context() as bug:
+        bug.setattr("specbackend.gateway.app.Generate", fail)
+        response = httpx.post(f"{url}/generate", json={"text": secret})
+    assert (response.status_code, response.json()["error"]["type"]) == (500, "server_error")
+    assert "ValueError in" in caplog.text
     httpx.post(f"{url}/v1/chat/completions", json={"model": MODEL, "messages": [{"role": secret, "content": secret}]})
     httpx.post(f"{url}/generate", json={"text": secret, secret: 1})
     httpx.post(f"{url}/generate", content=json.dumps({"text": secret})[:-1])
