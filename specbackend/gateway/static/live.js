@@ -16,7 +16,7 @@ const NO_ENGINE =
   "tritonserver answers, but no engine does: it has ended, or is being loaded. A new one is started without your help.";
 const STATES = {
   well: "serving",
-  off: "serves, numbers off",
+  off: "numbers off",
   down: "does not answer",
   key: "wants a key",
   stalled: "no tokens come",

@@ -136,13 +136,17 @@ function bars(step, index) {
   return svg("g", {}, back, piece(0, drafted, "draft"), piece(drafted, emitted - drafted, own));
 }
 
+const PLAIN =
+  "A plain step: nothing was drafted, the target wrote one token. A server drafts while trees pay; where a tree shape is " +
+  "asked for it does so in every step.";
+
 function told(step) {
   const emitted = step.token_ids.length;
   if (step.kind === "prefill") {
     const cached = step.cached_tokens ? `, ${percent(step.cached_tokens / step.prompt_tokens)} of them cached` : "";
     return `The prompt, ${plural(step.prompt_tokens ?? 0, "token")}${cached}, and the first token.`;
   }
-  if (step.kind === "plain") return "A plain step: nothing was drafted, the target wrote one token.";
+  if (step.kind === "plain") return PLAIN;
   const drafted = step.tree.parents.length - 1;
   const accepted = Math.min(step.accepted.length, emitted);
   const own = emitted > step.accepted.length ? " and one of the target’s own" : ", and there the answer ends";
