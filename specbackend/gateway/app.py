@@ -3,7 +3,7 @@
 import asyncio
 import time
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from contextlib import aclosing, asynccontextmanager
 from typing import Any, Protocol, TypeVar
 
 from fastapi import FastAPI, Response
@@ -27,6 +27,8 @@ from specbackend.tokenizer import Tokenizer
 
 T = TypeVar("T")
 OPEN_PATHS = ("/health", *dashboard.PAGE_PATHS)  # without a key
+GENERATING_PATHS = ("/v1/chat/completions", "/v1/completions", "/generate")
+HEALTH_TIMEOUT_S = 20.0  # for a token: others may be before it
 
 
 class Work(Protocol):
@@ -53,7 +55,7 @@ class Gateway:
         yield
         await self.triton.close()
 
-    async def respond(self, stream: bool, read: Callable[[], Work]) -> Response:
+    async def respond(self, stream: bool | None, read: Callable[[], Work]) -> Response:
         work = await asyncio.to_thread(read)
         if stream:
             return EventStream(work.chunks(self.triton))
@@ -83,7 +85,7 @@ def _middleware(settings: GatewaySettings) -> list[Middleware]:
         Middleware(AnswerBugs),
         *_cors(settings.cors_allow_origin),
         *([Middleware(RequireKey, settings.api_key, OPEN_PATHS)] if settings.api_key else []),
-        *([Middleware(LimitOpen, settings.max_open_requests)] if settings.max_open_requests else []),
+        *([Middleware(LimitOpen, settings.max_open_requests, GENERATING_PATHS)] if settings.max_open_requests else []),
         Middleware(WatchClient, settings.max_body_size),
     ]
 
@@ -141,8 +143,12 @@ def _add_sglang(app: FastAPI, gateway: Gateway) -> None:
     @app.get("/health_generate")
     async def health_generate() -> dict:
         question = Question([0], {"max_new_tokens": 1, "temperature": 0})
-        async for _ in gateway.triton.generate(question):
-            pass
+        try:
+            async with asyncio.timeout(HEALTH_TIMEOUT_S), aclosing(gateway.triton.generate(question)) as responses:
+                async for _ in responses:
+                    pass
+        except TimeoutError:
+            raise ApiError(503, f"no token came within {HEALTH_TIMEOUT_S:g} s") from None
         return {}
 
     @app.get("/get_model_info")
