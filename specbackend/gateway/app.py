@@ -3,7 +3,7 @@
 import asyncio
 import time
 from collections.abc import AsyncIterator, Callable
-from contextlib import aclosing, asynccontextmanager
+from contextlib import asynccontextmanager
 from typing import Any, Protocol, TypeVar
 
 from fastapi import FastAPI, Response
@@ -142,12 +142,9 @@ def _add_sglang(app: FastAPI, gateway: Gateway) -> None:
 
     @app.get("/health_generate")
     async def health_generate() -> dict:
-        question = Question([0], {"max_new_tokens": 1, "temperature": 0})
         try:
-            async with asyncio.timeout(HEALTH_TIMEOUT_S), aclosing(gateway.triton.generate(question)) as responses:
-                async for _ in responses:
-                    pass
-        except TimeoutError:
+            await asyncio.wait_for(_generate_token(gateway.triton), HEALTH_TIMEOUT_S)
+        except asyncio.TimeoutError:
             raise ApiError(503, f"no token came within {HEALTH_TIMEOUT_S:g} s") from None
         return {}
 
@@ -163,6 +160,11 @@ def _add_sglang(app: FastAPI, gateway: Gateway) -> None:
     @app.get("/get_server_info")
     async def server_info() -> dict:
         return {**await gateway.triton.parameters(), "served_model_name": gateway.settings.model_name}
+
+
+async def _generate_token(server: TritonServer) -> None:
+    async for _ in server.generate(Question([0], {"max_new_tokens": 1, "temperature": 0})):
+        pass
 
 
 def _add_operations(app: FastAPI, gateway: Gateway) -> None:
