@@ -1,19 +1,23 @@
 """What the gateway makes of requests, before a fake tritonserver that says what it is told to."""
 
 import json
-import socket
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 
+import grpc
 import httpx
 import pytest
 from fastapi.testclient import TestClient
 from pydantic import ValidationError
+from tritonclient.grpc import service_pb2, service_pb2_grpc
 
 from specbackend.errors import ConfigError
 from specbackend.gateway import app as gateway_app
 from specbackend.gateway import protocol, sglang, triton
 from specbackend.gateway.settings import GatewaySettings
 from tests.conftest import DEMO_TARGET
+from tests.gateway.conftest import DEADLINE_S
 
 CHAT, COMPLETION, GENERATE = "/v1/chat/completions", "/v1/completions", "/generate"
 BODIES = {
@@ -129,6 +133,11 @@ def test_what_is_nested_too_deep_is_refused(post):
         assert post(CHAT, json.dumps(BODIES[CHAT])[:-1].encode() + b', "stop": ' + b"[" * depth).status_code == 400
         whole = b'{"text": "a", "sampling_params": {"stop": ' + b"[" * depth + b"]" * depth + b"}}"
         assert post(GENERATE, whole).status_code in (200, 400)
+    value: list = []
+    for _ in range(100_000):
+        value = [value]
+    with pytest.raises(ValidationError, match="nested too deep"):
+        protocol.ChatRequest.model_validate({**BODIES[CHAT], "stop": value})
 
 
 GUIDES = {
@@ -232,11 +241,40 @@ def test_a_place_is_written_once_however_long_the_stream(post, fake, monkeypatch
         assert chunks[-1]["meta_info"][name] == [place] * 50
 
 
+class Hangs(service_pb2_grpc.GRPCInferenceServiceServicer):
+    """A tritonserver that is well, but says so too late."""
+
+    def __init__(self):
+        self.is_over = threading.Event()
+
+    def ServerReady(self, request, context):
+        self.is_over.wait(DEADLINE_S)
+        return service_pb2.ServerReadyResponse(ready=True)
+
+    def ModelReady(self, request, context):
+        return service_pb2.ModelReadyResponse(ready=True)
+
+    def ModelStreamInfer(self, requests, context):
+        self.is_over.wait(DEADLINE_S)
+        response = service_pb2.ModelInferResponse()
+        response.parameters["triton_final_response"].bool_param = True
+        yield service_pb2.ModelStreamInferResponse(infer_response=response)
+
+
+@pytest.fixture
+def hanging() -> Iterator[str]:
+    server, hangs = grpc.server(ThreadPoolExecutor(2)), Hangs()
+    service_pb2_grpc.add_GRPCInferenceServiceServicer_to_server(hangs, server)
+    port = server.add_insecure_port("127.0.0.1:0")
+    server.start()
+    yield f"127.0.0.1:{port}"
+    hangs.is_over.set()
+    server.stop(None)
+
+
 @pytest.mark.parametrize("path", ["/health", "/health_generate"])
-def test_a_tritonserver_that_hangs_is_not_well(monkeypatch, path):
+def test_a_tritonserver_that_hangs_is_not_well(hanging, monkeypatch, path):
     monkeypatch.setattr(triton, "READY_TIMEOUT_S", 0.2)
     monkeypatch.setattr(gateway_app, "HEALTH_TIMEOUT_S", 0.2)
-    with socket.create_server(("127.0.0.1", 0)) as silent:
-        settings = GatewaySettings(str(DEMO_TARGET), grpc_url=f"127.0.0.1:{silent.getsockname()[1]}")
-        with TestClient(gateway_app.create_app(settings)) as client:
-            assert client.get(path).status_code == 503
+    with TestClient(gateway_app.create_app(GatewaySettings(str(DEMO_TARGET), grpc_url=hanging))) as client:
+        assert client.get(path).status_code == 503
