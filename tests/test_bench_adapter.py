@@ -42,6 +42,13 @@ def test_cpu_time_is_that_of_the_process(module):
     assert before - 2 / module.TICKS_PER_SECOND <= counted <= time.process_time()  # user and system are cut to ticks
 
 
+def test_every_request_has_a_response(module, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["bench_adapter", "--responses", "16"])
+    with pytest.raises(SystemExit):
+        module.parse_args()
+    assert "--responses: must be above 16" in capsys.readouterr().err
+
+
 @pytest.mark.skipif(find_spec("pytriton") is None, reason="needs the tritonserver wheel")
 def test_costs_and_a_different_answer(module, monkeypatch, tmp_path, capsys):
     make_questions, watched = module.make_questions, []

@@ -7,6 +7,7 @@ from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
+from specbackend.gateway.protocol import StreamOptions
 from specbackend.gateway.triton import Question, TritonServer
 
 T = TypeVar("T")
@@ -45,7 +46,8 @@ class Delta:
 class Usage:
     """Tokens of a request, counted as its deltas come."""
 
-    def __init__(self, questions: Sequence[Question]):
+    def __init__(self, questions: Sequence[Question], options: StreamOptions | None):
+        self._options = options or StreamOptions()
         self.prompt_tokens = sum(len(question.input_ids) for question in questions)
         self.completion_tokens = self.accepted = self.rejected = 0
         self._cached: dict[int, int] = {}  # by prompt: of its first answer, as the others find that one's prompt
@@ -56,6 +58,16 @@ class Usage:
             self._cached[delta.prompt] = min(delta.counts.cached_tokens, self._cached.get(delta.prompt, 1 << 62))
             self.accepted += delta.counts.accepted_draft_tokens
             self.rejected += max(delta.counts.draft_tokens - delta.counts.accepted_draft_tokens, 0)
+
+    @property
+    def ends_stream(self) -> bool:
+        return bool(self._options.include_usage)
+
+    def in_chunk(self) -> dict[str, Any]:
+        """What a chunk with choices says of it."""
+        if not self.ends_stream:
+            return {}
+        return {"usage": self.to_dict() if self._options.continuous_usage_stats else None}
 
     def to_dict(self) -> dict[str, Any]:
         return {

@@ -27,6 +27,8 @@ from specbackend.tokenizer import Tokenizer
 
 T = TypeVar("T")
 OPEN_PATHS = ("/health", *dashboard.PAGE_PATHS)  # without a key
+GENERATING_PATHS = ("/v1/chat/completions", "/v1/completions", "/generate")
+HEALTH_TIMEOUT_S = 20.0  # for a token: others may be before it
 
 
 class Work(Protocol):
@@ -53,7 +55,7 @@ class Gateway:
         yield
         await self.triton.close()
 
-    async def respond(self, stream: bool, read: Callable[[], Work]) -> Response:
+    async def respond(self, stream: bool | None, read: Callable[[], Work]) -> Response:
         work = await asyncio.to_thread(read)
         if stream:
             return EventStream(work.chunks(self.triton))
@@ -83,7 +85,7 @@ def _middleware(settings: GatewaySettings) -> list[Middleware]:
         Middleware(AnswerBugs),
         *_cors(settings.cors_allow_origin),
         *([Middleware(RequireKey, settings.api_key, OPEN_PATHS)] if settings.api_key else []),
-        *([Middleware(LimitOpen, settings.max_open_requests)] if settings.max_open_requests else []),
+        *([Middleware(LimitOpen, settings.max_open_requests, GENERATING_PATHS)] if settings.max_open_requests else []),
         Middleware(WatchClient, settings.max_body_size),
     ]
 
@@ -140,9 +142,10 @@ def _add_sglang(app: FastAPI, gateway: Gateway) -> None:
 
     @app.get("/health_generate")
     async def health_generate() -> dict:
-        question = Question([0], {"max_new_tokens": 1, "temperature": 0})
-        async for _ in gateway.triton.generate(question):
-            pass
+        try:
+            await asyncio.wait_for(_generate_token(gateway.triton), HEALTH_TIMEOUT_S)
+        except asyncio.TimeoutError:
+            raise ApiError(503, f"no token came within {HEALTH_TIMEOUT_S:g} s") from None
         return {}
 
     @app.get("/get_model_info")
@@ -157,6 +160,11 @@ def _add_sglang(app: FastAPI, gateway: Gateway) -> None:
     @app.get("/get_server_info")
     async def server_info() -> dict:
         return {**await gateway.triton.parameters(), "served_model_name": gateway.settings.model_name}
+
+
+async def _generate_token(server: TritonServer) -> None:
+    async for _ in server.generate(Question([0], {"max_new_tokens": 1, "temperature": 0})):
+        pass
 
 
 def _add_operations(app: FastAPI, gateway: Gateway) -> None:

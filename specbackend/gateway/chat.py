@@ -6,7 +6,7 @@ from contextlib import aclosing
 from typing import Any
 
 from specbackend.gateway.answers import Delta, Usage, ask
-from specbackend.gateway.inputs import chat_question, check_tools, new_id, num_answers
+from specbackend.gateway.inputs import chat_question, check_tools, is_guided, new_id, num_answers
 from specbackend.gateway.logprobs import of_chat
 from specbackend.gateway.message import Message, MessageParsers, guide
 from specbackend.gateway.protocol import ChatRequest
@@ -23,20 +23,21 @@ class Chat:
         self._parsers = parsers
         format = parsers.format(request)
         shows_marks = format is not None and format.has_special_tokens
-        self._questions = [chat_question(tokenizer, request, guide(request), shows_marks)]
+        question = chat_question(tokenizer, request, guide(request), shows_marks)
+        self._is_guided = is_guided(question.sampling)
+        self._questions = [question]
         self._n = num_answers(request.sampling())
-        self._usage = Usage(self._questions)
+        self._usage = Usage(self._questions, request.stream_options)
         self._messages: dict[int, Message] = {}  # by the answer's index
         self._id, self._created = f"chatcmpl-{new_id()}", int(time.time())
 
     async def chunks(self, server: TritonServer) -> AsyncIterator[dict[str, Any]]:
-        usage = {"usage": None} if self._request.includes_usage else {}
         async with aclosing(self._steps(server)) as steps:
             async for delta, step in steps:
                 if step or delta.finish_reason or delta.logprobs or delta.spec_trace:
                     choice = {"index": delta.index, "delta": step, **self._rest(delta)}
-                    yield {**self._head("chat.completion.chunk"), "choices": [choice], **usage}
-        if usage:
+                    yield {**self._head("chat.completion.chunk"), "choices": [choice], **self._usage.in_chunk()}
+        if self._usage.ends_stream:
             yield {**self._head("chat.completion.chunk"), "choices": [], "usage": self._usage.to_dict()}
 
     async def body(self, server: TritonServer) -> dict[str, Any]:
@@ -54,7 +55,7 @@ class Chat:
                 self._usage.add(delta)
                 message = self._messages.get(delta.index)
                 if message is None:
-                    message = self._messages[delta.index] = self._parsers.message(self._request)
+                    message = self._messages[delta.index] = self._parsers.message(self._request, self._is_guided)
                 yield delta, message.push(delta.text, last=delta.finish_reason is not None)
 
     def _rest(self, delta: Delta) -> dict[str, Any]:

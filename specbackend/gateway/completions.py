@@ -21,7 +21,7 @@ class Completion:
         self._request = request
         self._questions = completion_questions(tokenizer, request)
         self._n = num_answers(request.sampling())
-        self._usage = Usage(self._questions)
+        self._usage = Usage(self._questions, request.stream_options)
         self._logprobs: dict[int, CompletionLogprobs] = {}  # by the answer's index
         self._head = {
             "id": f"cmpl-{new_id()}",
@@ -31,11 +31,11 @@ class Completion:
         }
 
     async def chunks(self, server: TritonServer) -> AsyncIterator[dict[str, Any]]:
-        usage = {"usage": None} if self._request.includes_usage else {}
         async with aclosing(ask(server, self._questions, self._n)) as deltas:
             async for delta in deltas:
-                yield {**self._head, "choices": [self._choice(delta)], **usage}
-        if usage:
+                choice = self._choice(delta)
+                yield {**self._head, "choices": [choice], **self._usage.in_chunk()}
+        if self._usage.ends_stream:
             yield {**self._head, "choices": [], "usage": self._usage.to_dict()}
 
     async def body(self, server: TritonServer) -> dict[str, Any]:

@@ -9,10 +9,11 @@ from specbackend.gateway.answers import ALWAYS_ASKED
 from specbackend.gateway.errors import refused
 from specbackend.gateway.protocol import MOST_PROMPTS, ChatRequest, CompletionRequest, Generation, NamedTool
 from specbackend.gateway.triton import Question
-from specbackend.sampling_params import ANY_OBJECT
+from specbackend.sampling_params import ANY_OBJECT, GUIDES, in_our_words
 from specbackend.serving.chat import render_chat
 from specbackend.tokenizer import Tokenizer
 
+MAX_TOKENS = 16  # of a completion, if nothing is said
 GUIDE_NAMES = ("json_schema", "regex", "ebnf", "choice", "structured_outputs", "guided_decoding")
 
 
@@ -23,12 +24,12 @@ def chat_question(
 
     guide: the JSON schema that calls of tools obey, if there must be any. shows_marks: special tokens are text, too.
     """
-    sampling = {"max_tokens": None, **request.sampling()}  # None: up to the context length
+    sampling = _with_length(request.sampling(), None)  # up to the context length
     if shows_marks:
         sampling["skip_special_tokens"] = False
     names = {"input_ids": "messages", "logprobs": "top_logprobs"}
     if request.max_completion_tokens is not None:
-        if sampling["max_tokens"] not in (None, request.max_completion_tokens):
+        if sampling.get("max_tokens") not in (None, request.max_completion_tokens):
             raise refused("max_tokens", "contradicts max_completion_tokens, which is the same")
         sampling["max_tokens"] = request.max_completion_tokens
         names["max_tokens"] = "max_completion_tokens"
@@ -43,13 +44,24 @@ def chat_question(
 
 def completion_questions(tokenizer: Tokenizer, request: CompletionRequest) -> list[Question]:
     """One for each prompt."""
-    sampling = {"max_tokens": request.max_tokens, **request.sampling()}
+    sampling = _with_length(request.sampling(), MAX_TOKENS)
     if request.logprobs is not None:
         sampling["logprobs"] = request.logprobs
         if request.echo:
             sampling["prompt_logprobs"] = request.logprobs
     names = {"input_ids": "prompt", "prompt_logprobs": "logprobs"}
     return [_question(request, ids, sampling, names) for ids in prompt_ids(tokenizer, "prompt", request.prompt)]
+
+
+def _with_length(sampling: Mapping[str, Any], default: int | None) -> dict[str, Any]:
+    """`max_tokens`, unless the client says it, under either name."""
+    is_said = "max_tokens" in sampling or "max_new_tokens" in sampling
+    return {**({} if is_said else {"max_tokens": default}), **sampling}
+
+
+def is_guided(sampling: Mapping[str, Any]) -> bool:
+    """Whether the answer's form is given, under any client's name. Raises InvalidRequest."""
+    return any(own in GUIDES and value not in (None, [], {}) for _, own, value in in_our_words(dict(sampling)))
 
 
 def prompt_ids(tokenizer: Tokenizer, name: str, prompt: str | list) -> list[list[int]]:
@@ -128,16 +140,20 @@ def _question(
     )
 
 
-def llm_parameters(stream: bool, n: int, spec_trace: bool = False, more: Iterable[str] = ()) -> dict[str, bool]:
+def llm_parameters(
+    stream: bool | None, n: int, spec_trace: bool | None = None, more: Iterable[str] = ()
+) -> dict[str, bool]:
     """What a response says, and whether there are several: a response with several answers has no room for all."""
     asked = (*ALWAYS_ASKED, *(["return_spec_trace"] if spec_trace else []), *more)
     return {"stream": stream or n > 1, **dict.fromkeys(asked, True)}
 
 
 def num_answers(sampling: Mapping[str, Any]) -> int:
-    """What is no number here is refused by llm."""
+    """How many is for llm to refuse. Raises ApiError for what is no number."""
     n = sampling.get("n")
-    return n if isinstance(n, int) else 1
+    if n is not None and type(n) is not int:
+        raise refused("n", "must be an integer")
+    return 1 if n is None else n
 
 
 def new_id() -> str:

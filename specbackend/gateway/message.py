@@ -1,5 +1,6 @@
 """A chat's message as it grows: what is thought, what is said, and calls of tools."""
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -101,12 +102,13 @@ class MessageParsers:
             raise refused("tool_choice", "auto needs the gateway's --tool-call-parser: none, required or a tool do not")
         return TOOL_CALL_PARSERS[self.tool_calls]
 
-    def message(self, request: ChatRequest) -> Message:
-        """An empty one. Where a guide says what the text is, nothing can be thought."""
-        is_guided = must_call(request) or (request.response_format and request.response_format.type != "text")
-        thinks = self.reasoning is not None and request.separate_reasoning and not is_guided
+    def message(self, request: ChatRequest, is_guided: bool) -> Message:
+        """An empty one. What is guided has its form from the first token on, so it does not begin within a thought."""
+        thinks = self.reasoning is not None and request.separate_reasoning is not False
+        reasoning = ReasoningParser(self.reasoning, may_begin_within=not is_guided) if thinks else None
         format = self.format(request)
-        return Message(ReasoningParser(self.reasoning) if thinks else None, format and ToolCallParser(format))
+        most_calls = 1 if request.parallel_tool_calls is False else math.inf
+        return Message(reasoning, format and ToolCallParser(format, most_calls))
 
 
 def must_call(request: ChatRequest) -> bool:

@@ -79,14 +79,14 @@ def _bearer(scope: MutableMapping[str, Any]) -> bytes:
 
 
 class LimitOpen(Middleware):
-    """At most so many requests with a body at a time."""
+    """At most so many requests to `paths` at a time."""
 
-    def __init__(self, app: App, most: int):
+    def __init__(self, app: App, most: int, paths: tuple[str, ...]):
         super().__init__(app)
-        self._most, self._open = most, 0
+        self._most, self._paths, self._open = most, paths, 0
 
     async def serve(self, scope, receive, send):
-        if scope["method"] != "POST":
+        if scope["path"] not in self._paths:
             await self.app(scope, receive, send)
             return
         if self._open >= self._most:

@@ -1,9 +1,11 @@
 """The bodies of requests. A name that is not here is refused; what a value may be, llm says of most of them."""
 
+import json
 from dataclasses import fields
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, create_model
+from pydantic import BaseModel, ConfigDict, Field, create_model, model_validator
+from pydantic_core import PydanticCustomError
 
 from specbackend.sampling_params import (
     ALIASES,
@@ -22,45 +24,69 @@ SAMPLING_NAMES = frozenset(
     - {*OF_LOGPROBS, "return_spec_trace"}
 )
 
-SamplingFields = create_model(
-    "SamplingFields",
-    __config__=ConfigDict(extra="forbid"),
-    **{name: (Any, None) for name in sorted(SAMPLING_NAMES)},
-)
 TokenId = Annotated[int, Field(strict=True, ge=0, lt=1 << 31)]  # llm's tensor has 32 bits
-Ids = Annotated[list[TokenId], Field(min_length=1)]
+Few = Field(fail_fast=True)  # of a list: its first fault is told, and the others cost nothing
+Some = Field(min_length=1, fail_fast=True)
+Ids = Annotated[list[TokenId], Some]
 
 
 class Model(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
+    @model_validator(mode="before")
+    @classmethod
+    def _with_one_unknown(cls, given: Any) -> Any:
+        """Only the first unknown name is told of, and each would be an error of its own."""
+        if not isinstance(given, dict):
+            return given
+        known = {field.alias or name for name, field in cls.model_fields.items()}
+        unknown = [name for name in given if name not in known]
+        return {name: value for name, value in given.items() if name in known or name == unknown[0]}
+
+
+class Body(Model):
+    """Of a whole request."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _can_be_passed_on(cls, given: Any) -> Any:
+        """JSON's escapes can say what is no UTF-8: it would fail further on, or in the answer that quotes it."""
+        try:
+            json.dumps(given, ensure_ascii=False).encode()
+        except UnicodeEncodeError:
+            raise PydanticCustomError("no_text", "the body holds half of a surrogate pair, which is no text") from None
+        except RecursionError:
+            raise PydanticCustomError("too_deep", "the body is nested too deep") from None
+        return given
+
+
+SamplingFields = create_model("SamplingFields", __base__=Body, **{name: (Any, None) for name in sorted(SAMPLING_NAMES)})
+
 
 class StreamOptions(Model):
-    include_usage: bool = False
+    include_usage: bool | None = None
+    continuous_usage_stats: bool | None = None  # vLLM's: in each chunk
+    include_obfuscation: bool | None = None  # padding against who listens in, of which there is none
 
 
 class Generation(SamplingFields):
     """What chats and completions have in common, beside the sampling parameters."""
 
     model: str
-    stream: bool = False
+    stream: bool | None = None
     stream_options: StreamOptions | None = None
-    return_spec_trace: bool = False
+    return_spec_trace: bool | None = None
     # labels of the client's own, which change nothing
     user: str | None = None
-    metadata: dict[str, str] | None = None
+    metadata: dict[str, Any] | None = None
     safety_identifier: str | None = None
     prompt_cache_key: str | None = None
-    store: Literal[False] | None = None
+    store: bool | None = None  # nothing is
     service_tier: Literal["auto", "default"] | None = None
 
     def sampling(self) -> dict[str, Any]:
         """The sampling parameters that the client names, as it names them."""
         return {name: getattr(self, name) for name in sorted(SAMPLING_NAMES & self.model_fields_set)}
-
-    @property
-    def includes_usage(self) -> bool:
-        return self.stream_options is not None and self.stream_options.include_usage
 
 
 class JsonSchema(Model):
@@ -99,18 +125,19 @@ class NamedTool(Model):
 class ChatRequest(Generation):
     """POST /v1/chat/completions. Messages go to the chat template as they are."""
 
-    messages: Annotated[list[dict[str, Any]], Field(min_length=1)]
+    messages: Annotated[list[dict[str, Any]], Some]
     max_completion_tokens: int | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=MOST_LOGPROBS)] | None = None
     response_format: ResponseFormat | None = None
-    tools: Annotated[list[Tool], Field(min_length=1)] | None = None
+    tools: Annotated[list[Tool], Few] | None = None
     tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None  # None: auto if there are tools
     parallel_tool_calls: bool | None = None  # None: true
-    separate_reasoning: bool = True
+    separate_reasoning: bool | None = None  # None: true
+    modalities: Annotated[list[Literal["text"]], Few] | None = None
     # of the chat template
     add_generation_prompt: bool | None = None  # None: unless the final message is to be continued
-    continue_final_message: bool = False
+    continue_final_message: bool | None = None
     chat_template_kwargs: dict[str, Any] | None = None
     reasoning_effort: str | None = None
 
@@ -118,28 +145,27 @@ class ChatRequest(Generation):
 class CompletionRequest(Generation):
     """POST /v1/completions."""
 
-    prompt: Annotated[str, Field(min_length=1)] | Ids | Annotated[list[str | Ids], Field(min_length=1)]
-    max_tokens: int | None = 16
+    prompt: Annotated[str, Field(min_length=1)] | Ids | Annotated[list[str | Ids], Some]
     logprobs: Annotated[int, Field(ge=0, le=MOST_LOGPROBS)] | None = None
-    echo: bool = False
+    echo: bool | None = None
     suffix: Literal[""] | None = None  # nothing here fills gaps
 
 
-class GenerateRequest(Model):
+class GenerateRequest(Body):
     """POST /generate, SGLang's own. What may be a list has an element for each prompt then."""
 
-    text: str | Annotated[list[str], Field(min_length=1)] | None = None
-    input_ids: Ids | Annotated[list[Ids], Field(min_length=1)] | None = None
-    sampling_params: dict[str, Any] | list[dict[str, Any]] | None = None
-    stream: bool = False
-    rid: str | list[str] | None = None
-    return_logprob: bool | list[bool] | None = None
-    logprob_start_len: int | list[int] | None = None
-    top_logprobs_num: int | list[int] | None = None
-    return_text_in_logprobs: bool = False
-    return_spec_trace: bool = False
+    text: str | Annotated[list[str], Some] | None = None
+    input_ids: Ids | Annotated[list[Ids], Some] | None = None
+    sampling_params: dict[str, Any] | Annotated[list[dict[str, Any]], Few] | None = None
+    stream: bool | None = None
+    rid: str | Annotated[list[str], Few] | None = None
+    return_logprob: bool | Annotated[list[bool], Few] | None = None
+    logprob_start_len: int | Annotated[list[int], Few] | None = None
+    top_logprobs_num: int | Annotated[list[int], Few] | None = None
+    return_text_in_logprobs: bool | None = None
+    return_spec_trace: bool | None = None
     priority: int | None = None
-    extra_key: str | list[str] | None = None
+    extra_key: str | Annotated[list[str], Few] | None = None
     # known, and refused unless they say nothing
     input_embeds: None = None
     image_data: None = None
@@ -154,8 +180,8 @@ class GenerateRequest(Model):
     log_metrics: bool | None = None
 
 
-class AbortRequest(Model):
+class AbortRequest(Body):
     """POST /abort_request, SGLang's."""
 
     rid: Annotated[str, Field(min_length=1)]
-    abort_all: Literal[False] = False
+    abort_all: Literal[False] | None = None

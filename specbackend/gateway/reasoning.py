@@ -23,13 +23,14 @@ class ReasoningParser:
     """Takes the text of one answer in pieces; how they are cut makes no difference.
 
     Only what an answer begins with is thought: a mark further on is text, as is one that never closes. Spaces around
-    the marks belong to neither side. Raises ConfigError for a name that is none of REASONING_PARSERS.
+    the marks belong to neither side. `may_begin_within` False: there is no thought without its mark, whatever the name.
+    Raises ConfigError for a name that is none of REASONING_PARSERS.
     """
 
-    def __init__(self, name: str):
+    def __init__(self, name: str, may_begin_within: bool = True):
         if name not in REASONING_PARSERS:
             raise ConfigError(f"reasoning_parser: must be one of {', '.join(REASONING_PARSERS)}, got {name!r}")
-        self._begins_within = REASONING_PARSERS[name]
+        self._begins_within = REASONING_PARSERS[name] and may_begin_within
         self._held = ""  # not decided yet
         self._at_start = True  # of the thought, or of what is said behind it: spaces there are dropped
         self._step: Callable[[bool], ReasoningDelta] = self._before

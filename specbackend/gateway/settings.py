@@ -5,6 +5,8 @@ from collections.abc import Mapping
 from dataclasses import MISSING, Field, dataclass, field, fields
 from typing import Any
 
+from specbackend.errors import ConfigError
+
 
 def _option(default: Any, text: str) -> Any:
     return field(default=default, metadata={"help": text})
@@ -12,7 +14,10 @@ def _option(default: Any, text: str) -> Any:
 
 @dataclass(frozen=True)
 class GatewaySettings:
-    """Where the gateway listens, what it stands in front of, and what it lets through."""
+    """Where the gateway listens, what it stands in front of, and what it lets through.
+
+    Raises ConfigError for a key that would be nobody's or everybody's, and for limits that let nothing through.
+    """
 
     tokenizer: str = field(metadata={"help": "folder of the checkpoint, for its tokenizer and chat template"})
     host: str = _option("127.0.0.1", "address to listen at")
@@ -29,6 +34,14 @@ class GatewaySettings:
     max_body_size: int = _option(4 << 20, "bytes of the largest request")
     max_open_requests: int | None = _option(None, "more at a time are answered with 429; no limit if absent")
 
+    def __post_init__(self) -> None:
+        if any(not key or key != key.strip() for key in self.api_key):
+            raise ConfigError("api_key: must not be empty or have spaces around it")
+        for name in ("max_body_size", "max_open_requests"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ConfigError(f"{name}: must be at least 1, got {value}")
+
     @property
     def model_name(self) -> str:
         """As clients know it."""
@@ -36,7 +49,7 @@ class GatewaySettings:
 
     @classmethod
     def from_args(cls, args: Mapping[str, Any]) -> "GatewaySettings":
-        """Of parsed flags; those that are absent or None have their defaults."""
+        """Of parsed flags; those that are absent or None have their defaults. Raises ConfigError."""
         given = {each.name: args[each.name] for each in fields(cls) if args.get(each.name) is not None}
         return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in given.items()})
 

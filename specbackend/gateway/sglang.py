@@ -77,8 +77,7 @@ class SglangAnswer:
         self._question = question
         self._with_texts = with_texts
         self._text, self._output_ids, self._num_tokens = "", [], 0
-        self._places: list[Place] = []
-        self._prompt_places: list[Place | None] = []
+        self._logprobs: dict[str, list] = {}  # by SGLang's names
         self._trace: list[dict] = []
         self._last: Delta | None = None
         self._started = time.monotonic()
@@ -87,8 +86,10 @@ class SglangAnswer:
         self._text += delta.text
         self._output_ids += delta.token_ids
         self._num_tokens += delta.num_tokens
-        self._places += delta.logprobs or []
-        self._prompt_places += delta.prompt_logprobs or []
+        if self._question.sampling.get("return_logprob"):
+            self._add_logprobs("output", delta.logprobs or [])
+            if delta.prompt_logprobs:
+                self._add_logprobs("input", delta.prompt_logprobs)
         self._trace += delta.spec_trace or []
         self._last = delta
 
@@ -114,7 +115,7 @@ class SglangAnswer:
             }
         if self._question.parameters.get("return_spec_trace"):
             meta["spec_trace"] = self._trace
-        return meta | self._logprobs()
+        return meta | self._logprobs
 
     def _finish_reason(self) -> dict[str, Any] | None:
         match self._last.finish_reason:
@@ -125,27 +126,17 @@ class SglangAnswer:
             case reason:
                 return {"type": reason}
 
-    def _logprobs(self) -> dict[str, list]:
-        sampling = self._question.sampling
-        if not sampling.get("return_logprob"):
-            return {}
-        top = sampling.get("top_logprobs_num", 0)
-        lists = {"output_token_logprobs": [self._picked(place) for place in self._places]}
+    def _add_logprobs(self, side: str, places: list[Place | None]) -> None:
+        """A place that is None is the first of the prompt: nothing is said before it."""
+        top = self._question.sampling.get("top_logprobs_num", 0)
+        picks = [
+            [None, self._question.input_ids[0], None] if place is None else self._triple(*picked(place))
+            for place in places
+        ]
+        self._logprobs.setdefault(f"{side}_token_logprobs", []).extend(picks)
         if top:
-            lists["output_top_logprobs"] = [self._top(place, top) for place in self._places]
-        if self._prompt_places:
-            first = [None, self._question.input_ids[0], None]  # nothing is said before it
-            rest = self._prompt_places[1:]
-            lists["input_token_logprobs"] = [first, *(self._picked(place) for place in rest)]
-            if top:
-                lists["input_top_logprobs"] = [None, *(self._top(place, top) for place in rest)]
-        return lists
-
-    def _picked(self, place: Place) -> list:
-        return self._triple(*picked(place))
-
-    def _top(self, place: Place, count: int) -> list[list]:
-        return [self._triple(*each) for each in likeliest(place, count)]
+            tops = [place and [self._triple(*each) for each in likeliest(place, top)] for place in places]
+            self._logprobs.setdefault(f"{side}_top_logprobs", []).extend(tops)
 
     def _triple(self, token: int, entry: dict[str, Any]) -> list:
         return [entry["logprob"], token, entry["decoded_token"] if self._with_texts else None]

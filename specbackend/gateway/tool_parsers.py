@@ -4,6 +4,7 @@ An answer is content and calls:  begin opening OBJECT separator OBJECT ... end  
 """
 
 import json
+import math
 import re
 import secrets
 from collections.abc import Callable, Sequence
@@ -68,11 +69,13 @@ class ToolCallParser:
     """Takes the text of one answer in pieces; how they are cut makes no difference to what comes of it.
 
     What only looks like a call is content, as soon as it can be none. Once its name and the brace of its arguments are
-    there it is one, and its arguments are passed on as the model writes them. Spaces around calls are dropped.
+    there it is one, and its arguments are passed on as the model writes them. Spaces around calls are dropped, and so
+    are calls beyond `most_calls`.
     """
 
-    def __init__(self, format: Format):
+    def __init__(self, format: Format, most_calls: float = math.inf):
         self._format = format
+        self._most_calls = most_calls
         self._held = ""  # not decided yet
         self._opened = ""  # in front of it: the marks of a call that may be none
         self._opening = format.opening  # what is missing before an object
@@ -93,7 +96,8 @@ class ToolCallParser:
     def _advance(self, last: bool) -> MessageDelta:
         while self._step(last):  # a step says whether the next can go on
             pass
-        delta = MessageDelta("".join(self._new_content), tuple(self._new_calls))
+        calls = tuple(call for call in self._new_calls if call.index < self._most_calls)
+        delta = MessageDelta("".join(self._new_content), calls)
         self._new_content, self._new_calls = [], []
         return delta
 

@@ -16,6 +16,7 @@ from specbackend.serving.client import output_values
 
 RADIX_CACHE = "radix_cache"
 TRUE_CODES = {"triton_grpc_error": "true"}  # errors are gRPC's, with their code, and not text in a response
+READY_TIMEOUT_S = 5.0
 STREAM_ENDED = "the server ended the stream before the answer was complete"
 
 
@@ -45,8 +46,10 @@ class TritonServer:
         await self._client.close()
 
     async def is_ready(self) -> bool:
+        """A server that does not say so in time is not."""
+        wait = {"client_timeout": READY_TIMEOUT_S}
         try:
-            return await self._client.is_server_ready() and await self._client.is_model_ready(self.model)
+            return await self._client.is_server_ready(**wait) and await self._client.is_model_ready(self.model, **wait)
         except InferenceServerException:
             return False
 

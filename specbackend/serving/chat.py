@@ -82,14 +82,25 @@ def _part_text(where: str, part: Any) -> str:
 
 
 def _tool_call(where: str, call: Any) -> dict[str, Any]:
-    """Clients send a call's arguments as they got them, as JSON text; templates write them as JSON themselves."""
+    """Clients send a call's arguments as they got them, as JSON text; templates write them as JSON themselves.
+
+    What the model broke off is no JSON: the template gets the text.
+    """
     function = call.get("function") if isinstance(call, dict) else None
     if not isinstance(function, dict) or not isinstance(function.get("name"), str):
         raise InvalidRequest("messages", f"{where}: a tool call must have a function with a name")
     arguments = function.get("arguments") or {}
-    if isinstance(arguments, str):
+    if isinstance(arguments, str) and _is_json(arguments):
         arguments = _read("messages", arguments, dict, f"{where}: a tool call's arguments, an object")
     return {**call, "function": {**function, "arguments": arguments}}
+
+
+def _is_json(text: str) -> bool:
+    try:
+        json.loads(text)
+    except (ValueError, RecursionError):
+        return False
+    return True
 
 
 def _read(name: str, text: str, kind: type, words: str) -> Any:

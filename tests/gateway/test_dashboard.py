@@ -120,6 +120,14 @@ def test_radix_tree_of_a_server_that_is_down():
     assert "radix_cache" in dashboard.read_radix_tree("127.0.0.1:1")["problem"]
 
 
+def test_the_page_waits_for_engines_as_long_as_they_may_take():
+    scripts = {name: (dashboard.STATIC / name).read_text() for name in dashboard.FILES if name.endswith(".js")}
+    limits = re.findall(r'read\("api/(?:radix_tree|engines)", (\w+)\)', "".join(scripts.values()))
+    assert limits == ["ENGINES_TIMEOUT"] * 2
+    [milliseconds] = re.findall(r"ENGINES_TIMEOUT = (\d+)", "".join(scripts.values()))
+    assert int(milliseconds) > 1000 * dashboard.TREE_TIMEOUT_S
+
+
 def test_the_gateway_shows_the_page_to_all_and_numbers_to_those_with_a_key():
     settings = GatewaySettings(tokenizer=str(DEMO_TARGET), metrics_url="127.0.0.1:1", api_key=("secret",))
     client = TestClient(create_app(settings))
@@ -134,7 +142,14 @@ def test_the_tool_prints_where_the_page_is(monkeypatch, capsys):
     tool = load_tool("dashboard", monkeypatch)
     served = []
     monkeypatch.setattr("uvicorn.Server.run", lambda server: served.append(server.config))
-    monkeypatch.setattr(sys, "argv", ["dashboard", "--tokenizer", str(DEMO_TARGET), "--port", "9123"])
+    flags = ["--tokenizer", str(DEMO_TARGET), "--port", "9123"]
+    monkeypatch.setattr(sys, "argv", ["dashboard", *flags, "--api-key", "secret"])
     assert tool.main() == 1  # it has not started
     assert capsys.readouterr().out == "http://127.0.0.1:9123/dashboard/\n"
-    assert TestClient(served[0].app).get("/dashboard/").status_code == 200
+    client = TestClient(served[0].app)
+    assert client.get("/dashboard/").status_code == 200
+    assert client.get("/v1/models").status_code == 401
+    monkeypatch.setattr(sys, "argv", ["dashboard", *flags, "--api-key", ""])
+    with pytest.raises(SystemExit):
+        tool.main()
+    assert "api_key" in capsys.readouterr().err

@@ -206,6 +206,15 @@ def test_comparing(page, upstream):
     playwright.expect(page.locator("#comparison")).to_contain_text(f"part at character {TEXT.index('apples') + 1}")
 
 
+def test_comparing_one_token(page, upstream):
+    """There is no time between the first and the last."""
+    upstream.texts = upstream.texts[:1]
+    run(page)
+    page.click("#compare")
+    playwright.expect(page.locator("#comparison")).to_contain_text("The texts are equal.")
+    assert not re.search("NaN|Infinity", page.inner_html("#comparison"))
+
+
 def test_stopping(page, upstream):
     upstream.delay_s = 0.05
     page.click("#run")

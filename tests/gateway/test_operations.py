@@ -76,6 +76,8 @@ def test_limits(settings):
             response = httpx.post(f"{url}/generate", json=small, headers=keys)
             assert (response.status_code, response.headers["Retry-After"]) == (429, "1")
             assert response.json()["error"]["type"] == "rate_limit_error"
+            for path, body in (("/abort_request", {"rid": "nobody"}), ("/flush_cache", {})):
+                assert httpx.post(f"{url}{path}", json=body, headers=keys).status_code == 200
         assert wait_until(lambda: httpx.post(f"{url}/generate", json=small, headers=keys).status_code == 200)
 
 

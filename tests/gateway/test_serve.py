@@ -13,6 +13,7 @@ import pytest
 from specbackend.serving.tritonserver import choose_ports
 from tests.conftest import DEMO_TARGET, ROOT
 from tests.gateway.conftest import wait_until
+from tests.test_tools import load_tool
 
 FAKE = """#!{python}
 import http.server, os, sys, pathlib, subprocess
@@ -82,3 +83,44 @@ def test_the_gateway_ends_with_its_tritonserver(started):
     os.kill(pids[0], signal.SIGKILL)
     assert process.wait(30) == 1
     assert not any(map(is_alive, pids))
+
+
+@pytest.fixture
+def serve(monkeypatch, tmp_path):
+    """Call tools/serve; returns the addresses of the tritonserver and the gateway that it would start."""
+    tool = load_tool("serve", monkeypatch)
+    monkeypatch.setattr(tool.setup_env, "ROOT", tmp_path)
+    started = []
+    monkeypatch.setattr(
+        "specbackend.gateway.server.serve_beside",
+        lambda triton, settings: started.append((triton.address, settings.host)) or 0,
+    )
+
+    monkeypatch.setattr("os.execve", lambda *command: pytest.fail("became tritonserver"))
+
+    def call(*flags: str) -> tuple[str, str]:
+        monkeypatch.setattr(sys, "argv", ["serve", "--model-path", str(DEMO_TARGET), *flags])
+        assert tool.main() == 0
+        return started.pop()
+
+    return call
+
+
+def test_with_a_key_no_other_port_is_open_to_the_network(serve):
+    assert serve("--openai-port=9000", "--api-key=key") == ("127.0.0.1", "0.0.0.0")
+    assert serve("--openai-port=9000") == ("0.0.0.0", "0.0.0.0")
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (["--api-key=key"], "--api-key needs --openai-port"),
+        (["--max-open-requests=3"], "--max-open-requests needs --openai-port"),
+        (["--openai-port=9000", "--api-key="], "api_key: must not be empty"),
+        (["--openai-port=9000", "--max-open-requests=0"], "max_open_requests: must be at least 1"),
+    ],
+)
+def test_flags_that_would_protect_nothing(serve, capsys, flags, message):
+    with pytest.raises(SystemExit):
+        serve(*flags)
+    assert message in capsys.readouterr().err

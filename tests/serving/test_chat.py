@@ -59,6 +59,11 @@ TOOLS = [{"type": "function", "function": {"name": "add"}}]
         ([user("hi")], {"tools": "[]"}, "<user>hi<assistant>"),
         (CHAT, {}, '<user>hi<assistant>add({"a": 1, "b": "é"})<tool>3<assistant>'),
         (
+            [user("hi"), {**CHAT[1], "tool_calls": [{"function": {"name": "add", "arguments": '{"a": '}}]}],
+            {},
+            '<user>hi<assistant>add("{\\"a\\": ")<assistant>',
+        ),
+        (
             [user("hi"), {"role": "assistant", "content": "Well "}],
             {"continue_final_message": True},
             "<user>hi<assistant>Well",

@@ -1,10 +1,9 @@
 // The radix tree of each engine as an icicle: a node is as wide as the tokens that it and all below it hold.
 
 import { $, element, plural, put, share } from "./dom.js";
-import { read } from "./stream.js";
+import { ENGINES_TIMEOUT, read } from "./stream.js";
 
 const INTERVAL = 3000;
-const TIMEOUT = 5000;
 // Ages are counted in uses of the cache: by requests that come and go.
 const AGES = [
   [10, "used just now"],
@@ -29,7 +28,7 @@ let timer = 0;
 
 async function poll() {
   clearTimeout(timer);
-  draw(await read("api/radix_tree", TIMEOUT));
+  draw(await read("api/radix_tree", ENGINES_TIMEOUT));
   if (!$("cache").hidden) timer = setTimeout(poll, INTERVAL);
 }
 

@@ -1,11 +1,10 @@
 // The server's numbers, once a second. The page remembers five minutes of them; the server remembers nothing for it.
 
 import { $, element, percent, plural, put, share, stackedBar, svg } from "./dom.js";
-import { read } from "./stream.js";
+import { ENGINES_TIMEOUT, read } from "./stream.js";
 
 const INTERVAL = 1000;
 const ENGINES_INTERVAL = 5000;
-const ENGINES_TIMEOUT = 12000; // an engine answers between two steps
 const TIMEOUT = 5000;
 const REMEMBERED = 300; // samples
 const LEAST_SHOWN = 60; // samples of a line, which grows until it is as wide as the card

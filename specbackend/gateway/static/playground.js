@@ -1,6 +1,6 @@
 // The playground: asks, shows the answer token by token, and asks again the other way to compare.
 
-import { $, element, milliseconds, plural, put } from "./dom.js";
+import { $, element, milliseconds, plural, put, share } from "./dom.js";
 import { GONE, RequestFailed, chunks, read } from "./stream.js";
 import { Steps } from "./steps.js";
 import { Aligner, tokensOf } from "./tokens.js";
@@ -204,11 +204,14 @@ async function compare() {
   if (!(await follow(other, { path: asked.path, body: changed }, () => {})) || run !== before) return;
   const [drafted, plain] = before.speculative ? [before, other] : [other, before];
   const slowest = Math.max(drafted.decodeTime, plain.decodeTime);
-  const ratio = plain.decodeTime / drafted.decodeTime;
+  const told =
+    drafted.decodeTime > 0
+      ? `${(plain.decodeTime / drafted.decodeTime).toFixed(2)}× as fast.`
+      : "Too short to tell how fast.";
   $("comparison").replaceChildren(
     timed("With speculation", "draft", drafted, slowest),
     timed("Without", "own", plain, slowest),
-    element("p", {}, element("b", {}, `${ratio.toFixed(2)}× as fast.`), ` ${compared(drafted.text, plain.text)}`),
+    element("p", {}, element("b", {}, told), ` ${compared(drafted.text, plain.text)}`),
   );
   $("comparison").hidden = false;
   put("announce", $("comparison").lastChild.textContent);
@@ -216,7 +219,7 @@ async function compare() {
 
 function timed(name, kind, { decodeTime, speed }, slowest) {
   const bar = element("span", { class: `timed ${kind}` });
-  bar.style.width = `${(100 * decodeTime) / slowest}%`;
+  bar.style.width = `${100 * share(decodeTime, slowest)}%`;
   const told = `${milliseconds(decodeTime)}${speed ? ` · ${speed.toFixed(0)} tokens/s` : ""}`;
   const lane = element("span", { class: "lane" }, bar);
   return element("div", { class: "row" }, element("span", {}, name), lane, element("span", {}, told));

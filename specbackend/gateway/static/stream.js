@@ -6,6 +6,8 @@ export const GONE = "The gateway does not answer. Is it still running?";
 export const KEY_WANTED =
   "The gateway wants an API key: put it in on the page Playground, under “Tree shape, seed, model”.";
 
+export const ENGINES_TIMEOUT = 12000; // of what engines answer, which they do between two steps
+
 export class RequestFailed extends Error {
   constructor(status, message) {
     super(message);

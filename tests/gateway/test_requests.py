@@ -1,0 +1,280 @@
+"""What the gateway makes of requests, before a fake tritonserver that says what it is told to."""
+
+import json
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+import grpc
+import httpx
+import pytest
+from fastapi.testclient import TestClient
+from pydantic import ValidationError
+from tritonclient.grpc import service_pb2, service_pb2_grpc
+
+from specbackend.errors import ConfigError
+from specbackend.gateway import app as gateway_app
+from specbackend.gateway import protocol, sglang, triton
+from specbackend.gateway.settings import GatewaySettings
+from tests.conftest import DEMO_TARGET
+from tests.gateway.conftest import DEADLINE_S
+
+CHAT, COMPLETION, GENERATE = "/v1/chat/completions", "/v1/completions", "/generate"
+BODIES = {
+    CHAT: {"model": "llm", "messages": [{"role": "user", "content": "Hi"}]},
+    COMPLETION: {"model": "llm", "prompt": "Hi"},
+    GENERATE: {"text": "Hi"},
+}
+MANY = 5000
+CALL = '<tool_call>{"name": "now", "arguments": {}}</tool_call>'
+TOOLS = [{"type": "function", "function": {"name": "now"}}]
+FINISHED = {
+    "finish_reason": "stop",
+    **dict.fromkeys(("num_cached_tokens", "total_accepted_draft_tokens", "total_draft_tokens", "num_spec_steps"), 0),
+    **dict.fromkeys(("acceptance_length", "acceptance_rate"), 0.0),
+}
+
+
+class FakeTriton:
+    """Answers every question with `text`, a character at a time."""
+
+    def __init__(self):
+        self.text, self.outputs = "Yes", {}
+        self.questions = []
+
+    async def generate(self, question):
+        self.questions.append(question)
+        for char in self.text:
+            yield {"text_output": char, "num_output_tokens": 1, **self.outputs}
+        yield {"text_output": "", "num_output_tokens": 0, **FINISHED}
+
+    async def close(self) -> None:
+        pass
+
+
+@pytest.fixture
+def fake(monkeypatch) -> FakeTriton:
+    fake = FakeTriton()
+    monkeypatch.setattr(gateway_app, "TritonServer", lambda url, model: fake)
+    return fake
+
+
+@pytest.fixture
+def post(fake) -> Callable[..., httpx.Response]:
+    """Ask a gateway with these settings."""
+
+    def post(path: str, body: dict | bytes, **settings) -> httpx.Response:
+        content = body if isinstance(body, bytes) else json.dumps(body).encode()
+        with TestClient(gateway_app.create_app(GatewaySettings(str(DEMO_TARGET), **settings))) as client:
+            return client.post(path, content=content, headers={"Content-Type": "application/json"})
+
+    return post
+
+
+def events(response: httpx.Response) -> list[dict]:
+    lines = [line.removeprefix("data: ") for line in response.text.split("\n\n") if line]
+    return [json.loads(line) for line in lines[:-1]]
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [{"api_key": ("",)}, {"api_key": ("good", " ")}, {"api_key": ("a ",)}, {"max_open_requests": 0}],
+    ids=str,
+)
+def test_settings_that_would_let_in_all_or_none(wrong):
+    with pytest.raises(ConfigError, match=next(iter(wrong))):
+        GatewaySettings(str(DEMO_TARGET), **wrong)
+
+
+BAD = {
+    "prompts": (protocol.CompletionRequest, {**BODIES[COMPLETION], "prompt": [None] * MANY}),
+    "prompts' ids": (protocol.CompletionRequest, {**BODIES[COMPLETION], "prompt": [[None] * MANY] * 2}),
+    "messages": (protocol.ChatRequest, {**BODIES[CHAT], "messages": [None] * MANY}),
+    "tools": (protocol.ChatRequest, {**BODIES[CHAT], "tools": [None] * MANY}),
+    "modalities": (protocol.ChatRequest, {**BODIES[CHAT], "modalities": [None] * MANY}),
+    "unknown": (protocol.ChatRequest, {**BODIES[CHAT], **{f"x{i}": 1 for i in range(MANY)}}),
+    "unknown of a tool": (protocol.ChatRequest, {**BODIES[CHAT], "tools": [{f"x{i}": 1 for i in range(MANY)}]}),
+    "unknown of SGLang's": (protocol.GenerateRequest, {**BODIES[GENERATE], **{f"x{i}": 1 for i in range(MANY)}}),
+    **{
+        name: (protocol.GenerateRequest, {name: [None] * MANY})
+        for name, field in protocol.GenerateRequest.model_fields.items()
+        if "list" in str(field.annotation)
+    },
+}
+
+
+@pytest.mark.parametrize("kind, body", BAD.values(), ids=BAD.keys())
+def test_a_thousand_faults_cost_few_errors(kind, body):
+    with pytest.raises(ValidationError) as refusal:
+        kind.model_validate(body)
+    assert refusal.value.error_count() < 10
+
+
+def test_labels_are_not_looked_at(post):
+    assert post(CHAT, {**BODIES[CHAT], "metadata": {str(i): None for i in range(MANY)}}).status_code == 200
+
+
+@pytest.mark.parametrize("path", BODIES)
+@pytest.mark.parametrize(
+    "part", [{"\ud800": 1}, {"rid": "\ud800"}, {"stop": ["\udc00"]}, {"user": {"\ud800": 1}}], ids=ascii
+)
+def test_half_a_surrogate_pair_is_refused(post, fake, path, part):
+    response = post(path, {**BODIES[path], **part})
+    assert response.status_code == 400 and response.json()["error"]["type"] == "invalid_request_error"
+    assert fake.questions == []
+
+
+def test_half_a_surrogate_pair_in_bytes_is_refused(post):
+    assert post(GENERATE, b'{"text": "\xed\xa0\x80"}').status_code == 400
+
+
+def test_what_is_nested_too_deep_is_refused(post):
+    for depth in (300, 900, 100_000):
+        assert post(CHAT, json.dumps(BODIES[CHAT])[:-1].encode() + b', "stop": ' + b"[" * depth).status_code == 400
+        whole = b'{"text": "a", "sampling_params": {"stop": ' + b"[" * depth + b"]" * depth + b"}}"
+        assert post(GENERATE, whole).status_code in (200, 400)
+    value: list = []
+    for _ in range(100_000):
+        value = [value]
+    with pytest.raises(ValidationError, match="nested too deep"):
+        protocol.ChatRequest.model_validate({**BODIES[CHAT], "stop": value})
+
+
+GUIDES = {
+    **{name: {name: ["Yes"]} for name in ("choice", "guided_choice")},
+    **{name: {name: "Yes"} for name in ("regex", "guided_regex", "ebnf", "guided_grammar", "json_schema")},
+    "guided_json": {"guided_json": {"const": 1}},
+    "structured_outputs": {"structured_outputs": {"choice": ["Yes"]}},
+    "guided_decoding": {"guided_decoding": {"json_object": True}},
+    "response_format": {"response_format": {"type": "json_object"}},
+    "tool_choice": {"tools": TOOLS, "tool_choice": "required"},
+}
+NO_GUIDES = [{}, {"choice": []}, {"regex": None}, {"structured_outputs": {}}, {"response_format": {"type": "text"}}]
+
+
+@pytest.mark.parametrize("guide", GUIDES.values(), ids=GUIDES.keys())
+def test_a_guided_answer_does_not_begin_within_a_thought(post, fake, guide):
+    for fake.text, thought in (("Yes", None), ("<think>Hm</think>Yes", "Hm")):
+        message = post(CHAT, {**BODIES[CHAT], **guide}, reasoning_parser="deepseek-r1").json()["choices"][0]["message"]
+        assert (message["content"], message.get("reasoning_content")) == ("Yes", thought)
+
+
+@pytest.mark.parametrize("guide", NO_GUIDES, ids=str)
+def test_without_a_guide_it_does(post, guide):
+    message = post(CHAT, {**BODIES[CHAT], **guide}, reasoning_parser="deepseek-r1").json()["choices"][0]["message"]
+    assert (message["content"], message["reasoning_content"]) == ("", "Yes")
+
+
+@pytest.mark.parametrize("path, default", [(CHAT, None), (COMPLETION, 16)])
+def test_the_length_may_have_either_name(post, fake, path, default):
+    for sent in ({"max_new_tokens": 7}, {"max_tokens": 7}, {}):
+        assert post(path, {**BODIES[path], **sent}).status_code == 200
+    assert [question.sampling for question in fake.questions] == [
+        {"max_new_tokens": 7},
+        {"max_tokens": 7},
+        {"max_tokens": default},
+    ]
+
+
+@pytest.mark.parametrize("path", BODIES)
+@pytest.mark.parametrize("n", ["2", True, 2.0, [2]], ids=repr)
+def test_a_number_of_answers_is_a_number(post, fake, path, n):
+    response = post(path, BODIES[path] | ({"sampling_params": {"n": n}} if path == GENERATE else {"n": n}))
+    assert response.status_code == 400 and response.json()["error"]["param"] == "n"
+
+
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
+@pytest.mark.parametrize("parallel, count", [(None, 2), (True, 2), (False, 1)])
+def test_one_call_is_one_call(post, fake, stream, parallel, count):
+    fake.text = CALL + CALL
+    body = {**BODIES[CHAT], "tools": TOOLS, "parallel_tool_calls": parallel, "stream": stream}
+    response = post(CHAT, body, tool_call_parser="hermes")
+    said = [chunk["choices"][0]["delta"] for chunk in events(response)] if stream else []
+    calls = [c for step in said or [response.json()["choices"][0]["message"]] for c in step.get("tool_calls", ())]
+    assert len([call for call in calls if "id" in call]) == count
+    assert "".join(call["function"].get("arguments", "") for call in calls) == "{}" * count
+
+
+NEUTRAL = {
+    CHAT: [
+        *(
+            {name: None}
+            for name in ("stream", "separate_reasoning", "logprobs", "continue_final_message", "modalities")
+        ),
+        *({"tools": []}, {"store": True}, {"modalities": ["text"]}, {"return_spec_trace": None}, {"stop": None}),
+    ],
+    COMPLETION: [{name: None} for name in ("stream", "echo", "logprobs", "suffix", "n", "best_of")],
+    GENERATE: [{name: None} for name in ("stream", "return_text_in_logprobs", "return_spec_trace")],
+}
+
+
+@pytest.mark.parametrize("path, part", [(path, part) for path, parts in NEUTRAL.items() for part in parts], ids=str)
+def test_values_that_change_nothing_are_taken(post, path, part):
+    plain, other = (post(path, {**BODIES[path], **more}) for more in ({}, part))
+    assert other.status_code == 200, other.text
+    assert other.json().get("choices") == plain.json().get("choices")
+
+
+@pytest.mark.parametrize("path", [CHAT, COMPLETION])
+@pytest.mark.parametrize("continuous", [None, False, True])
+def test_usage_in_a_stream(post, path, continuous):
+    options = {"include_usage": True, "continuous_usage_stats": continuous, "include_obfuscation": False}
+    *chunks, last = events(post(path, {**BODIES[path], "stream": True, "stream_options": options}))
+    assert last["choices"] == [] and last["usage"]["completion_tokens"] == 3
+    counts = [chunk["usage"] and chunk["usage"]["completion_tokens"] for chunk in chunks]
+    assert counts == ([1, 2, 3, 3] if continuous else [None] * 4)
+    options["include_usage"] = None
+    assert not any(
+        "usage" in e for e in events(post(path, {**BODIES[path], "stream": True, "stream_options": options}))
+    )
+
+
+def test_a_place_is_written_once_however_long_the_stream(post, fake, monkeypatch):
+    picks = []
+    monkeypatch.setattr(sglang, "picked", lambda place: (picks.append(place), (5, place["5"]))[1])
+    fake.text = "a" * 50
+    fake.outputs = {"logprobs": json.dumps([{"5": {"logprob": -1.0, "rank": 1, "decoded_token": "a"}}])}
+    chunks = events(post(GENERATE, {**BODIES[GENERATE], "stream": True, "return_logprob": True, "top_logprobs_num": 1}))
+    assert len(picks) == 50
+    for name, place in (("output_token_logprobs", [-1.0, 5, None]), ("output_top_logprobs", [[-1.0, 5, None]])):
+        assert [len(chunk["meta_info"][name]) for chunk in chunks] == [*range(1, 51), 50]
+        assert chunks[-1]["meta_info"][name] == [place] * 50
+
+
+class Hangs(service_pb2_grpc.GRPCInferenceServiceServicer):
+    """A tritonserver that is well, but says so too late."""
+
+    def __init__(self):
+        self.is_over = threading.Event()
+
+    def ServerReady(self, request, context):
+        self.is_over.wait(DEADLINE_S)
+        return service_pb2.ServerReadyResponse(ready=True)
+
+    def ModelReady(self, request, context):
+        return service_pb2.ModelReadyResponse(ready=True)
+
+    def ModelStreamInfer(self, requests, context):
+        self.is_over.wait(DEADLINE_S)
+        response = service_pb2.ModelInferResponse()
+        response.parameters["triton_final_response"].bool_param = True
+        yield service_pb2.ModelStreamInferResponse(infer_response=response)
+
+
+@pytest.fixture
+def hanging() -> Iterator[str]:
+    server, hangs = grpc.server(ThreadPoolExecutor(2)), Hangs()
+    service_pb2_grpc.add_GRPCInferenceServiceServicer_to_server(hangs, server)
+    port = server.add_insecure_port("127.0.0.1:0")
+    server.start()
+    yield f"127.0.0.1:{port}"
+    hangs.is_over.set()
+    server.stop(None)
+
+
+@pytest.mark.parametrize("path", ["/health", "/health_generate"])
+def test_a_tritonserver_that_hangs_is_not_well(hanging, monkeypatch, path):
+    monkeypatch.setattr(triton, "READY_TIMEOUT_S", 0.2)
+    monkeypatch.setattr(gateway_app, "HEALTH_TIMEOUT_S", 0.2)
+    with TestClient(gateway_app.create_app(GatewaySettings(str(DEMO_TARGET), grpc_url=hanging))) as client:
+        assert client.get(path).status_code == 503
