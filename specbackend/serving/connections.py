@@ -22,10 +22,16 @@ from pathlib import Path
 from specbackend.radix.server import locked
 from specbackend.serving.protocol import Channel, Failed, Hello, Leave, Message, Start
 
-SEND_TIMEOUT_S = 2.0  # for one that does not read; all others wait meanwhile, and then it is dropped
+SEND_TIMEOUT_S = 10.0  # for one that does not read; all others wait meanwhile, and then it is dropped
 REFUSED_PAUSE_S = 0.5
 PEER = struct.Struct("3i")  # pid, uid, gid
-SEND_TIMEOUT = struct.pack("ll", int(SEND_TIMEOUT_S), int(SEND_TIMEOUT_S % 1 * 1e6))
+
+
+def as_timeval(seconds: float) -> bytes:
+    return struct.pack("ll", int(seconds), int(seconds % 1 * 1e6))
+
+
+SEND_TIMEOUT = as_timeval(SEND_TIMEOUT_S)
 
 
 class Connection:

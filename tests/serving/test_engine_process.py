@@ -35,7 +35,7 @@ from specbackend.serving.protocol import (
 )
 from tests.fakes import UNLUCKY_SEED, byte_tokenizer, fake_answer
 from tests.radix.sidecars import wait_until
-from tests.serving.conftest import FAKE_ENGINE, SLOW_ENGINE, UNLUCKY_ENGINE, is_running
+from tests.serving.conftest import FAKE_ENGINE, IMPATIENT_ENGINE, SLOW_ENGINE, UNLUCKY_ENGINE, is_running
 
 # ---- an engine alone
 
@@ -147,8 +147,8 @@ def test_who_leaves_takes_its_requests_along(start_engine, new_client):
 
 
 def test_who_does_not_read_is_dropped_and_holds_up_the_others_only_once(start_engine, new_client):
-    start_engine()
-    deaf, other = new_client(), new_client()
+    start_engine(IMPATIENT_ENGINE)
+    other, deaf = new_client(), new_client()
     for number in range(64):  # the answers are more than its socket holds
         submit(deaf, str(number), "abcdefgh" * 50, max_new_tokens=100, prompt_logprobs=20, logprobs=20)
     submit(other, "0", "xyz", max_new_tokens=30)
