@@ -101,6 +101,8 @@ class EngineServer:
     def hear(self, heard: Heard) -> None:
         connection = heard.connection
         match heard.message:
+            case FlushCache() | CacheTree() if connection.is_closed:
+                pass
             case Start():
                 self._adapters.append(connection)
                 connection.send(replace(self._ready, stats=vars(self._engine.stats())))

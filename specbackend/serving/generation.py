@@ -186,8 +186,7 @@ class Answer:
             self._update.spec_verify_ct,
             self._update.draft_tokens,
         )
-        # the prefill gives the first token and every step one of the target's own; the others were drafted
-        accepted = max(tokens - 1 - steps, 0) if drafted else 0
+        accepted = sum(length * count for length, count in enumerate(self._update.accept_counts))
         return {
             "num_cached_tokens": cached,
             **dict.fromkeys(("kv_cache_reused_blocks", "kv_cache_reused_block"), cached),

@@ -33,7 +33,9 @@ class Traffic:
     """What the response thread has seen."""
 
     engine_restarts: int = 0
-    finished: Counter[str] = field(default_factory=lambda: Counter(stop=0, length=0))  # answers, by why they ended
+    finished: Counter[str] = field(
+        default_factory=lambda: Counter(stop=0, length=0, abort=0)
+    )  # answers, by why they ended
     first_token_seconds: list[float] = field(default_factory=list)  # since the last publish, like all below
     answers: list[AnswerRecord] = field(default_factory=list)
     numbers_of_answers: list[int] = field(default_factory=list)  # of calls

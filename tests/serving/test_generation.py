@@ -128,6 +128,13 @@ def test_perf_metrics_come_with_the_last_response():
 TWO = SamplingParams(n=2, seed=(1 << 64) - 1, stop=("END",))
 
 
+def test_accepted_tokens_are_those_of_the_histogram():
+    """A retracted request gets tokens from prefills in between, which no step had accepted."""
+    answer = generation(outputs=frozenset(("total_accepted_draft_tokens", "acceptance_rate")))
+    outputs = answer.advance(update("abcd", FinishReason.LENGTH, steps=2, draft_tokens=14, accept_counts=[2, 0, 0]))
+    assert outputs == {"total_accepted_draft_tokens": 0, "acceptance_rate": 0.0}
+
+
 def test_each_answer_is_a_request_with_its_own_seed():
     requests = generation(TWO).open
     assert list(requests) == ["0.0", "0.1"]
