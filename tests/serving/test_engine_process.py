@@ -16,10 +16,12 @@ from pathlib import Path
 import msgpack
 import pytest
 
+from specbackend.cache.tree_view import TreeView
 from specbackend.radix.process import make_private
 from specbackend.radix.server import bind
 from specbackend.request import FinishReason
 from specbackend.sampling_params import SamplingParams
+from specbackend.serving import engine_process
 from specbackend.serving.connections import Connection, Gone, Heard
 from specbackend.serving.engine_process import EngineServer
 from specbackend.serving.engine_socket import ask_engines, connect, engine_socket, engine_sockets
@@ -39,7 +41,7 @@ from specbackend.serving.protocol import (
     Submit,
     encode,
 )
-from tests.fakes import UNLUCKY_SEED, byte_tokenizer, fake_answer
+from tests.fakes import UNLUCKY_SEED, FakeEngine, byte_tokenizer, fake_answer
 from tests.radix.sidecars import wait_until
 from tests.serving.conftest import FAKE_ENGINE, IMPATIENT_ENGINE, SLOW_ENGINE, STUCK_ENGINE, UNLUCKY_ENGINE, is_running
 from tests.serving.engines import STUCK_SEED
@@ -223,6 +225,21 @@ def test_questions_of_those_who_left_are_not_answered():
     server = EngineServer(engine=None, ready=None)
     for heard in (CacheTree(500), FlushCache(), Gone()):
         server.hear(Heard(connection, heard))
+    theirs.close()
+
+
+def test_a_tree_is_not_looked_at_again_at_once(monkeypatch, checkpoint):
+    engine, looked = FakeEngine(model_path=str(checkpoint)), []
+    monkeypatch.setattr(engine, "cache_view", lambda limit: looked.append(limit) or TreeView(limit, 7, 2, []))
+    ours, theirs = socket.socketpair()
+    client, server = Client(Channel(theirs), []), EngineServer(engine, ready=None)
+    for life_s in (1000.0, -1.0):
+        monkeypatch.setattr(engine_process, "VIEW_LIFE_S", life_s)
+        for limit in (5, 5, 0, 6):
+            server.hear(Heard(connection := Connection(1, ours), CacheTree(limit)))
+            assert client.next(Facts).values["num_nodes"] == limit
+    assert looked == [5, 0, 6, 5, 5, 0, 6]
+    connection.close()
     theirs.close()
 
 
