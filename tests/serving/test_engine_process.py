@@ -235,10 +235,10 @@ def test_a_tree_is_not_looked_at_again_at_once(monkeypatch, checkpoint):
     client, server = Client(Channel(theirs), []), EngineServer(engine, ready=None)
     for life_s in (1000.0, -1.0):
         monkeypatch.setattr(engine_process, "VIEW_LIFE_S", life_s)
-        for limit in (5, 5, 0, 6):
+        for limit in (5, 0, 5, 0, 6):
             server.hear(Heard(connection := Connection(1, ours), CacheTree(limit)))
             assert client.next(Facts).values["num_nodes"] == limit
-    assert looked == [5, 0, 6, 5, 5, 0, 6]
+    assert looked == [5, 0, 0, 6, 5, 0, 5, 0, 6]
     connection.close()
     theirs.close()
 
