@@ -180,7 +180,7 @@ class Scheduler:
         if not request.output_ids:  # else it was retracted, and what it finds is its own
             request.num_cached, request.num_cached_on_host = cached, cached - on_device
             request.first_scheduled_ns = request.first_scheduled_ns or time.monotonic_ns()
-            request.accept_counts = [0] * (request.tree.longest_path if request.tree else 1)
+        request.accept_counts = request.accept_counts or [0] * (request.tree.longest_path if request.tree else 1)
         self._pinned[request] = pinned
         if not needs_drafts:  # the draft reads the prompt, too, unless something that it would read before is missing
             self._num_drafted[request] = request.num_tokens if pinned.num_drafted == cached else pinned.num_drafted

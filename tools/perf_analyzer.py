@@ -8,7 +8,6 @@ import sys
 import tempfile
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -50,7 +49,8 @@ def environment() -> dict[str, str]:
         brought = Path(wheel.origin).parents[1] / "nvidia_pytriton.libs"
         links.mkdir(exist_ok=True)
         for name, pattern in LIBRARIES.items():
-            with suppress(FileExistsError):
+            if not (links / name).exists():  # or it leads to where the environment was
+                (links / name).unlink(missing_ok=True)
                 (links / name).symlink_to(next(brought.glob(pattern)))
     known = os.environ.get("LD_LIBRARY_PATH")
     return {**os.environ, "LD_LIBRARY_PATH": os.pathsep.join(filter(None, [known, str(links)]))}

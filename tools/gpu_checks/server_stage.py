@@ -277,7 +277,7 @@ def cancel_under_load(server: TritonServer, case: ServedCase, found: Findings) -
 def _slots_in_use(server: TritonServer) -> float:
     deadline = time.monotonic() + SETTLE_S
     while True:
-        [used] = [value for name, value in own_metrics(server).items() if 'block_type="used"' in name]
+        used = max(value for name, value in own_metrics(server).items() if 'block_type="used"' in name)
         if used == 0 or time.monotonic() > deadline:
             return used
         time.sleep(0.1)
