@@ -63,7 +63,7 @@ class Request:
     num_cached_on_host: int = 0  # of these, how many a lower tier supplied
     first_scheduled_ns: int = 0  # on time.monotonic_ns()'s clock
     spec_verify_ct: int = 0  # decode steps taken
-    accept_counts: list[int] = field(default_factory=list)  # of these, by how many drafted tokens they accepted
+    accept_counts: list[int] = field(default_factory=list)  # of these, by how many drafted tokens they gave
     undrafted_ct: int = 0  # of these, how many verified the root alone although there is a tree; the decoder counts
     num_unfed: int = 0  # of num_computed, the last that the draft has yet to read for that; the decoder counts
     finish_reason: FinishReason | None = None
@@ -111,7 +111,7 @@ class Update:
     failure: Failure | None = None  # on the last update, which says abort
     host_cached_tokens: int = 0  # of cached_tokens, how many a lower tier supplied
     first_scheduled_ns: int = 0  # on time.monotonic_ns()'s clock
-    accept_counts: list[int] = field(default_factory=list)  # steps by how many drafted tokens they accepted, 0 first
+    accept_counts: list[int] = field(default_factory=list)  # steps by how many drafted tokens they gave, 0 first
     spec_trace: list[StepTrace] = field(default_factory=list)  # how it came by token_ids, if asked for
 
     @property

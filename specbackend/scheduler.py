@@ -283,13 +283,14 @@ class Scheduler:
         for request, tokens in zip(batch.requests, token_lists, strict=True):
             if not tokens:
                 continue
+            kept, reason = self._cut(request, tokens)
             if isinstance(batch, ExtendBatch):
                 self._start_running(request, tokens[0])
             else:
                 request.num_computed += len(tokens)
                 request.spec_verify_ct += 1
-                request.accept_counts[len(tokens) - 1] += 1
-            updates.append(self._append(request, tokens, logprobs.get(request, []), traces.get(request, [])))
+                request.accept_counts[len(kept) - 1] += 1
+            updates.append(self._append(request, kept, reason, logprobs.get(request, []), traces.get(request, [])))
         return updates
 
     def _start_running(self, request: Request, first_token: int) -> None:
@@ -300,9 +301,13 @@ class Scheduler:
         self._share(request, request.text_array() + array("q", [first_token]), request.num_computed)
 
     def _append(
-        self, request: Request, tokens: list[int], logprobs: list[TokenLogprob], trace: list[StepTrace]
+        self,
+        request: Request,
+        tokens: list[int],
+        reason: FinishReason | None,
+        logprobs: list[TokenLogprob],
+        trace: list[StepTrace],
     ) -> Update:
-        tokens, reason = self._cut(request, tokens)
         if request.failure:
             tokens, reason = [], FinishReason.ABORT
         prompt_logprobs = [] if request.output_ids else request.prompt_logprobs

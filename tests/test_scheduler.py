@@ -285,7 +285,9 @@ class Simulation:
         last = updates[-1]
         assert (last.prompt_tokens, last.completion_tokens) == (len(request.input_ids), len(tokens))
         assert last.cached_tokens < last.prompt_tokens
-        assert last.spec_verify_ct <= len(tokens)
+        assert last.spec_verify_ct == sum(last.accept_counts)
+        of_prefills = len(tokens) - sum(count * (1 + drafted) for drafted, count in enumerate(last.accept_counts))
+        assert 1 <= of_prefills <= 1 + self.scheduler.num_retracted
 
     def check_cancelled_answer(self, request: Request) -> None:
         tokens, _ = right_answer(request, self.setup.context)

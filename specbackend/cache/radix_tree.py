@@ -102,6 +102,7 @@ class RadixTree:
 
     def __init__(self, eviction_policy: str = "lru", on_evict: Callable[[CachedPrefix], None] | None = None) -> None:
         self.roots: dict[str | None, RadixNode] = {}  # by salt; those that have children
+        self.num_nodes = 0  # without the roots
         self.num_slots = 0
         self.num_locked = 0
         self._rank, self._on_evict = EVICTION_RANKS[eviction_policy], on_evict
@@ -147,6 +148,7 @@ class RadixTree:
         found.node.children[leaf.keys[0]] = leaf
         if found.node.parent is None:
             self.roots[salt] = found.node
+        self.num_nodes += 1
         self.num_slots += len(leaf.slots)
         self._enqueue_if_free(leaf)
         return PrefixMatch(found.slots + leaf.slots, leaf)
@@ -221,12 +223,14 @@ class RadixTree:
         node.parent.children[upper.keys[0]] = upper
         node.keys, node.slots, node.parent = node.keys[at:], node.slots[at:], upper
         upper.children[node.keys[0]] = node
+        self.num_nodes += 1
         return upper
 
     def _remove(self, leaf: RadixNode) -> None:
         if self._on_evict:
             self._on_evict(self.prefix_of(leaf))
         parent = leaf.parent
+        self.num_nodes -= 1
         self.num_slots -= len(leaf.slots)
         del parent.children[leaf.keys[0]]
         if parent.parent is not None:

@@ -34,6 +34,7 @@ def quantize_draft(draft: DraftModel, quantization: str) -> None:
     rounded = cache(_rounding("speculative_draft_model_quantization", quantization, draft.vocabulary.lm_head.device))
     _round(draft, rounded)
     draft.vocabulary = replace(draft.vocabulary, lm_head=rounded(draft.vocabulary.lm_head))
+    rounded.cache_clear()  # it holds the layers as they were
     _give_back()
 
 

@@ -25,10 +25,18 @@ def own_socket(server_pid: int) -> Path:
     return Path(tempfile.gettempdir()) / f"specbackend-{os.getuid()}" / f"radix-{server_pid}.sock"
 
 
+def is_ours(folder: Path) -> bool:
+    """Whether the folder is there, and nobody else's."""
+    try:
+        return folder.lstat().st_uid == os.getuid()
+    except FileNotFoundError:
+        return False
+
+
 def make_private(folder: Path) -> None:
     """A folder in which only this user can put something. Raises PermissionError if somebody else was there first."""
     folder.mkdir(mode=0o700, exist_ok=True)
-    if folder.lstat().st_uid != os.getuid():
+    if not is_ours(folder):
         raise PermissionError(f"{folder}: belongs to somebody else")
 
 

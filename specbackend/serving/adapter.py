@@ -46,7 +46,8 @@ class Adapter:
         if config.enable_hierarchical_cache and config.radix_cache_socket is None:
             config = replace(config, radix_cache_socket=str(own_socket(os.getppid())))  # the stub is its server's child
         tokenizer = Tokenizer(config.model_path)
-        supervisor = EngineSupervisor(config.to_params(), config.watchdog_timeout, engine_command)
+        engine_config = replace(config, stream_interval=EngineConfig.stream_interval)  # ours alone: not another engine
+        supervisor = EngineSupervisor(engine_config.to_params(), config.watchdog_timeout, engine_command)
         limits = supervisor.start()
         self._reader = CallReader(tokenizer, limits, face)
         server = Server(tokenizer.decode, config.stream_interval, face)

@@ -13,6 +13,7 @@ import numpy as np
 
 from specbackend.errors import InvalidRequest
 from specbackend.sampling_params import (
+    ALIASES,
     GUIDE_OBJECTS,
     GUIDES,
     LONGEST_BAD_WORD,
@@ -54,9 +55,12 @@ JSON_FIELDS = {spec.sets for spec in SAMPLING_PARAMETERS if spec.dtype == "JSON"
 NOT_SAMPLING = {spec.name for spec in REQUEST_PARAMETERS}
 CHAT = tuple(spec.name for spec in CHAT_INPUTS)  # `messages` and what belongs to them
 JSON_BYTES = 8  # of messages, per byte of text: escapes and keys
-MOST_PROMPT_LOGPROBS = 1 << 16  # written as JSON in that thread, too: a quarter of a second
+LONGEST_JSON = 1 << 22  # characters, read while others wait: a bias for each token of a large vocabulary has fewer
+MOST_PROMPT_LOGPROBS = 1 << 16  # written as JSON in that thread, too, at once: a quarter of a second
+MOST_NUMBERS = 1 << 20  # of logprobs, or nodes of a trace, in one response: these are written as they come, then sent
 GUIDE_TYPES = {"json_schema": "json_schema", "regex": "regex", "ebnf_grammar": "ebnf"}  # TensorRT-LLM's
-AS_TEXT = ("stop", "bad_words", *GUIDES)  # of the vLLM backend's sampling parameters; all else may be text of JSON
+# Of the vLLM backend's sampling parameters; all else may be text of JSON.
+AS_TEXT = ("stop", "bad_words", "cache_salt", *GUIDES)
 ANY_JSON = '{"type": ["object", "array"]}'  # TensorRT-LLM's guide type json
 
 
@@ -168,7 +172,7 @@ def parameter_value(spec: Input, value: Any) -> Any:
 
 def loosely(name: str, value: Any) -> Any:
     """What the vLLM backend makes of a sampling parameter: text of a number or JSON is what it says."""
-    if isinstance(value, str) and name not in AS_TEXT:
+    if isinstance(value, str) and ALIASES.get(name, name) not in AS_TEXT:
         with suppress(InvalidRequest):
             return _read_json(name, value)
     return None if name == "logprobs" and value is False else value  # Triton's OpenAI frontend says that for none
@@ -221,8 +225,10 @@ class CallReader:
         outputs = self._read_outputs(fields, params, request.requested_output_names())
         nulls = frozenset(name for name in outputs if self._is_null(name, params))
         params = replace(self._with_needs(params, outputs), return_spec_trace="spec_trace" in outputs)
-        check_prompt_logprobs(names.get("prompt_logprobs", "prompt_logprobs"), params, len(prompt.input_ids))
         stream = fields.get("stream", False)
+        check_prompt_logprobs(names.get("prompt_logprobs", "prompt_logprobs"), params, len(prompt.input_ids))
+        if not stream:
+            self._check_size(names, params, outputs, len(prompt.input_ids))
         echoes = self._face.echoes(fields.get("exclude_input_in_output"), stream)
         return Call(
             prompt.input_ids,
@@ -255,7 +261,9 @@ class CallReader:
 
     def _read_chat(self, fields: Fields) -> Prompt:
         context_length = self._limits.context_length
-        check_text_length("messages", fields.get("messages"), self._tokenizer, context_length, JSON_BYTES)
+        for name in CHAT:
+            if isinstance(fields.get(name), str):
+                check_text_length(name, fields.get(name), self._tokenizer, context_length, JSON_BYTES)
         text = render_chat(self._tokenizer, **{name: fields.get(name) for name in CHAT})
         check_text_length("messages", text, self._tokenizer, context_length)
         input_ids = self._tokenizer.encode(text, add_special_tokens=False)
@@ -359,6 +367,18 @@ class CallReader:
                 raise Unsupported(asked_by, f"{name} of several answers {room}, response by response")
         return asked
 
+    def _check_size(
+        self, names: dict[str, str], params: SamplingParams, outputs: frozenset[str], prompt_length: int
+    ) -> None:
+        """Whether the one response would be one that others can wait for."""
+        num_tokens = params.n * min(params.max_new_tokens, self._limits.context_length - prompt_length)
+        if "logprobs" in outputs and params.logprobs is not None:
+            check_count(names.get("logprobs", "logprobs"), num_tokens * (params.logprobs + 1), MOST_NUMBERS)
+        if params.return_spec_trace:
+            num_nodes = params.speculative_num_draft_tokens or self._limits.num_draft_tokens
+            name, per_step = names.get("return_spec_trace", "spec_trace"), num_nodes if params.speculative else 1
+            check_count(name, num_tokens * max(per_step, 1), MOST_NUMBERS)
+
     def _is_null(self, output: str, params: SamplingParams) -> bool:
         null = self._face.output[output].null
         return null is not None and getattr(params, null) is None
@@ -440,6 +460,8 @@ def _read_timeout(fields: Fields) -> int:
 
 def _read_json(name: str, text: str, as_pairs: bool = False) -> Any:
     """As pairs objects become lists, so that a key that comes twice is seen."""
+    if len(text) > LONGEST_JSON:
+        raise InvalidRequest(name, f"has {len(text)} characters, at most {LONGEST_JSON} are served")
     try:
         return json.loads(text, object_pairs_hook=list if as_pairs else None)
     except (ValueError, RecursionError):  # no JSON, absurdly long numbers; absurdly deep lists
@@ -448,10 +470,13 @@ def _read_json(name: str, text: str, as_pairs: bool = False) -> Any:
 
 def check_prompt_logprobs(name: str, params: SamplingParams, prompt_length: int) -> None:
     if params.prompt_logprobs is not None:
-        count = params.n * prompt_length * (params.prompt_logprobs + 1)
-        if count > MOST_PROMPT_LOGPROBS:
-            message = f"with this prompt these would be {count} numbers, at most {MOST_PROMPT_LOGPROBS} are served"
-            raise InvalidRequest(name, message)
+        check_count(name, params.n * prompt_length * (params.prompt_logprobs + 1), MOST_PROMPT_LOGPROBS)
+
+
+def check_count(name: str, count: int, most: int) -> None:
+    if count > most:
+        message = f"with this prompt and length these would be {count} numbers, at most {most} are served"
+        raise InvalidRequest(name, message)
 
 
 def check_packable(name: str, value: Any) -> None:

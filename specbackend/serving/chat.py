@@ -58,6 +58,8 @@ def _message(where: str, message: Any) -> dict[str, Any]:
     if not isinstance(message, dict) or not isinstance(message.get("role"), str):
         raise InvalidRequest("messages", f"{where} must be an object with a role, which is a string")
     calls = message.get("tool_calls") or []
+    if not isinstance(calls, list):
+        raise InvalidRequest("messages", f"{where}: tool_calls must be a list")
     if message.get("content") is None and not calls:
         raise InvalidRequest("messages", f"{where} has no content")
     checked = {**message, "content": _text(where, message.get("content") or "")}

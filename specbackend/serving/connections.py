@@ -22,10 +22,16 @@ from pathlib import Path
 from specbackend.radix.server import locked
 from specbackend.serving.protocol import Channel, Failed, Hello, Leave, Message, Start
 
-SEND_TIMEOUT_S = 2.0  # for one that does not read; all others wait meanwhile, and then it is dropped
+SEND_TIMEOUT_S = 10.0  # for one that does not read; all others wait meanwhile, and then it is dropped
 REFUSED_PAUSE_S = 0.5
 PEER = struct.Struct("3i")  # pid, uid, gid
-SEND_TIMEOUT = struct.pack("ll", int(SEND_TIMEOUT_S), int(SEND_TIMEOUT_S % 1 * 1e6))
+
+
+def as_timeval(seconds: float) -> bytes:
+    return struct.pack("ll", int(seconds), int(seconds % 1 * 1e6))
+
+
+SEND_TIMEOUT = as_timeval(SEND_TIMEOUT_S)
 
 
 class Connection:
@@ -35,6 +41,7 @@ class Connection:
         self.number = number
         self.is_adapter = number == 0  # whoever has started this process had connected before
         self._socket, self._channel = sock, Channel(sock)
+        self._sending = threading.Lock()  # or another connection could have the descriptor before all is sent
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, SEND_TIMEOUT)
         pid, _, _ = PEER.unpack(sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, PEER.size))
         self._process = os.pidfd_open(pid)
@@ -44,11 +51,12 @@ class Connection:
 
     def send(self, message: Message) -> None:
         """If it does not arrive, that is the connection's end, of which the thread that receives will tell."""
-        try:
-            self._channel.send(message)
-        except OSError:
-            with suppress(OSError):
-                self._socket.shutdown(socket.SHUT_RDWR)
+        with self._sending:
+            try:
+                self._channel.send(message)
+            except OSError:
+                with suppress(OSError):
+                    self._socket.shutdown(socket.SHUT_RDWR)
 
     def receive(self) -> list[Message]:
         """What has come, maybe nothing. Raises EOFError or OSError at the end, anything else for what means nothing."""
@@ -60,14 +68,23 @@ class Connection:
         with suppress(ProcessLookupError):
             signal.pidfd_send_signal(self._process, signal.SIGKILL)
 
+    @property
+    def is_closed(self) -> bool:
+        return self._socket.fileno() < 0
+
     def close(self) -> None:
-        self._socket.close()
+        if self.is_closed:
+            return
+        with suppress(OSError):
+            self._socket.shutdown(socket.SHUT_RDWR)  # which ends a send
+        with self._sending:
+            self._socket.close()
         os.close(self._process)
 
 
 @dataclass(frozen=True)
 class Gone:
-    """The connection has ended. Nothing follows; whoever gets this closes it."""
+    """The connection has ended. Nothing follows; whoever gets this closes it, unless it only asked: then it is."""
 
 
 @dataclass(frozen=True)
@@ -168,6 +185,8 @@ class Connections:
         self._poll.unregister(fd)
         if connection.is_adapter:
             self._alone_since = time.monotonic()
+        else:
+            connection.close()  # while the engine loads, nobody hears of it
         self.heard.put(Heard(connection, Gone()))
 
     def _end_alone(self) -> None:

@@ -18,6 +18,7 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+from specbackend.cache.tree_view import TreeView
 from specbackend.errors import ConfigError, InvalidRequest, QueueFull
 from specbackend.request import Request, Update
 from specbackend.serving.connections import Connection, Connections, Gone, Heard
@@ -32,6 +33,8 @@ from specbackend.serving.protocol import (
     Step,
     Submit,
 )
+
+VIEW_LIFE_S = 1.0
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -90,6 +93,13 @@ class Asker:
     request_id: str
 
 
+@dataclass(frozen=True)
+class SeenTree:
+    limit: int
+    time: float
+    view: TreeView
+
+
 class EngineServer:
     """An engine and those it works for. For one thread."""
 
@@ -97,10 +107,13 @@ class EngineServer:
         self._engine, self._ready = engine, ready
         self._adapters: list[Connection] = []
         self._askers: dict[str, Asker] = {}  # by the engine's own request ids
+        self._seen: SeenTree | None = None
 
     def hear(self, heard: Heard) -> None:
         connection = heard.connection
         match heard.message:
+            case FlushCache() | CacheTree() if connection.is_closed:
+                pass
             case Start():
                 self._adapters.append(connection)
                 connection.send(replace(self._ready, stats=vars(self._engine.stats())))
@@ -156,8 +169,17 @@ class EngineServer:
             "adapters": len(self._adapters),
             "total_slots": stats.total_slots,
             "free_slots": stats.free_slots,
-            **asdict(self._engine.cache_view(limit)),
+            **asdict(self._cache_view(limit)),
         }
+
+    def _cache_view(self, limit: int) -> TreeView:
+        """Looking at a large tree takes a while, in which all wait: soon after, the same is seen again."""
+        if limit == 0:
+            return self._engine.cache_view(limit)
+        now = time.monotonic()
+        if self._seen is None or self._seen.limit != limit or now >= self._seen.time + VIEW_LIFE_S:
+            self._seen = SeenTree(limit, now, self._engine.cache_view(limit))
+        return self._seen.view
 
 
 def _engines_id(asker: Asker) -> str:

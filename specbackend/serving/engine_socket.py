@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 
-from specbackend.radix.process import own_socket
+from specbackend.radix.process import is_ours, own_socket
 from specbackend.serving.protocol import CacheTree, Channel, Facts, Failed, FlushCache, Hello, Leave
 
 CONNECT_TIMEOUT_S = 10.0
@@ -22,8 +22,9 @@ def engine_socket(server_pid: int, params: Mapping, command: Sequence[str]) -> P
 
 
 def engine_sockets(server_pid: int) -> list[Path]:
-    """Of all engines of a tritonserver, and maybe of some that were killed."""
-    return sorted(_sockets_folder(server_pid).glob(f"engine-{server_pid}-*.sock"))
+    """Of all engines of a tritonserver, and maybe of some that were killed. What others have put there is none."""
+    folder = _sockets_folder(server_pid)
+    return sorted(folder.glob(f"engine-{server_pid}-*.sock")) if is_ours(folder) else []
 
 
 def connect(path: Path) -> socket.socket | None:
@@ -57,9 +58,9 @@ def ask_engines(server_pid: int, question: FlushCache | CacheTree) -> list[dict]
 
 
 def _ask(path: Path, question: FlushCache | CacheTree) -> dict:
-    """Nothing, if no engine listens there."""
+    """Nothing, if no engine listens there. One that cannot be understood does not answer."""
     facts: dict = {}
-    with suppress(OSError, EOFError):
+    with suppress(OSError, EOFError, TypeError, ValueError, LookupError):
         sock = connect(path)
         if sock is None:
             return {}

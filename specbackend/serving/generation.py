@@ -2,7 +2,7 @@
 
 import json
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 
@@ -25,15 +25,15 @@ class Unsent:
     text: str = ""
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[TokenLogprob] = field(default_factory=list)
-    steps: list[str] = field(default_factory=list)  # as JSON: written step by step, it holds up nobody
+    # as JSON, if asked for: written step by step it holds up nobody, whole it would be seconds of the response thread
+    logprob_texts: list[str] = field(default_factory=list)
+    steps: list[str] = field(default_factory=list)
     num_updates: int = 0
     first: bool = False  # in front of it, nothing was sent
 
-    def add(self, piece: Piece, logprobs: list[TokenLogprob], steps: list[str]) -> None:
+    def add(self, piece: Piece) -> None:
         self.text += piece.text
         self.token_ids += piece.token_ids
-        self.logprobs += logprobs[: len(piece.token_ids)]
-        self.steps += steps
         self.num_updates += 1
 
 
@@ -43,17 +43,15 @@ class TokenTexts:
     def __init__(self, decode: Callable[..., str]):
         self.text = lru_cache(1 << 17)(lambda token: decode([token], skip_special_tokens=False))
 
-    def to_json(self, logprobs: Iterable[TokenLogprob | None]) -> str:
-        """As the vLLM backend has it: for each place the token and the likeliest ones there."""
-        return json.dumps([each and self._entries(each) for each in logprobs])
-
-    def _entries(self, each: TokenLogprob) -> dict[int, dict]:
+    def to_json(self, each: TokenLogprob) -> str:
+        """As the vLLM backend has it: the token at a place and the likeliest ones there."""
         ranked = {token: (logprob, rank) for rank, (token, logprob) in enumerate(each.top, start=1)}
         ranked = {each.token_id: (each.logprob, each.rank), **ranked}
-        return {
+        entries = {
             token: {"logprob": max(logprob, LEAST_LOGPROB), "rank": rank, "decoded_token": self.text(token)}
             for token, (logprob, rank) in ranked.items()
         }
+        return json.dumps(entries)
 
 
 @dataclass(frozen=True)
@@ -108,8 +106,11 @@ class Answer:
         self._update = update
         self._prompt_logprobs += update.prompt_logprobs
         piece = self._text.push(update.token_ids, last=update.finished, has_end_token=update.has_end_token)
-        steps = [self._step_text(step) for step in first_tokens(update.spec_trace, len(piece.token_ids))]
-        self._unsent.add(piece, update.logprobs, steps)
+        self._unsent.add(piece)
+        self._unsent.logprobs += update.logprobs[: len(piece.token_ids)]
+        if "logprobs" in self._call.outputs:
+            self._unsent.logprob_texts += map(self._server.texts.to_json, update.logprobs[: len(piece.token_ids)])
+        self._unsent.steps += map(self._step_text, first_tokens(update.spec_trace, len(piece.token_ids)))
         self.finish_reason = FinishReason.STOP if piece.stopped else update.finish_reason
         if self.finish_reason or self._is_due():
             return self._take_outputs()
@@ -118,7 +119,7 @@ class Answer:
     def abort(self) -> Outputs:
         """End here; returns the last outputs."""
         self.finish_reason = FinishReason.ABORT
-        self._unsent.add(self._text.push([], last=True), [], [])
+        self._unsent.add(self._text.push([], last=True))
         return self._take_outputs()
 
     def record(self) -> AnswerRecord:
@@ -164,12 +165,9 @@ class Answer:
         """Of all tokens so far."""
         return self._cum_logprob
 
-    def logprobs(self, unsent: Unsent) -> str:
-        return self._server.texts.to_json(unsent.logprobs)
-
     def prompt_logprobs(self, unsent: Unsent) -> str | None:
         """With the first response."""
-        return self._server.texts.to_json([None, *self._prompt_logprobs]) if unsent.first else None
+        return json_list([NULL, *map(self._server.texts.to_json, self._prompt_logprobs)]) if unsent.first else None
 
     def _step_text(self, step: StepTrace) -> str:
         return json.dumps(step.to_dict(self._call.arrival_ns, self._server.texts.text))
@@ -188,8 +186,7 @@ class Answer:
             self._update.spec_verify_ct,
             self._update.draft_tokens,
         )
-        # the prefill gives the first token and every step one of the target's own; the others were drafted
-        accepted = max(tokens - 1 - steps, 0) if drafted else 0
+        accepted = sum(length * count for length, count in enumerate(self._update.accept_counts))
         return {
             "num_cached_tokens": cached,
             **dict.fromkeys(("kv_cache_reused_blocks", "kv_cache_reused_block"), cached),
@@ -222,9 +219,9 @@ NEWS: dict[str, Callable[[Answer, Unsent], object]] = {
     "output_log_probs": lambda answer, unsent: [[each.logprob for each in unsent.logprobs]],
     "cum_log_probs": Answer.cum_logprob,
     "cumulative_logprob": Answer.cum_logprob,
-    "logprobs": Answer.logprobs,
+    "logprobs": lambda answer, unsent: json_list(unsent.logprob_texts),
     "prompt_logprobs": Answer.prompt_logprobs,
-    "spec_trace": lambda answer, unsent: f"[{', '.join(unsent.steps)}]",
+    "spec_trace": lambda answer, unsent: json_list(unsent.steps),
 }
 
 
@@ -284,6 +281,11 @@ class Generation:
             return _side_by_side([outputs if each.index == index else each.without_news() for each in answers])
         self._finished[index] = outputs
         return _side_by_side([self._finished[index] for index in range(len(self._answers))]) if self.is_over else None
+
+
+def json_list(texts: list[str]) -> str:
+    """Of values that are JSON already."""
+    return f"[{', '.join(texts)}]"
 
 
 def _side_by_side(rows: list[Outputs]) -> Outputs:

@@ -9,7 +9,7 @@ Every call is made by the response thread: two threads that touch one metric end
 
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from operator import attrgetter
 from typing import Any
@@ -33,7 +33,9 @@ class Traffic:
     """What the response thread has seen."""
 
     engine_restarts: int = 0
-    finished: Counter[str] = field(default_factory=lambda: Counter(stop=0, length=0))  # answers, by why they ended
+    finished: Counter[str] = field(
+        default_factory=lambda: Counter(stop=0, length=0, abort=0)
+    )  # answers, by why they ended
     first_token_seconds: list[float] = field(default_factory=list)  # since the last publish, like all below
     answers: list[AnswerRecord] = field(default_factory=list)
     numbers_of_answers: list[int] = field(default_factory=list)  # of calls
@@ -56,7 +58,7 @@ class Snapshot:
 
 Number = int | float
 Value = Number | Sequence[Number]  # what is new, if the family is a histogram; counters are since start
-Take = Callable[[Snapshot], Value | Mapping[str, Value]]
+Take = Callable[[Any], Value | Mapping[str, Value]]  # of a Snapshot, in FAMILIES
 
 
 @dataclass(frozen=True)
@@ -70,7 +72,7 @@ class Family:
     label: str | None = None  # beside the model's; `take` gives a value for each of its values
     buckets: Sequence[float] = ()
 
-    def values(self, snapshot: Snapshot) -> Mapping[str | None, Value]:
+    def values(self, snapshot: Any) -> Mapping[str | None, Value]:
         """By the label's value; of a family without label the only one, under None."""
         value = self.take(snapshot)
         return value if self.label else {None: value}
@@ -236,7 +238,7 @@ FAMILIES = (
 
 
 class Metrics:
-    """The model's metrics. The first `publish` creates them, so that this happens in the response thread, too."""
+    """A model's metrics. The first `publish` creates them, so that one thread alone touches them."""
 
     def __init__(self, pb_utils: Any, labels: Mapping[str, str]):
         self._pb = pb_utils
@@ -245,9 +247,9 @@ class Metrics:
         self._metrics: dict[tuple[str, str | None], Any] = {}  # by family and its label's value
         self._told: dict[tuple[str, str | None], Number] = {}  # what gauges and counters were told last
 
-    def publish(self, snapshot: Snapshot) -> None:
-        """Tell Triton what has changed; a call costs tens of microseconds."""
-        for family in FAMILIES:
+    def publish(self, snapshot: Any, families: Iterable[Family] = FAMILIES) -> None:
+        """Tell Triton what has changed; a call costs tens of microseconds. snapshot: what the families take from."""
+        for family in families:
             for label, value in family.values(snapshot).items():
                 self._tell(family, label, value)
 
@@ -267,7 +269,7 @@ class Metrics:
             metric.set(value)
 
     def _growth(self, key: tuple[str, str | None], total: Number) -> Number:
-        """Since the last call. An engine that was started anew counts from 0."""
+        """Since the last call. An engine or a sidecar that was started anew counts from 0."""
         before, self._told[key] = self._told.get(key, 0), total
         return total - before if total >= before else total
 

@@ -2,9 +2,11 @@
 
 import threading
 from collections.abc import Callable, Mapping
+from operator import itemgetter
 from typing import Any
 
 from specbackend.radix.index import COUNTERS
+from specbackend.serving.metrics import Family, Metrics, counter, gauge
 
 PUBLISH_INTERVAL_S = 1.0
 
@@ -14,10 +16,7 @@ class RadixMetrics:
 
     def __init__(self, pb_utils: Any, labels: Mapping[str, str], get_stats: Callable[[], dict]):
         """`get_stats` may raise ConnectionError: then there is nothing new."""
-        self._pb, self._labels, self._get_stats = pb_utils, dict(labels), get_stats
-        self._metrics: dict[str, Any] = {}
-        self._families: list[Any] = []  # kept: a metric is of no use once its family is collected
-        self._counted: dict[str, float] = {}
+        self._metrics, self._get_stats = Metrics(pb_utils, labels), get_stats
         self._closing = threading.Event()
         self._thread = threading.Thread(target=self._run, name="radix metrics", daemon=True)
         self._thread.start()
@@ -32,29 +31,11 @@ class RadixMetrics:
                 stats = self._get_stats()
             except ConnectionError:
                 continue
-            for name, value in stats.items():
-                if isinstance(value, int):
-                    self._publish(name, value)
+            self._metrics.publish(stats, [_family(name) for name, value in stats.items() if isinstance(value, int)])
 
-    def _publish(self, name: str, value: int) -> None:
-        if name not in self._metrics:
-            self._metrics[name] = self._create(name)
-        if name in COUNTERS:
-            self._metrics[name].increment(self._growth(name, value))
-        else:
-            self._metrics[name].set(value)
 
-    def _growth(self, name: str, total: int) -> int:
-        """Since the last time. A sidecar that was started anew counts from 0."""
-        before, self._counted[name] = self._counted.get(name, 0), total
-        return total - before if total >= before else total
-
-    def _create(self, name: str) -> Any:
-        kinds, is_counter = self._pb.MetricFamily, name in COUNTERS
-        family = self._pb.MetricFamily(
-            name=f"specbackend:radix_{name}{'_total' if is_counter else ''}",
-            description=f"The radix sidecar's {name.replace('_', ' ')}",
-            kind=kinds.COUNTER if is_counter else kinds.GAUGE,
-        )
-        self._families.append(family)
-        return family.Metric(labels=self._labels)
+def _family(name: str) -> Family:
+    help = f"The radix sidecar's {name.replace('_', ' ')}"
+    if name in COUNTERS:
+        return counter(f"specbackend:radix_{name}_total", help, itemgetter(name))
+    return gauge(f"specbackend:radix_{name}", help, itemgetter(name))

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 
 from specbackend.engine_stats import EngineStats
-from specbackend.request import Update
+from specbackend.request import FinishReason, Update
 from specbackend.serving.calls import Call, CancelCall
 from specbackend.serving.errors import Cancelled, Unavailable
 from specbackend.serving.generation import Generation, Server
@@ -69,6 +69,7 @@ class Responder:
         self._metrics = metrics
         self._stats = stats or {}  # EngineStats that are not published yet
         self._traffic = Traffic()
+        self._engine_pid = supervisor.pid
         self._streams: dict[str, Stream] = {}  # by our own id
         self._ids = itertools.count()
         self._next_sweep = self._last_publish = 0.0
@@ -183,12 +184,13 @@ class Responder:
                     self._reject(event)
                 case Ready(stats=stats):
                     self._stats = stats
-                    self._traffic.engine_restarts += 1
+                    self._traffic.engine_restarts += self._supervisor.pid != self._engine_pid  # else it was found anew
+                    self._engine_pid = self._supervisor.pid
                     for stream in self._streams.values():
                         with stream.sender.guard():
                             self._submit(stream)
                 case EngineDown(reason, was_ready):
-                    self._fail_streams(f"the engine has ended, a new one is being started: {reason}", was_ready)
+                    self._fail_streams(f"the engine is lost and will be found or started anew: {reason}", was_ready)
         for update in updates.values():
             self._advance(update)
 
@@ -263,6 +265,7 @@ class Responder:
     def _drop(self, stream: Stream, tell_engine: bool = True) -> None:
         """Forget a stream, and let the engine forget what is left of it; ids that it does not know are no matter."""
         del self._streams[stream.generation.call_id]
+        self._traffic.finished[FinishReason.ABORT.value] += len(stream.generation.open)
         if tell_engine and stream.submitted:
             for request_id in stream.generation.open:
                 self._supervisor.send(Cancel(request_id))

@@ -227,10 +227,11 @@ class EngineSupervisor:
             if sock is None and may_start:
                 dismiss_unused(self._server_pid)
                 sock, child = _launch(self._path, self._server_pid, self._command)
-            process = EngineProcess(self._path, sock, child) if sock else None
-        if process:
+            if sock is None:
+                return None
+            process = EngineProcess(self._path, sock, child)
             with suppress(ConnectionError):  # it has ended already, which shows when we receive
-                process.channel.send(Start(self._params))
+                process.channel.send(Start(self._params))  # under the lock: an engine that is left alone ends under it
         return process
 
     def _give_up(self, reason: str) -> EngineDown:

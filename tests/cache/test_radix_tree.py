@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
+from specbackend.cache import tree_view
 from specbackend.cache.radix_tree import CachedPrefix, PrefixMatch, RadixTree, prefix_keys, shared_length
 
 KEYS = st.lists(st.integers(0, 2), max_size=8)  # few keys, so that prefixes meet often
@@ -142,6 +143,7 @@ class TreeMachine(RuleBasedStateMachine):
     def same_counts(self):
         entries = self.naive.entries.values()
         assert self.tree.num_slots == len(entries)
+        assert self.tree.num_nodes == len(tree_view.view(self.tree, 1 << 20).nodes)
         assert self.tree.num_locked == sum(entry.locks > 0 for entry in entries)
 
     @invariant()

@@ -331,8 +331,8 @@ def test_the_acceptance_histogram_counts_each_step(server, model, n):
     counts = np.array(body["acceptance_histogram"]).reshape(n, 6)  # a tree of depth 5
     assert counts.sum(axis=1).tolist() == np.array(body["num_spec_steps"]).reshape(n).tolist()
     accepted = (counts * np.arange(6)).sum(axis=1)
-    cut = accepted - np.array(body["total_accepted_draft_tokens"]).reshape(n)
-    assert (accepted > 0).all() and (cut >= 0).all() and (cut <= 5).all()  # of the last step, behind max_tokens
+    assert (accepted > 0).all()
+    assert accepted.tolist() == np.array(body["total_accepted_draft_tokens"]).reshape(n).tolist()
 
 
 # ---- conversations

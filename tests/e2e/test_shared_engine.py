@@ -74,7 +74,7 @@ def test_a_killed_engine_fails_requests_of_both_and_one_takes_its_place(server):
         os.kill(before, signal.SIGKILL)
 
     answers = on_both(server, LONG, 2, kill)
-    assert all("the engine has ended, a new one is being started" in answer.error for answer in answers)
+    assert all("the engine is lost and will be found or started anew" in answer.error for answer in answers)
     check_both_serve(server)
     assert engine_pid(server) != before
 

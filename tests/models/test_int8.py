@@ -1,5 +1,8 @@
 """Rounded weights: how far off, exact for a row wherever it stands, and plain and speculative decoding still agree."""
 
+import weakref
+from types import SimpleNamespace
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -7,6 +10,8 @@ import torch.nn.functional as F
 from specbackend import Engine
 from specbackend.errors import ConfigError
 from specbackend.kernels import cpu
+from specbackend.models import quantization
+from specbackend.models.draft import DraftVocabulary
 from specbackend.models.int8 import Int8Linear
 from specbackend.models.linear import Linear, PackedLinear
 from tests.conftest import DEMO_EAGLE3, DEMO_TARGET
@@ -117,6 +122,18 @@ def test_a_rounded_draft(algorithm, family, tmp_path):
     draft, target = drafted.decoder.drafter.grower.model, drafted.decoder.runner.model
     assert {type(each) for each in products(draft)} == {Int8Linear}
     assert Int8Linear not in {type(each) for each in products(target)}
+
+
+def test_what_was_rounded_is_gone_before_its_memory_is_given_back(monkeypatch):
+    draft = SimpleNamespace(
+        fc=Linear(torch.zeros(8, 4)), vocabulary=DraftVocabulary(Linear(torch.zeros(6, 8)), torch.arange(6))
+    )
+    exact = [weakref.ref(draft.fc), weakref.ref(draft.vocabulary.lm_head)]
+    alive = []
+    monkeypatch.setattr(quantization, "_rounding", lambda *_: lambda layer: Linear(torch.ones(layer.shape)))
+    monkeypatch.setattr(quantization, "_give_back", lambda: alive.append([ref() for ref in exact]))
+    quantization.quantize_draft(draft, "int8wo")
+    assert alive == [[None, None]]
 
 
 def test_a_rounded_head_matches_as_often(demo_prompts):

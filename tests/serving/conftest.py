@@ -14,8 +14,9 @@ ENGINES = (
     "tests.fakes:SlowEngine",
     "tests.serving.engines:StuckEngine",
     "tests.serving.engines:UnluckyEngine",
+    "tests.serving.engines:ImpatientEngine",
 )
-FAKE_ENGINE, SLOW_ENGINE, STUCK_ENGINE, UNLUCKY_ENGINE = (
+FAKE_ENGINE, SLOW_ENGINE, STUCK_ENGINE, UNLUCKY_ENGINE, IMPATIENT_ENGINE = (
     (*ENGINE_COMMAND, "--linger", "0.3", "--engine", name) for name in ENGINES
 )
 

@@ -2,6 +2,7 @@
 
 import time
 
+from specbackend.serving import connections
 from tests.fakes import FakeEngine
 
 STUCK_SEED = 14  # a random_seed with which the engine never finishes loading
@@ -12,6 +13,14 @@ class StuckEngine(FakeEngine):
         super().__init__(**params)
         if self.config.random_seed == STUCK_SEED:
             time.sleep(3600)
+
+
+class ImpatientEngine(FakeEngine):
+    """Waits less for adapters that do not read, those that connect once it has loaded."""
+
+    def __init__(self, **params):
+        super().__init__(**params)
+        connections.SEND_TIMEOUT = connections.as_timeval(0.5)
 
 
 class UnluckyEngine(FakeEngine):

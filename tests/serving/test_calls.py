@@ -9,6 +9,7 @@ import pytest
 
 from specbackend.errors import InvalidRequest
 from specbackend.sampling_params import NOT_SERVED, UNLIMITED, SamplingParams
+from specbackend.serving import calls
 from specbackend.serving.calls import ANY_JSON, CallReader, CancelCall
 from specbackend.serving.errors import Unsupported
 from specbackend.serving.faces import VLLM
@@ -374,6 +375,31 @@ def test_too_many_prompt_logprobs_are_refused(read):
             read(input_ids=[5] * 500, parameters={**asked, "n": 7})
 
 
+@pytest.mark.parametrize(
+    ("trees", "num_nodes"), [({}, 8), ({"speculative_num_draft_tokens": 4}, 4), ({"speculative": False}, 1)]
+)
+def test_too_much_for_one_response_is_refused(read, monkeypatch, trees, num_nodes):
+    """A stream's are small, whatever it asks for."""
+    monkeypatch.setattr(calls, "MOST_NUMBERS", 1 << 12)
+    for asked, limit in (({"return_spec_trace": True, **trees}, 256 // num_nodes), ({"logprobs": 15}, 16)):
+        name = next(iter(asked))
+        parameters = {**asked, "n": 16}
+        assert read(max_tokens=limit, parameters=parameters)
+        assert read(max_tokens=500, stream=True, parameters=parameters)
+        with pytest.raises(InvalidRequest, match=rf"^{name}: .* numbers, at most 4096"):
+            read(max_tokens=limit + 1, parameters=parameters)
+    assert read(max_tokens=500, outputs=["cum_log_probs"], parameters={"n": 64})  # no JSON
+    read(input_ids=[5] * (CONTEXT_LENGTH - 16), max_tokens=500, parameters={"logprobs": 15, "n": 16})
+
+
+def test_long_json_is_not_even_read(read, monkeypatch):
+    monkeypatch.setattr(calls, "LONGEST_JSON", 100)
+    for name, text in (("sampling_parameters", json.dumps({"temperature": 1})), ("allowed_token_ids", "[5]")):
+        assert read(parameters={name: text.ljust(100)})
+        with pytest.raises(InvalidRequest, match=f"^{name}: has 101 characters"):
+            read(parameters={name: text.ljust(101)})
+
+
 def test_what_the_engine_refuses_has_the_clients_name(read):
     call = read(
         num_draft_tokens=3,
@@ -405,6 +431,10 @@ def test_what_the_engine_refuses_has_the_clients_name(read):
         ({"temperature": "0", "top_k": "0", "ignore_eos": "true"}, {}, {"temperature": 0, "ignore_eos": True}),
         ({"stop": ["1", "b"], "bad_words": ["c"]}, {}, {"stop": ("1", "b"), "bad_words_ids": ((66,), (220, 66))}),
         ({"stop": "1"}, {}, {"stop": ("1",)}),
+        ({"cache_salt": "null"}, {}, {"cache_salt": "null"}),
+        ({"extra_key": "42"}, {}, {"cache_salt": "42"}),
+        ({"guided_regex": "[1]"}, {}, {"regex": "[1]"}),
+        ({"guided_json": "true"}, {}, {"json_schema": "true"}),
         ({"logit_bias": {"5": 1.5}, "n": 2}, {}, {"logit_bias": ((5, 1.5),), "n": 2}),
         ({"structured_outputs": '{"regex": "a"}'}, {}, {"regex": "a"}),
         ({"temperature": 0.5}, {"max_tokens": 5}, {"temperature": 0.5, "max_new_tokens": 5}),

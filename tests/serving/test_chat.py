@@ -98,10 +98,13 @@ def test_rendered_by_the_template(read, tokenizer, messages, inputs, text):
             {},
             "messages: must be JSON of message 0: a tool call's arguments",
         ),
+        ([{**CHAT[1], "tool_calls": 5}], {}, "messages: message 0: tool_calls must be a list"),
         ([{"role": "nobody", "content": "hi"}], {}, "messages: cannot be put into the chat template: .*no such role"),
         ([{"role": "sum", "content": "hi"}], {}, "messages: cannot be put into the chat template"),
         ([user("hi")], {"tools": "5"}, "tools: must be JSON of a list"),
         ([user("hi")], {"tools": "[5]"}, "tools: must be objects"),
+        ([user("hi")], {"tools": "[]" + " " * 100_000}, "tools: has 100002 bytes"),
+        ([user("hi")], {"chat_template_kwargs": "{}" + " " * 100_000}, "chat_template_kwargs: has 100002 bytes"),
         ([user("hi")], {"chat_template_kwargs": "[]"}, "chat_template_kwargs: must be JSON of an object"),
         (
             [user("hi")],

@@ -9,15 +9,22 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
+import msgpack
 import pytest
 
+from specbackend.cache.tree_view import TreeView
+from specbackend.radix.process import make_private
 from specbackend.radix.server import bind
 from specbackend.request import FinishReason
 from specbackend.sampling_params import SamplingParams
-from specbackend.serving.engine_socket import connect, engine_sockets
+from specbackend.serving import engine_process
+from specbackend.serving.connections import Connection, Gone, Heard
+from specbackend.serving.engine_process import EngineServer
+from specbackend.serving.engine_socket import ask_engines, connect, engine_socket, engine_sockets
 from specbackend.serving.protocol import (
     LENGTH,
     CacheTree,
@@ -32,10 +39,12 @@ from specbackend.serving.protocol import (
     Start,
     Step,
     Submit,
+    encode,
 )
-from tests.fakes import UNLUCKY_SEED, byte_tokenizer, fake_answer
+from tests.fakes import UNLUCKY_SEED, FakeEngine, byte_tokenizer, fake_answer
 from tests.radix.sidecars import wait_until
-from tests.serving.conftest import FAKE_ENGINE, SLOW_ENGINE, UNLUCKY_ENGINE, is_running
+from tests.serving.conftest import FAKE_ENGINE, IMPATIENT_ENGINE, SLOW_ENGINE, STUCK_ENGINE, UNLUCKY_ENGINE, is_running
+from tests.serving.engines import STUCK_SEED
 
 # ---- an engine alone
 
@@ -147,8 +156,8 @@ def test_who_leaves_takes_its_requests_along(start_engine, new_client):
 
 
 def test_who_does_not_read_is_dropped_and_holds_up_the_others_only_once(start_engine, new_client):
-    start_engine()
-    deaf, other = new_client(), new_client()
+    start_engine(IMPATIENT_ENGINE)
+    other, deaf = new_client(), new_client()
     for number in range(64):  # the answers are more than its socket holds
         submit(deaf, str(number), "abcdefgh" * 50, max_new_tokens=100, prompt_logprobs=20, logprobs=20)
     submit(other, "0", "xyz", max_new_tokens=30)
@@ -192,6 +201,70 @@ def test_questions_are_answered_whoever_asks(start_engine, new_client, checkpoin
         "locked_tokens": 2,
         "nodes": [node],
     }
+
+
+def test_who_asked_while_it_loads_and_left_keeps_nothing_open(start_engine, new_client, checkpoint):
+    _, engine = start_engine(STUCK_ENGINE)
+    adapter = new_client(attach=False)
+    adapter.channel.send(Start({"model_path": str(checkpoint), "random_seed": STUCK_SEED}))
+    adapter.next(Hello)
+    descriptors = Path(f"/proc/{engine.pid}/fd")
+    before = len(list(descriptors.iterdir()))
+    asking = [new_client(attach=False) for _ in range(20)]
+    for each in asking:
+        each.channel.send(CacheTree(1))
+        each.next(Hello)
+        each.channel.close()
+    wait_until(lambda: len(list(descriptors.iterdir())) < before + 10)
+
+
+def test_questions_of_those_who_left_are_not_answered():
+    ours, theirs = socket.socketpair()
+    connection = Connection(1, ours)
+    connection.close()
+    server = EngineServer(engine=None, ready=None)
+    for heard in (CacheTree(500), FlushCache(), Gone()):
+        server.hear(Heard(connection, heard))
+    theirs.close()
+
+
+def test_a_tree_is_not_looked_at_again_at_once(monkeypatch, checkpoint):
+    engine, looked = FakeEngine(model_path=str(checkpoint)), []
+    monkeypatch.setattr(engine, "cache_view", lambda limit: looked.append(limit) or TreeView(limit, 7, 2, []))
+    ours, theirs = socket.socketpair()
+    client, server = Client(Channel(theirs), []), EngineServer(engine, ready=None)
+    for life_s in (1000.0, -1.0):
+        monkeypatch.setattr(engine_process, "VIEW_LIFE_S", life_s)
+        for limit in (5, 0, 5, 0, 6):
+            server.hear(Heard(connection := Connection(1, ours), CacheTree(limit)))
+            assert client.next(Facts).values["num_nodes"] == limit
+    assert looked == [5, 0, 0, 6, 5, 0, 5, 0, 6]
+    connection.close()
+    theirs.close()
+
+
+@pytest.mark.parametrize(
+    "body",
+    [b"\xc1", msgpack.packb([99]), msgpack.packb(5), msgpack.packb([0]), encode(Facts({}))[LENGTH.size :]],
+)
+def test_an_engine_that_cannot_be_understood_does_not_answer(socket_folder, body):
+    path = engine_socket(os.getpid(), {}, [])
+    make_private(path.parent)
+    with bind(path) as listener, ThreadPoolExecutor(1) as pool:
+        answers = pool.submit(ask_engines, os.getpid(), CacheTree(1))
+        with listener.accept()[0] as connection:
+            connection.sendall(LENGTH.pack(len(body)) + body)
+            assert answers.result() == [{"error": "the engine does not answer"}]
+
+
+def test_what_others_have_put_there_is_no_engine(socket_folder, monkeypatch):
+    for uid, count in ((os.getuid(), 1), (12345, 0)):
+        monkeypatch.setattr(os, "getuid", lambda uid=uid: uid)
+        path = engine_socket(os.getpid(), {}, [])
+        assert engine_sockets(os.getpid()) == []
+        path.parent.mkdir()
+        path.touch()
+        assert len(engine_sockets(os.getpid())) == count
 
 
 def test_an_engine_to_which_nobody_connects_ends(start_engine, socket_folder):

@@ -10,7 +10,7 @@ from specbackend.request import FinishReason, TokenLogprob, Update
 from specbackend.sampling_params import SamplingParams
 from specbackend.serving.calls import Call
 from specbackend.serving.faces import LLM, VLLM
-from specbackend.serving.generation import Generation, Server
+from specbackend.serving.generation import Generation, Server, TokenTexts
 from specbackend.serving.responder import merge
 from specbackend.serving.schemas import LLM_OUTPUTS
 from specbackend.spec_trace import Round, StepTrace, TreeTrace
@@ -126,6 +126,13 @@ def test_perf_metrics_come_with_the_last_response():
 # ---- several answers
 
 TWO = SamplingParams(n=2, seed=(1 << 64) - 1, stop=("END",))
+
+
+def test_accepted_tokens_are_those_of_the_histogram():
+    """A retracted request gets tokens from prefills in between, which no step had accepted."""
+    answer = generation(outputs=frozenset(("total_accepted_draft_tokens", "acceptance_rate")))
+    outputs = answer.advance(update("abcd", FinishReason.LENGTH, steps=2, draft_tokens=14, accept_counts=[2, 0, 0]))
+    assert outputs == {"total_accepted_draft_tokens": 0, "acceptance_rate": 0.0}
 
 
 def test_each_answer_is_a_request_with_its_own_seed():
@@ -274,6 +281,20 @@ def test_a_stop_string_cuts_the_logprobs_with_the_tokens():
     assert outputs["output_log_probs"] == [[-token / 8 for token in ids("aEND")]]
     assert outputs["cum_log_probs"] == sum(-token / 8 for token in ids("aEND"))
     assert len(json.loads(outputs["logprobs"])) == 4
+
+
+def test_logprobs_are_written_as_they_come(monkeypatch):
+    """An answer's own all at once would hold up everybody at its end."""
+    written = []
+    monkeypatch.setattr(TokenTexts, "to_json", lambda texts, each: written.append(each.token_id) or "{}")
+    answer = generation(LOGPROBS, outputs=LOGPROB_OUTPUTS - {"prompt_logprobs"})
+    answer.advance(update("abc", logprobs=logprobs_of("abc")))
+    assert written == ids("abc")
+    outputs = answer.advance(update("d", FinishReason.LENGTH, logprobs=logprobs_of("d")))
+    assert json.loads(outputs["logprobs"]) == [{}] * 4
+    assert written == ids("abcd")
+    generation(LOGPROBS, outputs=LOGPROB_OUTPUTS - {"logprobs"}).advance(update("abc", logprobs=logprobs_of("abc")))
+    assert written == ids("abcd")
 
 
 def test_logprobs_of_text_that_waits_wait_with_it():

@@ -14,6 +14,7 @@ from specbackend.request import FinishReason
 from specbackend.serving.generation import AnswerRecord
 from specbackend.serving.metrics import FAMILIES, Metrics, Snapshot, Traffic
 from tests.fakes import FakeMetric, FakePbUtils, FakeRequest
+from tests.serving.conftest import SLOW_ENGINE
 
 IDLE = EngineStats(num_running=0, num_waiting=0, free_slots=600, evictable_slots=400, total_slots=1000)
 
@@ -188,7 +189,7 @@ def wait_until(condition: Callable[[], bool]) -> None:
 
 
 def test_answers_are_observed_once_each(start_adapter):
-    """Two ends by length, one by a stop string, one refused; a call for two answers is one call."""
+    """Two ends by length, one by a stop string, one failed; a call for two answers is one call."""
     start = time.monotonic()
     adapter = start_adapter(REPORT_CUSTOM_METRICS="true")
     requests = [
@@ -209,7 +210,22 @@ def test_answers_are_observed_once_each(start_adapter):
     assert min(firsts) > 0 and max(seconds) < time.monotonic() - start
     assert sum(firsts) < sum(seconds)
     ends = {name: metric.value for name, metric in exported().items() if "request_success" in name}
-    assert ends == {"vllm:request_success_total/stop": 1, "vllm:request_success_total/length": 3}
+    assert ends == {
+        f"vllm:request_success_total/{why}": count for why, count in (("stop", 1), ("length", 3), ("abort", 1))
+    }
+
+
+def test_answers_that_are_given_up_are_counted(start_adapter):
+    adapter = start_adapter(SLOW_ENGINE, REPORT_CUSTOM_METRICS="true")
+    aborted = "vllm:request_success_total/abort"
+    ask(adapter, max_tokens=400, num_return_sequences=2, seed=1, timeout=100_000)
+    wait_until(lambda: exported()[aborted].value == 2)
+    running = FakeRequest("it", text_input="abc", max_tokens=400)
+    adapter.execute([running])
+    adapter.execute([FakeRequest("it", stop=True)])
+    wait_until(lambda: exported()[aborted].value == 3)
+    ask(adapter, max_tokens=400, text_input="crash")
+    wait_until(lambda: exported()[aborted].value == exported()["sglang:num_requests_total"].value == 4)
 
 
 def test_metrics_are_there_from_the_start_and_right_after_a_restart(start_adapter):
