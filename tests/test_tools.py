@@ -85,6 +85,15 @@ def test_repository_has_the_parameters(serve, tmp_path, monkeypatch, capsys):
     }
 
 
+@pytest.mark.parametrize("flags", [[], ["--enable-metrics"], ["--openai-port", "9123"]], ids=str)
+def test_who_reports_its_numbers(flags, serve, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert serve("--model-path", "target", *flags, "--http-port", "8123", "--print-repository") == 0
+    for model in ("llm", "vllm_model"):
+        params = parameters_of(tmp_path / "build" / "model_repository_8123" / model / "config.pbtxt")
+        assert params["REPORT_CUSTOM_METRICS"] == ("true" if flags else "false")
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
