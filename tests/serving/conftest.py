@@ -74,5 +74,5 @@ def is_running(pid: int) -> bool:
     """Not so for one that has ended, though its parent has not asked for the code."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
-    except FileNotFoundError:
+    except (FileNotFoundError, ProcessLookupError):  # before it is opened, or read
         return False
