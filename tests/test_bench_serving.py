@@ -81,8 +81,13 @@ def test_a_different_answer_to_perf_analyzer_is_told(bench, monkeypatch, capsys)
         return [[first[0] + 1, *first[1:]], *others]
 
     monkeypatch.setattr(module, "offline_answers", one_is_wrong)
-    run, in_flight = perf_analyzer.run, []
-    monkeypatch.setattr(perf_analyzer, "run", lambda command: in_flight.append(in_flight_of(command)) or run(command))
+    measured, in_flight = perf_analyzer.measured, []
+
+    def noted(command, profile):
+        in_flight.append(in_flight_of(command))
+        return measured(command, profile)
+
+    monkeypatch.setattr(perf_analyzer, "measured", noted)
     assert bench(*TINY[2:], "--rounds", 1, "--perf-analyzer") == 1
     assert in_flight == ["1", "2", "1", "2"]  # warm-up, round
     one, two = [line.split() for line in capsys.readouterr().out.splitlines()[2:]]
@@ -102,6 +107,22 @@ def test_answers_in_a_profile():
     a = profiled("a", 1 * SECOND, (2 * SECOND, 7), (3 * SECOND, [8, 9]))
     questions = [serving_load.greedy_question(prompt, 8) for prompt in "ab"]
     assert perf_analyzer.in_order(questions, [b, a]) == [answer(1.0, (2.0, 7), (3.0, [8, 9])), answer(3.0, (4.0, 5))]
+
+
+@pytest.mark.parametrize("failures", [0, 1, 2, 3])
+def test_a_profile_that_is_empty_is_made_again(failures, monkeypatch, tmp_path):
+    profile, runs = tmp_path / "profile.json", []
+
+    def run(command):
+        runs.append(command)
+        profile.write_text("{}" if len(runs) > failures else "")
+
+    monkeypatch.setattr(perf_analyzer, "run", run)
+    if failures == perf_analyzer.ATTEMPTS:
+        with pytest.raises(perf_analyzer.PerfAnalyzerError, match="no profile"):
+            perf_analyzer.measured(["program"], profile)
+    else:
+        assert perf_analyzer.measured(["program"], profile) == {} and len(runs) == failures + 1
 
 
 def test_perf_analyzer_that_fails_or_is_missing(monkeypatch, tmp_path):

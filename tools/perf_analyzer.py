@@ -15,6 +15,7 @@ from typing import Any
 # What it needs and tritonclient's wheel does not bring; the tritonserver wheel does, under names of its own.
 LIBRARIES = {"libb64.so.0d": "libb64-*.so.0d", "libcudart.so.12": "libcudart-*.so.12*"}
 TIMEOUT_S = 600  # it waits for ever for a server that has ended
+ATTEMPTS = 3
 LOG_TAIL = 5  # lines shown when it fails
 
 
@@ -30,8 +31,8 @@ def ask_all(url: str, model: str, questions: Sequence[Any], in_flight: int) -> l
         server = ["-m", model, "-u", url, "-i", "grpc", "--streaming", "--async"]
         load = ["--concurrency-range", str(in_flight), "--request-count", str(len(questions))]
         files = ["--input-data", str(data), "--profile-export-file", str(profile)]
-        run([find_program(), *server, *load, *files, "--stability-percentage", "999"])  # one measurement will do
-        return in_order(questions, json.loads(profile.read_text())["experiments"][0]["requests"])
+        command = [find_program(), *server, *load, *files, "--stability-percentage", "999"]  # one measurement will do
+        return in_order(questions, measured(command, profile)["experiments"][0]["requests"])
 
 
 def find_program() -> str:
@@ -54,6 +55,15 @@ def environment() -> dict[str, str]:
                 (links / name).symlink_to(next(brought.glob(pattern)))
     known = os.environ.get("LD_LIBRARY_PATH")
     return {**os.environ, "LD_LIBRARY_PATH": os.pathsep.join(filter(None, [known, str(links)]))}
+
+
+def measured(command: Sequence[str], profile: Path) -> dict[str, Any]:
+    """What it writes into the profile: with answers of milliseconds now and then nothing, in 2.50."""
+    for _ in range(ATTEMPTS):
+        run(command)
+        if text := profile.read_text():
+            return json.loads(text)
+    raise PerfAnalyzerError(f"{command[0]} has written no profile, {ATTEMPTS} times")
 
 
 def run(command: Sequence[str]) -> None:
