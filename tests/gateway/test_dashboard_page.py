@@ -279,7 +279,7 @@ def test_engines_that_are_down_are_said(page, upstream, engines, said):
     page.reload()
     page.click("#tab-live")
     playwright.expect(page.locator("#problem")).to_contain_text(said)
-    playwright.expect(page.locator("#health-text")).to_have_text("engine trouble")
+    playwright.expect(page.locator("#health-text")).to_have_text("engine down")
 
 
 def test_the_radix_tree(page, upstream):

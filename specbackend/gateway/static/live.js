@@ -16,10 +16,10 @@ const NO_ENGINE =
 const STATES = {
   well: "serving",
   off: "numbers off",
-  down: "does not answer",
+  down: "no answer",
   key: "wants a key",
-  stalled: "no tokens come",
-  engine: "engine trouble",
+  stalled: "no tokens",
+  engine: "engine down",
 };
 const TIERS = {
   device: "in the engine’s own pool",
