@@ -90,6 +90,18 @@ async def ask(server: TritonServer, questions: Sequence[Question], n: int = 1) -
             yield _read_delta(prompt, n, outputs)
 
 
+def join(whole: dict[str, Any], part: dict[str, Any]) -> None:
+    """Add what a stream would say next of an answer to what it has said."""
+    for name, value in part.items():
+        known = whole.get(name)
+        if isinstance(value, dict) and known is not None:
+            join(known, value)
+        elif isinstance(value, str | list) and name != "finish_reason" and known is not None:
+            whole[name] = known + value
+        elif value is not None or name not in whole:
+            whole[name] = value
+
+
 def _read_delta(prompt: int, n: int, outputs: dict[str, Any]) -> Delta:
     finished = "finish_reason" in outputs
     return Delta(

@@ -5,7 +5,7 @@ from collections.abc import AsyncIterator
 from contextlib import aclosing
 from typing import Any
 
-from specbackend.gateway.answers import Delta, Usage, ask
+from specbackend.gateway.answers import Delta, Usage, ask, join
 from specbackend.gateway.inputs import chat_question, check_tools, is_guided, new_id, num_answers
 from specbackend.gateway.logprobs import of_chat
 from specbackend.gateway.message import Message, MessageParsers, guide
@@ -44,7 +44,7 @@ class Chat:
         rest: dict[int, dict[str, Any]] = {}
         async with aclosing(self._steps(server)) as steps:
             async for delta, _ in steps:
-                rest[delta.index] = _joined(rest.get(delta.index), self._rest(delta))
+                join(rest.setdefault(delta.index, {}), self._rest(delta))
         choices = [{"index": i, "message": self._messages[i].whole, **rest[i]} for i in sorted(rest)]
         return {**self._head("chat.completion"), "choices": choices, "usage": self._usage.to_dict()}
 
@@ -69,16 +69,3 @@ class Chat:
 
     def _head(self, kind: str) -> dict[str, Any]:
         return {"id": self._id, "object": kind, "created": self._created, "model": self._request.model}
-
-
-def _joined(whole: dict[str, Any] | None, part: dict[str, Any]) -> dict[str, Any]:
-    if whole is None:
-        return part
-    if part["logprobs"]:
-        before = whole["logprobs"] or {"content": []}
-        part["logprobs"] = {"content": before["content"] + part["logprobs"]["content"]}
-    else:
-        part["logprobs"] = whole["logprobs"]
-    if "spec_trace" in part:
-        part["spec_trace"] = whole["spec_trace"] + part["spec_trace"]
-    return part

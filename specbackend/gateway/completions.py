@@ -5,7 +5,7 @@ from collections.abc import AsyncIterator
 from contextlib import aclosing
 from typing import Any
 
-from specbackend.gateway.answers import Delta, Usage, ask
+from specbackend.gateway.answers import Delta, Usage, ask, join
 from specbackend.gateway.inputs import completion_questions, new_id, num_answers
 from specbackend.gateway.logprobs import CompletionLogprobs
 from specbackend.gateway.protocol import CompletionRequest
@@ -42,7 +42,7 @@ class Completion:
         choices: dict[int, dict[str, Any]] = {}
         async with aclosing(ask(server, self._questions, self._n)) as deltas:
             async for delta in deltas:
-                _join(choices.setdefault(delta.index, {}), self._choice(delta))
+                join(choices.setdefault(delta.index, {}), self._choice(delta))
         return {**self._head, "choices": [choices[index] for index in sorted(choices)], "usage": self._usage.to_dict()}
 
     def _choice(self, delta: Delta) -> dict[str, Any]:
@@ -73,14 +73,3 @@ class Completion:
         if isinstance(prompts[0], int):
             return self._tokenizer.decode(prompts)
         return prompts[prompt] if isinstance(prompts[prompt], str) else self._tokenizer.decode(prompts[prompt])
-
-
-def _join(whole: dict[str, Any], part: dict[str, Any]) -> None:
-    """Add what a stream would say next to what it has said."""
-    for name, value in part.items():
-        if isinstance(value, dict):
-            _join(whole.setdefault(name, {}), value)
-        elif isinstance(value, str | list) and name != "finish_reason":
-            whole[name] = whole.get(name) + value if whole.get(name) is not None else value
-        elif value is not None or name not in whole:
-            whole[name] = value

@@ -55,15 +55,24 @@ def _end_with(process: subprocess.Popen, server: uvicorn.Server) -> None:
     server.should_exit = True
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description="Serve a running tritonserver's model in OpenAI's and SGLang's words.")
-    add_flags(parser)
+def from_command_line(parser: argparse.ArgumentParser, names: tuple[str, ...] | None = None) -> uvicorn.Server:
+    """With a flag for each setting, or for those that are named. What will not do ends the program with a message."""
+    add_flags(parser, names)
     try:
-        server = make_server(GatewaySettings.from_args(vars(parser.parse_args())))
+        return make_server(GatewaySettings.from_args(vars(parser.parse_args())))
     except ConfigError as error:
         parser.error(str(error))
+
+
+def run(server: uvicorn.Server) -> int:
+    """Until it is told to end. Returns the exit code."""
     server.run()
     return 0 if server.started else 1
+
+
+def main() -> int:
+    description = "Serve a running tritonserver's model in OpenAI's and SGLang's words."
+    return run(from_command_line(argparse.ArgumentParser(description=description)))
 
 
 if __name__ == "__main__":

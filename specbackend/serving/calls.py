@@ -309,11 +309,12 @@ class CallReader:
 
     def _read_words(self, fields: Fields) -> Iterator[tuple[str, Any, str]]:
         """Sampling parameters from what TensorRT-LLM's clients send as text, as all below: name, value, their name."""
-        for word in word_list(fields, "stop_word_ids"):
+        stops = word_list(fields, "stop_word_ids")
+        for word in stops:
             if len(word) > 1:
                 raise Unsupported(fields.name("stop_word_ids"), f"has {word}, only single tokens; see stop_words")
-        if single := word_list(fields, "stop_word_ids"):
-            yield "stop_token_ids", [word[0] for word in single], fields.name("stop_word_ids")
+        if stops:
+            yield "stop_token_ids", [word[0] for word in stops], fields.name("stop_word_ids")
         if words := word_list(fields, "bad_word_ids"):
             yield "bad_words_ids", words, fields.name("bad_word_ids")
         bad, biased, weights = (fields.get(meaning) for meaning in ("bad_words", "bias_words", "bias_weights"))

@@ -4,7 +4,7 @@ import time
 from types import SimpleNamespace
 
 from specbackend.config import EngineConfig
-from specbackend.engine import EngineStats
+from specbackend.engine_stats import EngineStats
 from specbackend.request import FinishReason, Request, Update
 
 STEP_SECONDS = 0.02  # a large model's on a GPU
@@ -46,8 +46,7 @@ class PacedEngine:
         return updates
 
     def stats(self) -> EngineStats:
-        free = {"free_slots": 1, "total_slots": 1}
-        return EngineStats(**{**dict.fromkeys(EngineStats.__dataclass_fields__, 0), **free})
+        return EngineStats(len(self._running), num_waiting=0, free_slots=1, evictable_slots=0, total_slots=1)
 
     def _advance(self, request: Request) -> Update:
         start, limit = len(request.output_ids), request.params.max_new_tokens
