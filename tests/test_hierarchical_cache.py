@@ -1,7 +1,5 @@
 """Engines that share a sidecar: what one has computed another one finds, and says what it would have said without."""
 
-import os
-import signal
 from collections.abc import Callable, Iterator
 
 import numpy as np
@@ -13,7 +11,7 @@ from specbackend.radix.client import TIMEOUT_S
 from specbackend.request import Request
 from specbackend.sampling_params import SamplingParams
 from tests.conftest import DEMO_TARGET
-from tests.radix.sidecars import PATIENT_S, leaks, running, stats, wait_until
+from tests.radix.sidecars import PATIENT_S, killed, leaks, running, stats, stopped, wait_until
 from tests.radix.test_tiers import MISSING, SERVER, Server
 from tests.test_prefix_cache import ALGORITHMS, DRAFTED, GREEDY, PLAIN
 
@@ -153,8 +151,8 @@ def test_damaged_memory_is_computed_anew(sidecar, new_engine, demo_prompts):
     assert said(first) == said(again) == said(cold.generate(input_ids=demo_prompts[3], sampling_params=GREEDY))
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP], ids=["killed", "hangs"])
-def test_a_sidecar_that_ends_in_the_midst_costs_its_blocks_only(number, sidecar, new_engine, demo_prompts):
+@pytest.mark.parametrize("gone", [killed, stopped])
+def test_a_sidecar_that_ends_in_the_midst_costs_its_blocks_only(gone, sidecar, new_engine, demo_prompts):
     prompts = [prompt[:100] for prompt in demo_prompts[:6]]
     one, other, cold = new_engine(), new_engine(), new_engine(**NO_TIER)
     for prompt in prompts:
@@ -163,12 +161,10 @@ def test_a_sidecar_that_ends_in_the_midst_costs_its_blocks_only(number, sidecar,
     answers = [ask_engine(other, prompt) for prompt in prompts[:3]]
     assert all(on_host(answer) > 0 for answer in answers)
     set_timeouts(other, TIMEOUT_S)
-    os.kill(sidecar.pid, number)
-    answers += [ask_engine(other, prompt) for prompt in prompts[3:]]
+    with gone(sidecar):
+        answers += [ask_engine(other, prompt) for prompt in prompts[3:]]
     assert [said(answer) for answer in answers] == expected
     assert not any(on_host(answer) for answer in answers[3:])
-    if number == signal.SIGSTOP:
-        os.kill(sidecar.pid, signal.SIGCONT)
 
 
 def test_without_a_socket_there_is_no_sidecar_to_ask():

@@ -172,6 +172,17 @@ def test_model_that_fails_to_load(tmp_path):
 
 
 @needs_server
+def test_model_that_fails_to_load_is_named_after_the_end_too(tmp_path):
+    """The server ends a moment after it: who looks late learns as much."""
+    server = TritonServer(make_repository(tmp_path / "models", BROKEN))
+    server.start()
+    server.process.wait(60)
+    with pytest.raises(TritonServerError, match=r"model echo failed to load.*no such checkpoint"):
+        server.wait_ready(timeout_s=10)
+    server.stop()
+
+
+@needs_server
 def test_server_that_ends_while_loading(tmp_path):
     server = TritonServer(make_repository(tmp_path / "models", ECHO))
     server.start()

@@ -273,11 +273,12 @@ class TritonServer:
         """Return when all models are ready; raise with the log's tail when one fails, or the server ends."""
         deadline = time.monotonic() + timeout_s
         while not self.is_ready():
-            if self.process.poll() is not None:
-                raise TritonServerError(self._failure(f"tritonserver ended with code {self.process.returncode}"))
+            code = self.process.poll()  # before the log is read: of a server that has ended, all of it
             if failed := LOAD_FAILURE.search(self.log()):
                 reason = readable(failed["reason"])
                 raise TritonServerError(self._failure(f"model {failed['model']} failed to load: {reason}"))
+            if code is not None:
+                raise TritonServerError(self._failure(f"tritonserver ended with code {code}"))
             if time.monotonic() > deadline:
                 raise TritonServerError(self._failure(f"tritonserver was not ready within {timeout_s:.0f} s"))
             time.sleep(0.05)

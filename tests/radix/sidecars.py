@@ -1,5 +1,7 @@
 """Real sidecars, and blocks whose bytes follow from their keys."""
 
+import os
+import signal
 import subprocess
 import sys
 import time
@@ -67,3 +69,21 @@ def running(path: Path, *options: str, num_units: int = 32) -> Iterator[subproce
     finally:
         process.terminate()
         process.wait(PATIENT_S)
+
+
+@contextmanager
+def stopped(process: subprocess.Popen) -> Iterator[None]:
+    """It hangs. What the signal needs to arrive is waited for: until then it would answer."""
+    process.send_signal(signal.SIGSTOP)
+    os.waitpid(process.pid, os.WUNTRACED)
+    try:
+        yield
+    finally:
+        process.send_signal(signal.SIGCONT)
+
+
+@contextmanager
+def killed(process: subprocess.Popen) -> Iterator[None]:
+    process.kill()
+    process.wait()
+    yield

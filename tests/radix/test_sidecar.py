@@ -21,7 +21,7 @@ from specbackend.radix.index import GROWTH_UNITS
 from specbackend.radix.process import SidecarProcess
 from specbackend.radix.protocol import Attach, Attached, Commit, Flush, Found, Lookup, Release, Reserve, receive, send
 from specbackend.radix.server import Sidecar, is_served, listen, parse_size
-from tests.radix.sidecars import LAYOUT, PATIENT_S, leaks, payload, read, running, stats, store, wait_until
+from tests.radix.sidecars import LAYOUT, PATIENT_S, leaks, payload, read, running, stats, stopped, store, wait_until
 
 TOKENS = list(range(21))  # five blocks of four tokens, and one more
 LONGEST_CALL_S = 2.0
@@ -245,14 +245,11 @@ def test_a_lease_of_the_sidecar_before_releases_nothing(connect, socket_path):
 def test_a_stopped_sidecar_costs_a_timeout_and_no_more(sidecar, connect):
     client, keys = connect(timeout_s=0.25), LAYOUT.keys(TOKENS)
     wait_until(lambda: store(client, keys) == 5)
-    sidecar.send_signal(signal.SIGSTOP)
-    try:
+    with stopped(sidecar):
         for _ in range(5):
             start = time.monotonic()
             assert read(client, keys) == 0
             assert time.monotonic() - start < LONGEST_CALL_S
-    finally:
-        sidecar.send_signal(signal.SIGCONT)
     wait_until(lambda: read(client, keys) == 5)
 
 
