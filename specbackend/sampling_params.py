@@ -289,9 +289,11 @@ class SamplingParams:
             raise InvalidRequest(names.get(error.field, error.field), error.message) from None
 
 
+KNOWN = frozenset(each.name for each in fields(SamplingParams))
+
+
 def in_our_words(params: dict) -> Iterator[tuple[str, str, object]]:
     """Each parameter that says something: the user's name, ours, and the value. Raises InvalidRequest for the rest."""
-    known = {f.name for f in fields(SamplingParams)}
     for name, value in params.items():
         own = ALIASES.get(name, name)
         if own in NOT_SERVED:
@@ -300,8 +302,8 @@ def in_our_words(params: dict) -> Iterator[tuple[str, str, object]]:
             continue
         elif own in GUIDE_OBJECTS:
             yield from _guide_in_our_words(name, value)
-        elif own not in known:
-            supported = ", ".join(sorted(known))
+        elif own not in KNOWN:
+            supported = ", ".join(sorted(KNOWN))
             raise InvalidRequest(name, f"is not a supported sampling parameter (supported: {supported})")
         elif own in OTHER_VALUES and (type(value), value) == (type(OTHER_VALUES[own][0]), OTHER_VALUES[own][0]):
             yield name, own, OTHER_VALUES[own][1]

@@ -72,7 +72,8 @@ def test_costs_and_a_different_answer(module, monkeypatch, tmp_path, capsys):
     for row in (one, two):
         assert row["requests"] < row["responses"] <= row["requests"] * (RESPONSES + 16)
         assert row["server_us_per_response"] == row["stub_us_per_response"] == pytest.approx(2e6 / row["responses"])
-        for name in ("first_token", "between_responses"):
+        assert row["bare_stub_us_per_response"] > 0
+        for name in ("all_at_once", "first_token", "between_responses"):
             assert 0 < row[name]["p50_ms"] <= row[name]["p99_ms"]
-    assert watched == ["tritonserver", "triton_python_b"] * 4  # before and after, twice
+    assert watched == ["tritonserver", "triton_python_b"] * 8  # before and after, of both models, twice
     assert [line.split()[-1] for line in capsys.readouterr().out.splitlines()[2:]] == ["2/2", "3/4"]

@@ -224,7 +224,7 @@ class CallReader:
         params, names = self._read_params(fields)
         outputs = self._read_outputs(fields, params, request.requested_output_names())
         nulls = frozenset(name for name in outputs if self._is_null(name, params))
-        params = replace(self._with_needs(params, outputs), return_spec_trace="spec_trace" in outputs)
+        params = self._with_needs(params, outputs)
         stream = fields.get("stream", False)
         check_prompt_logprobs(names.get("prompt_logprobs", "prompt_logprobs"), params, len(prompt.input_ids))
         if not stream:
@@ -341,7 +341,9 @@ class CallReader:
             yield "speculative_num_draft_tokens", nodes, "num_draft_tokens"
 
     def _read_sampling_parameters(self, fields: Fields) -> Iterator[tuple[str, Any, str]]:
-        given = _read_json("sampling_parameters", fields.get("sampling_parameters") or "{}")
+        if not (text := fields.get("sampling_parameters")):
+            return
+        given = _read_json("sampling_parameters", text)
         if not isinstance(given, dict):
             raise InvalidRequest("sampling_parameters", f"must be an object, got {given!r}")
         given = {name: loosely(name, value) for name, value in given.items()}
@@ -356,10 +358,10 @@ class CallReader:
 
         Raises Unsupported for those that have no room for several answers in one response.
         """
-        requested, outputs = set(requested), {spec.name: spec for spec in self._face.outputs if spec.asked_by}
-        named = set() if requested >= self._face.output.keys() else requested
+        outputs = {name: self._face.output[name] for name in requested if self._face.output[name].asked_by}
+        named = len(set(requested)) < len(self._face.output)
         flagged = {name: asked for name, spec in outputs.items() if (asked := _asked_by(spec, fields, params))}
-        asked = frozenset(flagged.keys() & requested | named & outputs.keys())
+        asked = frozenset(outputs if named else flagged)
         one_by_one = params.n == 1 or (fields.get("stream") and not self._face.side_by_side)
         for name in sorted(asked):
             if outputs[name].ragged and not one_by_one:
@@ -385,9 +387,12 @@ class CallReader:
         return null is not None and getattr(params, null) is None
 
     def _with_needs(self, params: SamplingParams, outputs: frozenset[str]) -> SamplingParams:
-        """Whoever asks for an output asks for what is in it."""
+        """Whoever asks for an output asks for what is in it; a trace that no output shows is not made."""
         needs = {self._face.output[name].needs for name in outputs} - {None}
-        return replace(params, **{name: 0 for name in needs if getattr(params, name) is None})
+        wanted = {name: 0 for name in needs if getattr(params, name) is None}
+        if params.return_spec_trace != ("spec_trace" in outputs):
+            wanted["return_spec_trace"] = not params.return_spec_trace
+        return replace(params, **wanted) if wanted else params
 
 
 def word_list(fields: Fields, meaning: str) -> list[list[int]]:

@@ -34,9 +34,9 @@ class Answer:
     started: float = field(default_factory=time.monotonic)  # when it was asked
     times: list[float] = field(default_factory=list)  # of the responses, on the same clock
 
-    def add(self, outputs: dict[str, Any]) -> None:
+    def add(self, outputs: dict[str, Any], at: float) -> None:
         self.responses.append(outputs)
-        self.times.append(time.monotonic())
+        self.times.append(at)
         texts = _listed(outputs.get("text_output", ""))
         indices = _listed(outputs.get("sequence_index", list(range(len(texts)))))
         for index, text in zip(indices, texts, strict=True):
@@ -60,18 +60,18 @@ def stream_grpc(
     """
     answer, results = Answer(), queue.SimpleQueue()
     with closing(grpc_client.InferenceServerClient(url)) as client:
-        client.start_stream(callback=lambda result, error: results.put((result, error)))
+        client.start_stream(callback=lambda result, error: results.put((result, error, time.monotonic())))
         client.async_stream_infer(model, _tensors(model, inputs), request_id=request_id, **options)
         final = False
         while not final:
             if len(answer.responses) == cancel_after:
                 answer.cancelled = True
                 break
-            result, error = results.get(timeout=RESPONSE_TIMEOUT_S)
+            result, error, at = results.get(timeout=RESPONSE_TIMEOUT_S)
             if error is not None:
                 answer.error = error.message()
                 break
-            answer.add(output_values(result))
+            answer.add(output_values(result), at)
             final = result.get_response().parameters["triton_final_response"].bool_param
         client.stop_stream(cancel_requests=answer.cancelled)
     return answer
@@ -101,15 +101,15 @@ def ask_all(
 
     def take() -> bool:
         """The next response; whether it was the last to its request."""
-        result, error = results.get(timeout=RESPONSE_TIMEOUT_S)
+        result, error, at = results.get(timeout=RESPONSE_TIMEOUT_S)
         if error is not None:
             raise RequestFailed(error.message())
         response = result.get_response()
-        answers[int(response.id)].add(output_values(result))
+        answers[int(response.id)].add(output_values(result), at)
         return response.parameters["triton_final_response"].bool_param
 
     with closing(grpc_client.InferenceServerClient(url)) as client:
-        client.start_stream(callback=lambda result, error: results.put((result, error)))
+        client.start_stream(callback=lambda result, error: results.put((result, error, time.monotonic())))
         try:
             for question in questions:
                 while num_open >= in_flight:
@@ -143,7 +143,7 @@ def stream_http(
             if "error" in event:
                 answer.error = event["error"]
                 break
-            answer.add(event)
+            answer.add(event, time.monotonic())
             if len(answer.responses) == cancel_after:
                 answer.cancelled = True
                 break

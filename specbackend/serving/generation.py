@@ -18,7 +18,7 @@ OF_THE_CALL = ("num_input_tokens",)  # the same for each of its answers, so one 
 NULL = "null"  # JSON's
 
 
-@dataclass
+@dataclass(slots=True)
 class Unsent:
     """What the next response will carry."""
 
@@ -104,17 +104,22 @@ class Answer:
         """Take an update. Returns the outputs to send now, None if there is nothing to send yet."""
         self._note_time()
         self._update = update
-        self._prompt_logprobs += update.prompt_logprobs
         piece = self._text.push(update.token_ids, last=update.finished, has_end_token=update.has_end_token)
         self._unsent.add(piece)
-        self._unsent.logprobs += update.logprobs[: len(piece.token_ids)]
-        if "logprobs" in self._call.outputs:
-            self._unsent.logprob_texts += map(self._server.texts.to_json, update.logprobs[: len(piece.token_ids)])
-        self._unsent.steps += map(self._step_text, first_tokens(update.spec_trace, len(piece.token_ids)))
+        if update.logprobs or update.prompt_logprobs or update.spec_trace:
+            self._take_details(update, len(piece.token_ids))
         self.finish_reason = FinishReason.STOP if piece.stopped else update.finish_reason
         if self.finish_reason or self._is_due():
             return self._take_outputs()
         return None
+
+    def _take_details(self, update: Update, num_tokens: int) -> None:
+        """Of so many tokens: a stop string may cut off the others."""
+        self._prompt_logprobs += update.prompt_logprobs
+        self._unsent.logprobs += update.logprobs[:num_tokens]
+        if "logprobs" in self._call.outputs:
+            self._unsent.logprob_texts += map(self._server.texts.to_json, update.logprobs[:num_tokens])
+        self._unsent.steps += map(self._step_text, first_tokens(update.spec_trace, num_tokens))
 
     def abort(self) -> Outputs:
         """End here; returns the last outputs."""

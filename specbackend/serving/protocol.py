@@ -165,14 +165,14 @@ def _sampling_params(values: list) -> SamplingParams:
 
 
 def _update(values: list) -> Update:
-    update = dict(zip(field_names(Update), values, strict=True))
-    for name in ("logprobs", "prompt_logprobs"):
-        update[name] = [_token_logprob(*each) for each in update[name]]
-    update["spec_trace"] = [_step_trace(*each) for each in update["spec_trace"]]
-    reason, failure = update["finish_reason"], update["failure"]
-    return Update(
-        **{**update, "finish_reason": reason and FinishReason(reason), "failure": failure and Failure(*failure)}
-    )
+    for place, read in UPDATE_READERS:
+        if values[place]:
+            values[place] = read(values[place])
+    return Update(*values)
+
+
+def _token_logprobs(values: list) -> list[TokenLogprob]:
+    return [_token_logprob(*each) for each in values]
 
 
 def _token_logprob(token_id: int, logprob: float, rank: int, top: list) -> TokenLogprob:
@@ -182,3 +182,16 @@ def _token_logprob(token_id: int, logprob: float, rank: int, top: list) -> Token
 def _step_trace(*values) -> StepTrace:
     *step, round = values
     return StepTrace(*step, round and Round(TreeTrace(*round[0]), *round[1:]))
+
+
+# What is not a plain value in an update, by its place. Most updates have none of it.
+UPDATE_READERS = [
+    (field_names(Update).index(name), read)
+    for name, read in {
+        "finish_reason": FinishReason,
+        "logprobs": _token_logprobs,
+        "prompt_logprobs": _token_logprobs,
+        "failure": lambda values: Failure(*values),
+        "spec_trace": lambda values: [_step_trace(*each) for each in values],
+    }.items()
+]

@@ -2,8 +2,7 @@
 
 import logging
 import traceback
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -34,6 +33,7 @@ class Sender:
         self._pb = pb_utils
         self._sender = response_sender
         self._face = face
+        self._unsent: list[tuple[Any, int]] = []  # responses with their flags
 
     @property
     def is_done(self) -> bool:
@@ -43,23 +43,30 @@ class Sender:
     def is_cancelled(self) -> bool:
         return self._sender is not None and self._sender.is_cancelled()
 
-    @contextmanager
-    def guard(self) -> Iterator[None]:
+    def guard(self) -> "Guard":
         """For what is done for this request: a bug in it is this request's answer, and no other's business."""
-        try:
-            yield
-        except Exception as error:
-            log_bug(error)
-            self.fail(error)
+        return Guard(self)
 
-    def send(self, outputs: Mapping[str, object], final: bool) -> None:
-        """Send values by output name; see `make_tensor`. Raises what Triton does."""
+    def put(self, outputs: Mapping[str, object], final: bool) -> None:
+        """Make a response of values by output name, see `make_tensor`; `flush` sends it."""
         if self._sender is not None:
             tensors = [make_tensor(self._pb, self._face, name, value) for name, value in outputs.items()]
             flags = self._pb.TRITONSERVER_RESPONSE_COMPLETE_FINAL if final else 0
-            self._sender.send(self._pb.InferenceResponse(output_tensors=tensors), flags=flags)
-            if final:
-                self._sender = None
+            self._unsent.append((self._pb.InferenceResponse(output_tensors=tensors), flags))
+
+    def flush(self) -> None:
+        """Send what was put. Raises what Triton does."""
+        for response, flags in self._unsent:
+            if self._sender is not None:
+                self._sender.send(response, flags=flags)
+                if flags:
+                    self._sender = None
+        self._unsent.clear()
+
+    def send(self, outputs: Mapping[str, object], final: bool) -> None:
+        """A response that waits for no other."""
+        self.put(outputs, final)
+        self.flush()
 
     def fail(self, error: Exception) -> None:
         """Answer with an error, which is final. Never raises."""
@@ -73,11 +80,30 @@ class Sender:
             log.error("an answer is lost: %s", lost)  # without the traceback, which would show `error` too
 
 
+class Guard:
+    """A sender's. It is entered twice a response, and contextlib's would take three times as long."""
+
+    def __init__(self, sender: Sender):
+        self._sender = sender
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: type | None, error: BaseException | None, traceback: object) -> bool:
+        if not isinstance(error, Exception):
+            return False
+        log_bug(error)
+        self._sender.fail(error)
+        return True
+
+
 def make_tensor(pb_utils: Any, face: Face, name: str, value: object) -> Any:
     """A tensor [n] from a list, [1] from a single value; behind as many dimensions of size 1 as the face has more."""
     values = value if isinstance(value, list) else [value]
     spec = face.output[name]
-    array = np.array([v.encode() if isinstance(v, str) else v for v in values], dtype=NUMPY_TYPES[spec.dtype])
+    if spec.dtype == "STRING":
+        values = [text.encode() for text in values]
+    array = np.array(values, dtype=NUMPY_TYPES[spec.dtype])
     in_front = len(spec.dims) + (face.has_batch_dimension and spec.has_batch_dimension) - array.ndim
     return pb_utils.Tensor(name, array.reshape(*[1] * in_front, *array.shape))
 

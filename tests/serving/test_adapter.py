@@ -6,6 +6,7 @@ import signal
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
+from itertools import groupby
 from pathlib import Path
 
 import pytest
@@ -388,6 +389,24 @@ def test_a_response_that_triton_does_not_take_is_followed_by_an_error(start_adap
     assert not adapter._responder._streams
     assert caplog.text.count("an answer is lost: too big") == 1
     check_use(bad, good)
+
+
+def test_a_steps_responses_are_all_made_before_the_first_is_sent(start_adapter, monkeypatch):
+    """Between two sends the caches are cold: making a response would take twice as long there."""
+    adapter, events = start_adapter(SLOW_ENGINE), []
+    make = FakePbUtils.InferenceResponse
+    monkeypatch.setattr(
+        FakePbUtils, "InferenceResponse", lambda *args, **kwargs: events.append("make") or make(*args, **kwargs)
+    )
+    requests = [FakeRequest(text_input="abc", max_tokens=30, stream=True) for _ in range(3)]
+    for request in requests:
+        send = request.sender.send
+        request.sender.send = lambda *args, send=send, **kwargs: events.append("send") or send(*args, **kwargs)
+    execute(adapter, *requests)
+    check_use(*requests)
+    runs = [(kind, len(list(run))) for kind, run in groupby(events)]
+    assert [count for kind, count in runs if kind == "make"] == [count for kind, count in runs if kind == "send"]
+    assert max(count for _, count in runs) == 3
 
 
 def test_gauges_that_fail_do_not_hold_up_answers(start_adapter, monkeypatch):
