@@ -4,6 +4,7 @@ import asyncio
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from http.client import HTTPException
 from typing import Any, Protocol, TypeVar
 
 from fastapi import FastAPI, Response
@@ -21,7 +22,7 @@ from specbackend.gateway.middleware import AnswerBugs, LimitOpen, RequireKey, Wa
 from specbackend.gateway.protocol import AbortRequest, ChatRequest, CompletionRequest, GenerateRequest
 from specbackend.gateway.settings import GatewaySettings
 from specbackend.gateway.sglang import Generate
-from specbackend.gateway.triton import Question, TritonServer
+from specbackend.gateway.triton import ANSWER_TIMEOUT_S, Question, TritonServer
 from specbackend.serving.client import metrics_text
 from specbackend.tokenizer import Tokenizer
 
@@ -61,6 +62,9 @@ class Gateway:
             return EventStream(work.chunks(self.triton))
         return JSONResponse(await work.body(self.triton))
 
+    async def ask_radix_cache(self, action: str) -> dict[str, Any]:
+        return await self.triton.radix_cache(action)
+
     def check_model(self, name: str) -> None:
         if name != self.settings.model_name:
             raise ApiError(404, f"The model `{name}` does not exist", "model", "model_not_found")
@@ -76,7 +80,7 @@ def create_app(settings: GatewaySettings) -> FastAPI:
     _add_openai(app, gateway)
     _add_sglang(app, gateway)
     _add_operations(app, gateway)
-    app.include_router(dashboard.router(settings.metrics_url, settings.grpc_url))
+    app.include_router(dashboard.router(settings.metrics_url, gateway.ask_radix_cache))
     return app
 
 
@@ -138,7 +142,7 @@ def _add_sglang(app: FastAPI, gateway: Gateway) -> None:
 
     @app.api_route("/flush_cache", methods=["GET", "POST"])
     async def flush_cache() -> dict:
-        return await gateway.triton.radix_cache("flush")
+        return await gateway.ask_radix_cache("flush")
 
     @app.get("/health_generate")
     async def health_generate() -> dict:
@@ -177,6 +181,8 @@ def _add_operations(app: FastAPI, gateway: Gateway) -> None:
     @app.get("/metrics")
     async def metrics() -> PlainTextResponse:
         try:
-            return PlainTextResponse(await asyncio.to_thread(metrics_text, gateway.settings.metrics_url))
-        except OSError as error:
-            raise ApiError(503, f"no metrics from tritonserver: {error}") from None
+            return PlainTextResponse(
+                await asyncio.to_thread(metrics_text, gateway.settings.metrics_url, ANSWER_TIMEOUT_S)
+            )
+        except (OSError, HTTPException) as error:
+            raise ApiError(503, f"no metrics from tritonserver: {error or type(error).__name__}") from None

@@ -19,7 +19,6 @@ STATUSES = {  # of llm's errors
     grpc.StatusCode.NOT_FOUND: 404,
     grpc.StatusCode.UNAVAILABLE: 503,  # the queue is full, the engine restarts, or nobody listens
     grpc.StatusCode.CANCELLED: 499,
-    grpc.StatusCode.DEADLINE_EXCEEDED: 504,
 }
 REFUSAL = re.compile(r"(?P<name>\w+): (?P<message>.*)", re.DOTALL)  # as InvalidRequest says it
 
@@ -53,7 +52,7 @@ def refused(param: str, message: str) -> ApiError:
     return ApiError(400, f"{param}: {message}", param)
 
 
-def of_triton(code: grpc.StatusCode, details: str, names: Mapping[str, str]) -> ApiError:
+def of_triton(code: grpc.StatusCode | None, details: str, names: Mapping[str, str]) -> ApiError:
     """What Triton says, in the client's words: `names` are what it calls the names that llm knows."""
     status = STATUSES.get(code, 500)
     refusal = REFUSAL.fullmatch(details)

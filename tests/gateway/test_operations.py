@@ -86,6 +86,12 @@ def test_health_and_metrics(url):
     assert "nv_inference_request_success" in httpx.get(f"{url}/metrics").text
 
 
+def test_the_dashboards_engines(url):
+    [engine] = httpx.get(f"{url}/dashboard/api/engines").json()["engines"]
+    [same] = httpx.get(f"{url}/dashboard/api/radix_tree").json()["engines"]
+    assert engine["pid"] == same["pid"] and engine["nodes"] == []
+
+
 def test_without_a_tritonserver(settings):
     nowhere = {"grpc_url": "127.0.0.1:9", "metrics_url": "127.0.0.1:9"}
     with running(settings, **nowhere) as url:

@@ -1,6 +1,7 @@
 """What the gateway makes of requests, before a fake tritonserver that says what it is told to."""
 
 import json
+import socket
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -254,6 +255,14 @@ class Hangs(service_pb2_grpc.GRPCInferenceServiceServicer):
     def ModelReady(self, request, context):
         return service_pb2.ModelReadyResponse(ready=True)
 
+    def ModelConfig(self, request, context):
+        self.is_over.wait(DEADLINE_S)
+        return service_pb2.ModelConfigResponse()
+
+    def ModelInfer(self, request, context):
+        self.is_over.wait(DEADLINE_S)
+        return service_pb2.ModelInferResponse()
+
     def ModelStreamInfer(self, requests, context):
         self.is_over.wait(DEADLINE_S)
         response = service_pb2.ModelInferResponse()
@@ -278,3 +287,27 @@ def test_a_tritonserver_that_hangs_is_not_well(hanging, monkeypatch, path):
     monkeypatch.setattr(gateway_app, "HEALTH_TIMEOUT_S", 0.2)
     with TestClient(gateway_app.create_app(GatewaySettings(str(DEMO_TARGET), grpc_url=hanging))) as client:
         assert client.get(path).status_code == 503
+
+
+@pytest.mark.parametrize(
+    "path, body",
+    [("/get_model_info", None), ("/get_server_info", None), ("/flush_cache", {}), ("/abort_request", {"rid": "a"})],
+)
+def test_a_tritonserver_that_hangs_holds_nobody(hanging, monkeypatch, path, body):
+    monkeypatch.setattr(triton, "ANSWER_TIMEOUT_S", 0.2)
+    with TestClient(gateway_app.create_app(GatewaySettings(str(DEMO_TARGET), grpc_url=hanging))) as client:
+        response = client.get(path) if body is None else client.post(path, json=body)
+    assert response.status_code == 504
+    assert response.json()["error"] == {
+        **{"message": "tritonserver has not answered within 0.2 s", "type": "server_error"},
+        **{"param": None, "code": None},
+    }
+
+
+def test_metrics_that_hang_hold_nobody(monkeypatch):
+    monkeypatch.setattr(gateway_app, "ANSWER_TIMEOUT_S", 0.2)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        settings = GatewaySettings(str(DEMO_TARGET), metrics_url=f"127.0.0.1:{silent.getsockname()[1]}")
+        with TestClient(gateway_app.create_app(settings)) as client:
+            response = client.get("/metrics")
+    assert response.status_code == 503 and "timed out" in response.json()["error"]["message"]
