@@ -82,9 +82,9 @@ def chat_ids(tokenizer: Tokenizer, request: ChatRequest) -> list[int]:
         variables["reasoning_effort"] = request.reasoning_effort
     text = render_chat(
         tokenizer,
-        json.dumps(request.messages),
-        json.dumps(template_tools(request)),
-        json.dumps(variables),
+        request.messages,
+        template_tools(request),
+        variables,
         request.add_generation_prompt,
         request.continue_final_message,
     )
