@@ -47,6 +47,10 @@ class Tokenizer:
     def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         return self._fast.decode(token_ids, skip_special_tokens=skip_special_tokens)
 
+    def names(self, token_ids: Sequence[int]) -> list[str]:
+        """As the vocabulary writes them, which is not always what they decode to."""
+        return [self._fast.id_to_token(token) for token in token_ids]
+
     @property
     def vocab_size(self) -> int:
         """One more than the largest id."""

@@ -3,7 +3,7 @@
 import asyncio
 import time
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from http.client import HTTPException
 from typing import Any, Protocol, TypeVar
 
@@ -12,14 +12,21 @@ from fastapi.responses import JSONResponse, PlainTextResponse
 from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
 
-from specbackend.gateway import dashboard
+from specbackend.gateway import dashboard, vllm
 from specbackend.gateway.chat import Chat
 from specbackend.gateway.completions import Completion
 from specbackend.gateway.errors import ApiError, add_handlers
 from specbackend.gateway.events import EventStream
 from specbackend.gateway.message import MessageParsers
 from specbackend.gateway.middleware import AnswerBugs, LimitOpen, RequireKey, WatchClient
-from specbackend.gateway.protocol import AbortRequest, ChatRequest, CompletionRequest, GenerateRequest
+from specbackend.gateway.protocol import (
+    AbortRequest,
+    ChatRequest,
+    CompletionRequest,
+    DetokenizeRequest,
+    GenerateRequest,
+    TokenizeRequest,
+)
 from specbackend.gateway.settings import GatewaySettings
 from specbackend.gateway.sglang import Generate
 from specbackend.gateway.triton import ANSWER_TIMEOUT_S, Question, TritonServer
@@ -49,6 +56,7 @@ class Gateway:
         self.parsers = MessageParsers(settings.reasoning_parser, settings.tool_call_parser)
         self.started = int(time.time())
         self.triton: TritonServer | None = None
+        self._context_length: int | None = None
 
     @asynccontextmanager
     async def connected(self, app: FastAPI) -> AsyncIterator[None]:
@@ -65,8 +73,18 @@ class Gateway:
     async def ask_radix_cache(self, action: str) -> dict[str, Any]:
         return await self.triton.radix_cache(action)
 
-    def check_model(self, name: str) -> None:
-        if name != self.settings.model_name:
+    async def context_length(self) -> int | None:
+        """The least of the engines': nearly always there is one. None: nobody says. Once said it is the answer."""
+        if self._context_length is None:
+            with suppress(ApiError):
+                engines = (await self.ask_radix_cache("engines"))["engines"]
+                lengths = [engine["context_length"] for engine in engines if "context_length" in engine]
+                self._context_length = min(lengths, default=None)
+        return self._context_length
+
+    def check_model(self, name: str | None) -> None:
+        """Raises ApiError for a name that is not the model's; None is no name."""
+        if name is not None and name != self.settings.model_name:
             raise ApiError(404, f"The model `{name}` does not exist", "model", "model_not_found")
 
 
@@ -78,6 +96,7 @@ def create_app(settings: GatewaySettings) -> FastAPI:
     )
     add_handlers(app)
     _add_openai(app, gateway)
+    _add_vllm(app, gateway)
     _add_sglang(app, gateway)
     _add_operations(app, gateway)
     app.include_router(dashboard.router(settings.metrics_url, gateway.ask_radix_cache))
@@ -103,12 +122,12 @@ def _cors(origins: tuple[str, ...]) -> list[Middleware]:
 def _add_openai(app: FastAPI, gateway: Gateway) -> None:
     @app.get("/v1/models")
     async def list_models() -> dict:
-        return {"object": "list", "data": [_model(gateway)]}
+        return {"object": "list", "data": [await _model(gateway)]}
 
     @app.get("/v1/models/{name:path}")
     async def show_model(name: str) -> dict:
         gateway.check_model(name)
-        return _model(gateway)
+        return await _model(gateway)
 
     @app.post("/v1/chat/completions")
     async def chat(request: ChatRequest) -> Response:
@@ -121,13 +140,35 @@ def _add_openai(app: FastAPI, gateway: Gateway) -> None:
         return await gateway.respond(request.stream, lambda: Completion(gateway.tokenizer, request))
 
 
-def _model(gateway: Gateway) -> dict[str, Any]:
+async def _model(gateway: Gateway) -> dict[str, Any]:
+    """OpenAI's fields, and vLLM's last three."""
     return {
         "id": gateway.settings.model_name,
         "object": "model",
         "created": gateway.started,
         "owned_by": "specbackend",
+        "root": gateway.settings.tokenizer,
+        "parent": None,
+        "max_model_len": await gateway.context_length(),
     }
+
+
+def _add_vllm(app: FastAPI, gateway: Gateway) -> None:
+    @app.post("/tokenize")
+    async def tokenize(request: TokenizeRequest) -> dict:
+        gateway.check_model(request.model)
+        tokens = await asyncio.to_thread(vllm.tokenize, gateway.tokenizer, request)
+        return {
+            "count": len(tokens),
+            "max_model_len": await gateway.context_length(),
+            "tokens": tokens,
+            "token_strs": gateway.tokenizer.names(tokens) if request.return_token_strs else None,
+        }
+
+    @app.post("/detokenize")
+    async def detokenize(request: DetokenizeRequest) -> dict:
+        gateway.check_model(request.model)
+        return {"prompt": await asyncio.to_thread(vllm.detokenize, gateway.tokenizer, request)}
 
 
 def _add_sglang(app: FastAPI, gateway: Gateway) -> None:
@@ -152,6 +193,7 @@ def _add_sglang(app: FastAPI, gateway: Gateway) -> None:
             raise ApiError(503, f"no token came within {HEALTH_TIMEOUT_S:g} s") from None
         return {}
 
+    @app.get("/model_info")
     @app.get("/get_model_info")
     async def model_info() -> dict:
         parameters = await gateway.triton.parameters()
@@ -161,6 +203,7 @@ def _add_sglang(app: FastAPI, gateway: Gateway) -> None:
             "is_generation": True,
         }
 
+    @app.get("/server_info")
     @app.get("/get_server_info")
     async def server_info() -> dict:
         return {**await gateway.triton.parameters(), "served_model_name": gateway.settings.model_name}

@@ -20,6 +20,7 @@ STATUSES = {  # of llm's errors
     grpc.StatusCode.UNAVAILABLE: 503,  # the queue is full, the engine restarts, or nobody listens
     grpc.StatusCode.CANCELLED: 499,
 }
+TOO_LONG = re.compile(r"has (?P<length>\d+) tokens, too many for context_length (?P<limit>\d+)")  # as llm says it
 REFUSAL = re.compile(r"(?P<name>\w+): (?P<message>.*)", re.DOTALL)  # as InvalidRequest says it
 
 
@@ -56,9 +57,20 @@ def of_triton(code: grpc.StatusCode | None, details: str, names: Mapping[str, st
     """What Triton says, in the client's words: `names` are what it calls the names that llm knows."""
     status = STATUSES.get(code, 500)
     refusal = REFUSAL.fullmatch(details)
-    if status == 400 and refusal:
-        return refused(names.get(refusal["name"], refusal["name"]), refusal["message"])
-    return ApiError(status, details)
+    if status != 400 or not refusal:
+        return ApiError(status, details)
+    param, message = names.get(refusal["name"], refusal["name"]), refusal["message"]
+    too_long = TOO_LONG.match(message)
+    return _too_long(param, **too_long.groupdict()) if too_long else refused(param, message)
+
+
+def _too_long(param: str, length: str, limit: str) -> ApiError:
+    """In the words of OpenAI, vLLM and Anthropic: clients look for them to cut a conversation and ask again."""
+    message = (
+        f"{param}: prompt is too long: this model's maximum context length is {limit} tokens, with the answer, "
+        f"and the prompt has {length}"
+    )
+    return ApiError(400, message, param, "context_length_exceeded")
 
 
 def of_invalid_request(error: InvalidRequest) -> ApiError:

@@ -166,6 +166,7 @@ class EngineServer:
         return {
             "model_path": config.model_path,
             "speculative_algorithm": config.speculative_algorithm,
+            "context_length": self._engine.context_length,
             "adapters": len(self._adapters),
             "total_slots": stats.total_slots,
             "free_slots": stats.free_slots,

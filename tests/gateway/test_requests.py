@@ -3,6 +3,7 @@
 import json
 import socket
 import threading
+import typing
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 
@@ -10,6 +11,7 @@ import grpc
 import httpx
 import pytest
 from fastapi.testclient import TestClient
+from openai.types import chat, completion_create_params
 from pydantic import ValidationError
 from tritonclient.grpc import service_pb2, service_pb2_grpc
 
@@ -17,6 +19,7 @@ from specbackend.errors import ConfigError
 from specbackend.gateway import app as gateway_app
 from specbackend.gateway import protocol, sglang, triton
 from specbackend.gateway.settings import GatewaySettings
+from specbackend.tokenizer import Tokenizer
 from tests.conftest import DEMO_TARGET
 from tests.gateway.conftest import DEADLINE_S
 
@@ -129,6 +132,18 @@ def test_half_a_surrogate_pair_in_bytes_is_refused(post):
     assert post(GENERATE, b'{"text": "\xed\xa0\x80"}').status_code == 400
 
 
+@pytest.mark.parametrize("path", BODIES)
+@pytest.mark.parametrize("kind", [None, "application/x-www-form-urlencoded", "text/plain"])
+def test_what_is_not_sent_as_json_is_refused(fake, path, kind):
+    """As curl -d does. A page of somebody else could send text without asking first."""
+    with TestClient(gateway_app.create_app(GatewaySettings(str(DEMO_TARGET)))) as client:
+        headers = {} if kind is None else {"Content-Type": kind}
+        response = client.post(path, content=json.dumps(BODIES[path]).encode(), headers=headers)
+    assert response.status_code == 400
+    assert "Content-Type: application/json" in response.json()["error"]["message"]
+    assert fake.questions == []
+
+
 def test_what_is_nested_too_deep_is_refused(post):
     for depth in (300, 900, 100_000):
         assert post(CHAT, json.dumps(BODIES[CHAT])[:-1].encode() + b', "stop": ' + b"[" * depth).status_code == 400
@@ -196,6 +211,13 @@ def test_one_call_is_one_call(post, fake, stream, parallel, count):
     assert "".join(call["function"].get("arguments", "") for call in calls) == "{}" * count
 
 
+OPENAIS_CHAT, OPENAIS_COMPLETION = (
+    sorted(typing.get_type_hints(params).keys() - BODIES[path].keys())
+    for params, path in (
+        (chat.completion_create_params.CompletionCreateParamsNonStreaming, CHAT),
+        (completion_create_params.CompletionCreateParamsNonStreaming, COMPLETION),
+    )
+)
 NEUTRAL = {
     CHAT: [
         *(
@@ -203,8 +225,12 @@ NEUTRAL = {
             for name in ("stream", "separate_reasoning", "logprobs", "continue_final_message", "modalities")
         ),
         *({"tools": []}, {"store": True}, {"modalities": ["text"]}, {"return_spec_trace": None}, {"stop": None}),
+        *({name: None} for name in OPENAIS_CHAT),
     ],
-    COMPLETION: [{name: None} for name in ("stream", "echo", "logprobs", "suffix", "n", "best_of")],
+    COMPLETION: [
+        *({name: None} for name in ("stream", "echo", "logprobs", "suffix", "n", "best_of")),
+        *({name: None} for name in OPENAIS_COMPLETION),
+    ],
     GENERATE: [{name: None} for name in ("stream", "return_text_in_logprobs", "return_spec_trace")],
 }
 
@@ -230,16 +256,58 @@ def test_usage_in_a_stream(post, path, continuous):
     )
 
 
+@pytest.mark.parametrize("length", ["max_tokens", "max_new_tokens"])
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
+@pytest.mark.parametrize("echo", [False, True])
+def test_a_completion_may_have_no_token(post, fake, length, stream, echo):
+    """The engine writes one in any case, of which nobody hears."""
+    fake.text, fake.outputs = "a", {"logprobs": place("a"), "prompt_logprobs": f"[null, {place('i')[1:]}"}
+    asked = {**BODIES[COMPLETION], length: 0, "echo": echo, "logprobs": 1, "stream": stream, "prompt": [1, 2]}
+    answer = post(COMPLETION, {**asked, "stream_options": {"include_usage": True}})
+    *chunks, last = events(answer) if stream else [answer.json()] * 2
+    choices = [chunk["choices"][0] for chunk in chunks]
+    assert "".join(choice["text"] for choice in choices) == (Tokenizer(DEMO_TARGET).decode([1, 2]) if echo else "")
+    assert sum(len(choice["logprobs"]["tokens"]) for choice in choices if choice["logprobs"]) == (2 if echo else 0)
+    assert (choices[-1]["finish_reason"], last["usage"]["completion_tokens"]) == ("length", 0)
+    [sampling] = [question.sampling for question in fake.questions]
+    assert {name: sampling[name] for name in ("max_tokens", "max_new_tokens") if name in sampling} == {length: 1}
+    for path, refused in ((CHAT, 0), (COMPLETION, False)):
+        post(path, {**BODIES[path], length: refused})
+        assert fake.questions[-1].sampling[length] is refused  # for llm to refuse
+
+
+def test_top_logprobs_have_the_token_that_was_picked_and_the_likelier_of_two_that_look_alike(post, fake):
+    known = {"5": (" is", -2.5, 4), "6": ("\ufffd", -0.5, 1), "7": ("\ufffd", -1.0, 2), "8": (" was", -1.5, 3)}
+    entries = {token: {"decoded_token": t, "logprob": p, "rank": r} for token, (t, p, r) in known.items()}
+    fake.text, fake.outputs = "a", {"logprobs": json.dumps([entries])}
+    for count, tops in ((0, {}), (1, {"\ufffd": -0.5}), (3, {"\ufffd": -0.5, " was": -1.5})):
+        logprobs = post(COMPLETION, {**BODIES[COMPLETION], "logprobs": count}).json()["choices"][0]["logprobs"]
+        assert (logprobs["tokens"], logprobs["token_logprobs"]) == ([" is"], [-2.5])
+        assert logprobs["top_logprobs"] == [{**tops, " is": -2.5}]
+    assert post(COMPLETION, {**BODIES[COMPLETION], "logprobs": True}).status_code == 400
+
+
+def test_an_empty_prompt_is_refused_where_it_has_no_token(post):
+    for prompt in ("", [""], [[1], ""]):
+        response = post(COMPLETION, {**BODIES[COMPLETION], "prompt": prompt})
+        assert response.json()["error"]["message"] == "prompt: is empty"
+
+
+def place(text: str) -> str:
+    """llm's JSON of one place and nothing but the token that was picked."""
+    return json.dumps([{"5": {"logprob": -1.0, "rank": 1, "decoded_token": text}}])
+
+
 def test_a_place_is_written_once_however_long_the_stream(post, fake, monkeypatch):
     picks = []
     monkeypatch.setattr(sglang, "picked", lambda place: (picks.append(place), (5, place["5"]))[1])
     fake.text = "a" * 50
-    fake.outputs = {"logprobs": json.dumps([{"5": {"logprob": -1.0, "rank": 1, "decoded_token": "a"}}])}
+    fake.outputs = {"logprobs": place("a")}
     chunks = events(post(GENERATE, {**BODIES[GENERATE], "stream": True, "return_logprob": True, "top_logprobs_num": 1}))
     assert len(picks) == 50
-    for name, place in (("output_token_logprobs", [-1.0, 5, None]), ("output_top_logprobs", [[-1.0, 5, None]])):
+    for name, each in (("output_token_logprobs", [-1.0, 5, None]), ("output_top_logprobs", [[-1.0, 5, None]])):
         assert [len(chunk["meta_info"][name]) for chunk in chunks] == [*range(1, 51), 50]
-        assert chunks[-1]["meta_info"][name] == [place] * 50
+        assert chunks[-1]["meta_info"][name] == [each] * 50
 
 
 class Hangs(service_pb2_grpc.GRPCInferenceServiceServicer):
