@@ -73,13 +73,17 @@ class Gateway:
     async def ask_radix_cache(self, action: str) -> dict[str, Any]:
         return await self.triton.radix_cache(action)
 
+    async def engines(self) -> list[dict[str, Any]]:
+        """What those say of themselves that can: none, where tritonserver has no model radix_cache."""
+        with suppress(ApiError):
+            answer = await self.ask_radix_cache("engines")
+            return [engine for engine in answer["engines"] if "error" not in engine]
+        return []
+
     async def context_length(self) -> int | None:
         """The least of the engines': nearly always there is one. None: nobody says. Once said it is the answer."""
         if self._context_length is None:
-            with suppress(ApiError):
-                engines = (await self.ask_radix_cache("engines"))["engines"]
-                lengths = [engine["context_length"] for engine in engines if "context_length" in engine]
-                self._context_length = min(lengths, default=None)
+            self._context_length = min((engine["context_length"] for engine in await self.engines()), default=None)
         return self._context_length
 
     def check_model(self, name: str | None) -> None:
@@ -206,7 +210,11 @@ def _add_sglang(app: FastAPI, gateway: Gateway) -> None:
     @app.get("/server_info")
     @app.get("/get_server_info")
     async def server_info() -> dict:
-        return {**await gateway.triton.parameters(), "served_model_name": gateway.settings.model_name}
+        return {
+            **await gateway.triton.parameters(),
+            "served_model_name": gateway.settings.model_name,
+            "internal_states": await gateway.engines(),
+        }
 
 
 async def _generate_token(server: TritonServer) -> None:

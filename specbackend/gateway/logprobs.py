@@ -20,12 +20,13 @@ def likeliest(place: Place, count: int) -> list[tuple[int, dict[str, Any]]]:
     return [(int(token), entry) for token, entry in ranked if entry["rank"] <= count][:count]
 
 
-def of_chat(places: list[Place], top: int) -> list[dict[str, Any]]:
-    """The `content` of a chat's logprobs."""
-    return [
+def of_chat(places: list[Place], top: int) -> dict[str, Any]:
+    """A chat's logprobs."""
+    content = [
         {**_token(picked(place)[1]), "top_logprobs": [_token(entry) for _, entry in likeliest(place, top)]}
         for place in places
     ]
+    return {"content": content, "refusal": None}
 
 
 def _token(entry: dict[str, Any]) -> dict[str, Any]:

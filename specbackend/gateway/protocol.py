@@ -182,7 +182,13 @@ class GenerateRequest(Body):
     session_params: None = None
     custom_logit_processor: None = None
     return_hidden_states: Literal[False] | None = None
+    return_routed_experts: Literal[False] | None = None
+    return_indexer_topk: Literal[False] | None = None
+    return_entropy: Literal[False] | None = None
+    require_reasoning: Literal[False] | None = None
     background: Literal[False] | None = None
+    # known, and nothing to do about: meta_info has the usage in any case
+    stream_options: StreamOptions | None = None
     log_metrics: bool | None = None
 
 

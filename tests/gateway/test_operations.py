@@ -98,6 +98,7 @@ def test_without_a_tritonserver(settings):
         assert httpx.get(f"{url}/health").status_code == 503
         assert httpx.get(f"{url}/metrics").status_code == 503
         assert httpx.get(f"{url}/v1/models").json()["data"][0]["max_model_len"] is None
+        assert httpx.get(f"{url}/server_info").status_code == 503
         for stream in (False, True):
             response = httpx.post(f"{url}/generate", json={"text": "a", "stream": stream}, timeout=60)
             assert (response.status_code, response.headers["Retry-After"]) == (503, "1")

@@ -11,7 +11,7 @@ import grpc
 import httpx
 import pytest
 from fastapi.testclient import TestClient
-from openai.types import chat, completion_create_params
+from openai.types import Completion, chat, completion_create_params
 from pydantic import ValidationError
 from tritonclient.grpc import service_pb2, service_pb2_grpc
 
@@ -218,6 +218,24 @@ OPENAIS_CHAT, OPENAIS_COMPLETION = (
         (completion_create_params.CompletionCreateParamsNonStreaming, COMPLETION),
     )
 )
+
+
+@pytest.mark.parametrize("text", ["Yes", CALL])
+def test_objects_have_the_fields_and_types_of_openais(post, fake, text):
+    """Its package does not look at what it gets, but others do."""
+    fake.text, fake.outputs = text, {"logprobs": place("a")}
+    Completion.model_validate(post(COMPLETION, {**BODIES[COMPLETION], "logprobs": 1}).json(), strict=True)
+    asked = {**BODIES[CHAT], "logprobs": True, "top_logprobs": 1, "tools": TOOLS}
+    answer = post(CHAT, asked, tool_call_parser="hermes").json()
+    chat.ChatCompletion.model_validate(answer, strict=True)
+    [choice] = answer["choices"]
+    assert choice["message"]["refusal"] is choice["logprobs"]["refusal"] is None
+    asked |= {"stream": True, "stream_options": {"include_usage": True}}
+    for chunk in events(post(CHAT, asked, tool_call_parser="hermes")):
+        chat.ChatCompletionChunk.model_validate(chunk, strict=True)
+        assert all(each["logprobs"]["refusal"] is None for each in chunk["choices"] if each["logprobs"])
+
+
 NEUTRAL = {
     CHAT: [
         *(
@@ -231,7 +249,13 @@ NEUTRAL = {
         *({name: None} for name in ("stream", "echo", "logprobs", "suffix", "n", "best_of")),
         *({name: None} for name in OPENAIS_COMPLETION),
     ],
-    GENERATE: [{name: None} for name in ("stream", "return_text_in_logprobs", "return_spec_trace")],
+    GENERATE: [
+        *({name: None} for name in ("stream", "return_text_in_logprobs", "return_spec_trace", "lora_path")),
+        # what SGLang's own benchmarks send
+        {"return_routed_experts": False, "return_logprob": False, "logprob_start_len": -1},
+        {"stream_options": {"include_usage": True}},
+        {"return_entropy": False, "require_reasoning": False, "return_indexer_topk": False},
+    ],
 }
 
 

@@ -195,6 +195,8 @@ def test_questions_are_answered_whoever_asks(start_engine, new_client, checkpoin
         "speculative_algorithm": None,
         "context_length": CONTEXT_LENGTH,
         "adapters": 1,
+        "last_gen_throughput": 0.0,
+        "avg_spec_accept_length": None,
         "total_slots": 1000,
         "free_slots": 1000,
         "num_nodes": 2,
