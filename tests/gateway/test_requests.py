@@ -114,6 +114,24 @@ def test_a_thousand_faults_cost_few_errors(kind, body):
     assert refusal.value.error_count() < 10
 
 
+PLACES = [
+    (COMPLETION, {"prompt": 5}, "prompt: Input should be a valid string"),
+    (COMPLETION, {"prompt": [[1, "a"]]}, "prompt.0.1: Input should be a valid integer"),
+    (CHAT, {"tool_choice": "any"}, "tool_choice: Input should be 'none', 'auto' or 'required'"),
+    (CHAT, {"tool_choice": {"type": "function"}}, "tool_choice.function: Field required"),
+    (CHAT, {"tools": [{"type": "custom"}]}, "tools.0.type: Input should be 'function'"),
+    (CHAT, {"Frobnicate": 1}, "Unrecognized request argument supplied: Frobnicate"),
+    (CHAT, {"tools": [{**TOOLS[0], "Name": 1}]}, "Unrecognized request argument supplied: tools.0.Name"),
+    (GENERATE, {"return_logprob": [True, "x"]}, "return_logprob.1: Input should be a valid boolean"),
+]
+
+
+@pytest.mark.parametrize("path, part, message", PLACES, ids=str)
+def test_a_fault_is_told_by_its_place_in_the_body(post, path, part, message):
+    error = post(path, {**BODIES[path], **part}).json()["error"]
+    assert error["message"].startswith(message) and error["param"] == next(iter(part))
+
+
 def test_labels_are_not_looked_at(post):
     assert post(CHAT, {**BODIES[CHAT], "metadata": {str(i): None for i in range(MANY)}}).status_code == 200
 
@@ -133,12 +151,12 @@ def test_half_a_surrogate_pair_in_bytes_is_refused(post):
 
 
 @pytest.mark.parametrize("path", BODIES)
-@pytest.mark.parametrize("kind", [None, "application/x-www-form-urlencoded", "text/plain"])
+@pytest.mark.parametrize("kind", ["application/x-www-form-urlencoded", "text/plain"])
 def test_what_is_not_sent_as_json_is_refused(fake, path, kind):
     """As curl -d does. A page of somebody else could send text without asking first."""
     with TestClient(gateway_app.create_app(GatewaySettings(str(DEMO_TARGET)))) as client:
-        headers = {} if kind is None else {"Content-Type": kind}
-        response = client.post(path, content=json.dumps(BODIES[path]).encode(), headers=headers)
+        body = json.dumps(BODIES[path]).encode()
+        response = client.post(path, content=body, headers={"Content-Type": kind})
     assert response.status_code == 400
     assert "Content-Type: application/json" in response.json()["error"]["message"]
     assert fake.questions == []
