@@ -261,11 +261,11 @@ NEUTRAL = {
             for name in ("stream", "separate_reasoning", "logprobs", "continue_final_message", "modalities")
         ),
         *({"tools": []}, {"store": True}, {"modalities": ["text"]}, {"return_spec_trace": None}, {"stop": None}),
-        *({name: None} for name in OPENAIS_CHAT),
+        dict.fromkeys(OPENAIS_CHAT),
     ],
     COMPLETION: [
         *({name: None} for name in ("stream", "echo", "logprobs", "suffix", "n", "best_of")),
-        *({name: None} for name in OPENAIS_COMPLETION),
+        dict.fromkeys(OPENAIS_COMPLETION),
     ],
     GENERATE: [
         *({name: None} for name in ("stream", "return_text_in_logprobs", "return_spec_trace", "lora_path")),
