@@ -99,6 +99,8 @@ def test_the_default_is_to_sample_up_to_an_end(client, offline, tokenizer):
     assert answer.choices[0].message.content == expected["text"]
     assert answer.usage.completion_tokens == expected["meta_info"]["completion_tokens"]
     assert client.completions.create(model=MODEL, prompt="How", seed=1).usage.completion_tokens <= 16
+    asked = {"model": MODEL, "messages": messages("How many eggs?"), "extra_body": {"ignore_eos": True}}
+    assert client.chat.completions.create(**asked, max_completion_tokens=3).usage.completion_tokens == 3
 
 
 @pytest.mark.parametrize("form", ["text", "texts", "ids", "several ids"])
