@@ -19,6 +19,7 @@ from tokenizers import Tokenizer as FastTokenizer
 from specbackend.errors import ConfigError
 
 DEFAULT, TOOL_USE = "default", "tool_use"  # names of templates; the second is for conversations with tools
+DEVELOPER = "developer"  # a role
 END_MARK = "END_OF_THE_FINAL_MESSAGE"  # its place in the rendered text is where the model goes on
 
 
@@ -45,6 +46,10 @@ class Tokenizer:
 
     def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         return self._fast.decode(token_ids, skip_special_tokens=skip_special_tokens)
+
+    def names(self, token_ids: Sequence[int]) -> list[str]:
+        """As the vocabulary writes them, which is not always what they decode to."""
+        return [self._fast.id_to_token(token) for token in token_ids]
 
     @property
     def vocab_size(self) -> int:
@@ -79,7 +84,8 @@ class Tokenizer:
     ) -> str:
         """Render the conversation, as transformers does; the text already holds its special tokens.
 
-        messages: JSON objects, OpenAI's; what is null in them is as good as absent.
+        messages: JSON objects, OpenAI's; what is null in them is as good as absent. A template that does not know the
+            role developer gets it as system, which it is in OpenAI's older words.
         tools: JSON objects {"type": "function", "function": {"name", "description", "parameters"}}.
         add_generation_prompt: up to where the assistant speaks.
         continue_final_message: up to the end of what the last message says, for the model to go on.
@@ -93,7 +99,6 @@ class Tokenizer:
             raise ChatTemplateError(
                 "chat template: continue_final_message and add_generation_prompt exclude each other"
             )
-        messages = [{key: value for key, value in each.items() if value is not None} for each in messages]
         variables = {
             **self._special_tokens,
             "documents": None,
@@ -102,7 +107,11 @@ class Tokenizer:
             "add_generation_prompt": add_generation_prompt,
         }
         name = TOOL_USE if tools is not None and TOOL_USE in self._templates else DEFAULT
-        render = partial(_render, self._templates[name], variables)
+        template = self._templates[name]
+        messages = [{key: value for key, value in each.items() if value is not None} for each in messages]
+        if DEVELOPER not in self._template_sources[name]:
+            messages = [{**each, "role": "system"} if each.get("role") == DEVELOPER else each for each in messages]
+        render = partial(_render, template, variables)
         return _up_to_final_message(render, messages) if continue_final_message else render(messages)
 
     @cached_property

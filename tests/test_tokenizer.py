@@ -105,6 +105,7 @@ TOOLS = [
 ]
 CALL = {"name": "get_weather", "arguments": {"city": "Zürich", "days": [1, 2]}}
 SYSTEM = {"role": "system", "content": " Be brief. "}
+ROLES = ("system", "developer")
 USER = {"role": "user", "content": "Weather?"}
 CALLING = {
     "role": "assistant",
@@ -166,6 +167,19 @@ def test_templates_with_tools_equal_transformers(theirs, template, options):
         assert texts[-1] == expected, name
         assert messages == before
     assert any(texts)
+
+
+@pytest.mark.parametrize("template", TEMPLATES, ids=lambda path: path.stem)
+def test_a_template_without_developers_gets_the_system(template):
+    """As it stands the role would be refused, or its message left out without a word."""
+    tokenizer = Tokenizer(DEMO_TARGET, template)
+    said = [text_or_none(tokenizer.apply_chat_template, [{**SYSTEM, "role": role}, USER]) for role in ROLES]
+    assert said[0] == said[1] and (said[0] is None or "Be brief." in said[0])
+
+
+def test_a_template_that_knows_developers_gets_them(tmp_path):
+    tokenizer = with_template(tmp_path, "{% for m in messages if m.role == 'developer' %}{{ m.content }}{% endfor %}")
+    assert tokenizer.apply_chat_template([{"role": "developer", "content": "Be brief."}]) == "Be brief."
 
 
 def test_the_tool_use_template_is_taken_when_there_are_tools(tmp_path, theirs):

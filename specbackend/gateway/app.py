@@ -3,7 +3,8 @@
 import asyncio
 import time
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
+from http.client import HTTPException
 from typing import Any, Protocol, TypeVar
 
 from fastapi import FastAPI, Response
@@ -11,17 +12,24 @@ from fastapi.responses import JSONResponse, PlainTextResponse
 from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
 
-from specbackend.gateway import dashboard
+from specbackend.gateway import dashboard, vllm
 from specbackend.gateway.chat import Chat
 from specbackend.gateway.completions import Completion
 from specbackend.gateway.errors import ApiError, add_handlers
 from specbackend.gateway.events import EventStream
 from specbackend.gateway.message import MessageParsers
 from specbackend.gateway.middleware import AnswerBugs, LimitOpen, RequireKey, WatchClient
-from specbackend.gateway.protocol import AbortRequest, ChatRequest, CompletionRequest, GenerateRequest
+from specbackend.gateway.protocol import (
+    AbortRequest,
+    ChatRequest,
+    CompletionRequest,
+    DetokenizeRequest,
+    GenerateRequest,
+    TokenizeRequest,
+)
 from specbackend.gateway.settings import GatewaySettings
 from specbackend.gateway.sglang import Generate
-from specbackend.gateway.triton import Question, TritonServer
+from specbackend.gateway.triton import ANSWER_TIMEOUT_S, Question, TritonServer
 from specbackend.serving.client import metrics_text
 from specbackend.tokenizer import Tokenizer
 
@@ -48,6 +56,7 @@ class Gateway:
         self.parsers = MessageParsers(settings.reasoning_parser, settings.tool_call_parser)
         self.started = int(time.time())
         self.triton: TritonServer | None = None
+        self._context_length: int | None = None
 
     @asynccontextmanager
     async def connected(self, app: FastAPI) -> AsyncIterator[None]:
@@ -61,8 +70,25 @@ class Gateway:
             return EventStream(work.chunks(self.triton))
         return JSONResponse(await work.body(self.triton))
 
-    def check_model(self, name: str) -> None:
-        if name != self.settings.model_name:
+    async def ask_radix_cache(self, action: str) -> dict[str, Any]:
+        return await self.triton.radix_cache(action)
+
+    async def engines(self) -> list[dict[str, Any]]:
+        """What those say of themselves that can: none, where tritonserver has no model radix_cache."""
+        with suppress(ApiError):
+            answer = await self.ask_radix_cache("engines")
+            return [engine for engine in answer["engines"] if "error" not in engine]
+        return []
+
+    async def context_length(self) -> int | None:
+        """The least of the engines': nearly always there is one. None: nobody says. Once said it is the answer."""
+        if self._context_length is None:
+            self._context_length = min((engine["context_length"] for engine in await self.engines()), default=None)
+        return self._context_length
+
+    def check_model(self, name: str | None) -> None:
+        """Raises ApiError for a name that is not the model's; None is no name."""
+        if name is not None and name != self.settings.model_name:
             raise ApiError(404, f"The model `{name}` does not exist", "model", "model_not_found")
 
 
@@ -74,9 +100,10 @@ def create_app(settings: GatewaySettings) -> FastAPI:
     )
     add_handlers(app)
     _add_openai(app, gateway)
+    _add_vllm(app, gateway)
     _add_sglang(app, gateway)
     _add_operations(app, gateway)
-    app.include_router(dashboard.router(settings.metrics_url, settings.grpc_url))
+    app.include_router(dashboard.router(settings.metrics_url, gateway.ask_radix_cache))
     return app
 
 
@@ -99,12 +126,12 @@ def _cors(origins: tuple[str, ...]) -> list[Middleware]:
 def _add_openai(app: FastAPI, gateway: Gateway) -> None:
     @app.get("/v1/models")
     async def list_models() -> dict:
-        return {"object": "list", "data": [_model(gateway)]}
+        return {"object": "list", "data": [await _model(gateway)]}
 
     @app.get("/v1/models/{name:path}")
     async def show_model(name: str) -> dict:
         gateway.check_model(name)
-        return _model(gateway)
+        return await _model(gateway)
 
     @app.post("/v1/chat/completions")
     async def chat(request: ChatRequest) -> Response:
@@ -117,13 +144,35 @@ def _add_openai(app: FastAPI, gateway: Gateway) -> None:
         return await gateway.respond(request.stream, lambda: Completion(gateway.tokenizer, request))
 
 
-def _model(gateway: Gateway) -> dict[str, Any]:
+async def _model(gateway: Gateway) -> dict[str, Any]:
+    """OpenAI's fields, and vLLM's last three."""
     return {
         "id": gateway.settings.model_name,
         "object": "model",
         "created": gateway.started,
         "owned_by": "specbackend",
+        "root": gateway.settings.tokenizer,
+        "parent": None,
+        "max_model_len": await gateway.context_length(),
     }
+
+
+def _add_vllm(app: FastAPI, gateway: Gateway) -> None:
+    @app.post("/tokenize")
+    async def tokenize(request: TokenizeRequest) -> dict:
+        gateway.check_model(request.model)
+        tokens = await asyncio.to_thread(vllm.tokenize, gateway.tokenizer, request)
+        return {
+            "count": len(tokens),
+            "max_model_len": await gateway.context_length(),
+            "tokens": tokens,
+            "token_strs": gateway.tokenizer.names(tokens) if request.return_token_strs else None,
+        }
+
+    @app.post("/detokenize")
+    async def detokenize(request: DetokenizeRequest) -> dict:
+        gateway.check_model(request.model)
+        return {"prompt": await asyncio.to_thread(vllm.detokenize, gateway.tokenizer, request)}
 
 
 def _add_sglang(app: FastAPI, gateway: Gateway) -> None:
@@ -138,7 +187,7 @@ def _add_sglang(app: FastAPI, gateway: Gateway) -> None:
 
     @app.api_route("/flush_cache", methods=["GET", "POST"])
     async def flush_cache() -> dict:
-        return await gateway.triton.radix_cache("flush")
+        return await gateway.ask_radix_cache("flush")
 
     @app.get("/health_generate")
     async def health_generate() -> dict:
@@ -148,6 +197,7 @@ def _add_sglang(app: FastAPI, gateway: Gateway) -> None:
             raise ApiError(503, f"no token came within {HEALTH_TIMEOUT_S:g} s") from None
         return {}
 
+    @app.get("/model_info")
     @app.get("/get_model_info")
     async def model_info() -> dict:
         parameters = await gateway.triton.parameters()
@@ -157,9 +207,14 @@ def _add_sglang(app: FastAPI, gateway: Gateway) -> None:
             "is_generation": True,
         }
 
+    @app.get("/server_info")
     @app.get("/get_server_info")
     async def server_info() -> dict:
-        return {**await gateway.triton.parameters(), "served_model_name": gateway.settings.model_name}
+        return {
+            **await gateway.triton.parameters(),
+            "served_model_name": gateway.settings.model_name,
+            "internal_states": await gateway.engines(),
+        }
 
 
 async def _generate_token(server: TritonServer) -> None:
@@ -177,6 +232,8 @@ def _add_operations(app: FastAPI, gateway: Gateway) -> None:
     @app.get("/metrics")
     async def metrics() -> PlainTextResponse:
         try:
-            return PlainTextResponse(await asyncio.to_thread(metrics_text, gateway.settings.metrics_url))
-        except OSError as error:
-            raise ApiError(503, f"no metrics from tritonserver: {error}") from None
+            return PlainTextResponse(
+                await asyncio.to_thread(metrics_text, gateway.settings.metrics_url, ANSWER_TIMEOUT_S)
+            )
+        except (OSError, HTTPException) as error:
+            raise ApiError(503, f"no metrics from tritonserver: {error or type(error).__name__}") from None

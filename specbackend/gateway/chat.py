@@ -60,12 +60,12 @@ class Chat:
 
     def _rest(self, delta: Delta) -> dict[str, Any]:
         """Of a choice, beside its message."""
-        logprobs = delta.logprobs and {"content": of_chat(delta.logprobs, self._request.top_logprobs or 0)}
+        logprobs = of_chat(delta.logprobs, self._request.top_logprobs or 0) if delta.logprobs else None
         reason = delta.finish_reason
         if reason == "stop" and self._messages[delta.index].has_tool_calls:
             reason = "tool_calls"
         trace = {} if delta.spec_trace is None else {"spec_trace": delta.spec_trace}
-        return {"logprobs": logprobs or None, "finish_reason": reason, **trace}
+        return {"logprobs": logprobs, "finish_reason": reason, **trace}
 
     def _head(self, kind: str) -> dict[str, Any]:
         return {"id": self._id, "object": kind, "created": self._created, "model": self._request.model}

@@ -3,10 +3,11 @@
 import time
 from collections.abc import AsyncIterator
 from contextlib import aclosing
+from dataclasses import replace
 from typing import Any
 
 from specbackend.gateway.answers import Delta, Usage, ask, join
-from specbackend.gateway.inputs import completion_questions, new_id, num_answers
+from specbackend.gateway.inputs import asks_for_nothing, completion_questions, new_id, num_answers
 from specbackend.gateway.logprobs import CompletionLogprobs
 from specbackend.gateway.protocol import CompletionRequest
 from specbackend.gateway.triton import TritonServer
@@ -20,6 +21,7 @@ class Completion:
         self._tokenizer = tokenizer
         self._request = request
         self._questions = completion_questions(tokenizer, request)
+        self._asks_for_nothing = asks_for_nothing(request)
         self._n = num_answers(request.sampling())
         self._usage = Usage(self._questions, request.stream_options)
         self._logprobs: dict[int, CompletionLogprobs] = {}  # by the answer's index
@@ -31,7 +33,7 @@ class Completion:
         }
 
     async def chunks(self, server: TritonServer) -> AsyncIterator[dict[str, Any]]:
-        async with aclosing(ask(server, self._questions, self._n)) as deltas:
+        async with aclosing(self._deltas(server)) as deltas:
             async for delta in deltas:
                 choice = self._choice(delta)
                 yield {**self._head, "choices": [choice], **self._usage.in_chunk()}
@@ -40,10 +42,15 @@ class Completion:
 
     async def body(self, server: TritonServer) -> dict[str, Any]:
         choices: dict[int, dict[str, Any]] = {}
-        async with aclosing(ask(server, self._questions, self._n)) as deltas:
+        async with aclosing(self._deltas(server)) as deltas:
             async for delta in deltas:
                 join(choices.setdefault(delta.index, {}), self._choice(delta))
         return {**self._head, "choices": [choices[index] for index in sorted(choices)], "usage": self._usage.to_dict()}
+
+    async def _deltas(self, server: TritonServer) -> AsyncIterator[Delta]:
+        async with aclosing(ask(server, self._questions, self._n)) as deltas:
+            async for delta in deltas:
+                yield _of_prompt(delta) if self._asks_for_nothing else delta
 
     def _choice(self, delta: Delta) -> dict[str, Any]:
         self._usage.add(delta)
@@ -73,3 +80,9 @@ class Completion:
         if isinstance(prompts[0], int):
             return self._tokenizer.decode(prompts)
         return prompts[prompt] if isinstance(prompts[prompt], str) else self._tokenizer.decode(prompts[prompt])
+
+
+def _of_prompt(delta: Delta) -> Delta:
+    """What it says of the prompt, without the token that nobody asked for."""
+    reason = delta.finish_reason and "length"
+    return replace(delta, text="", num_tokens=0, logprobs=delta.logprobs and [], finish_reason=reason, spec_trace=None)

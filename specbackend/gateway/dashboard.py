@@ -4,27 +4,22 @@ The page is files and JSON. It asks the gateway it came from for completions, ke
 and nothing is kept here.
 """
 
-import json
 import re
-from collections.abc import Mapping
-from contextlib import closing
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from http.client import HTTPException
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import tritonclient.grpc as grpc_client
 from fastapi import APIRouter, Request
 from fastapi.responses import FileResponse, JSONResponse, RedirectResponse, Response
-from tritonclient.utils import InferenceServerException
 
+from specbackend.gateway.errors import ApiError
 from specbackend.serving.client import read_metrics
 
 STATIC = Path(__file__).parent / "static"
 FILES = frozenset(path.name for path in STATIC.iterdir())  # the only names that are looked up
 STATS_TIMEOUT_S = 2.0  # the page asks each second
-TREE_TIMEOUT_S = 10.0  # the model waits for engines in the middle of a step
 HEADERS = {
     "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; "
     "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
@@ -71,8 +66,11 @@ FAMILIES = {  # by the name in the page's JSON; counters count from the engine's
 }
 
 
-def router(metrics_url: str, grpc_url: str) -> APIRouter:
-    """Routes under /dashboard. Both addresses are the tritonserver's, as host:port."""
+AskRadixCache = Callable[[str], Awaitable[dict[str, Any]]]  # an action; raises ApiError
+
+
+def router(metrics_url: str, ask_radix_cache: AskRadixCache) -> APIRouter:
+    """Routes under /dashboard. metrics_url: tritonserver's, as host:port."""
     routes = APIRouter(prefix="/dashboard", include_in_schema=False)
 
     @routes.get("")
@@ -84,15 +82,12 @@ def router(metrics_url: str, grpc_url: str) -> APIRouter:
         return JSONResponse(read_stats(metrics_url), headers=HEADERS)
 
     @routes.get("/api/radix_tree")
-    def radix_tree() -> Response:
-        return JSONResponse(read_radix_tree(grpc_url), headers=HEADERS)
+    async def radix_tree() -> Response:
+        return JSONResponse(await read_engines(ask_radix_cache, "tree"), headers=HEADERS)
 
     @routes.get("/api/engines")
-    def engines() -> Response:
-        answer = read_radix_tree(grpc_url)
-        for engine in answer.get("engines", []):
-            engine.pop("nodes", None)
-        return JSONResponse(answer, headers=HEADERS)
+    async def engines() -> Response:
+        return JSONResponse(await read_engines(ask_radix_cache, "engines"), headers=HEADERS)
 
     @routes.get("/{name:path}")
     def static(name: str) -> Response:
@@ -129,13 +124,9 @@ def by_model(metrics: Mapping[str, float]) -> dict[str, dict[str, Any]]:
     return models
 
 
-def read_radix_tree(grpc_url: str) -> dict[str, Any]:
-    """What the model `radix_cache` answers to `tree`, or `problem`, a sentence for people."""
-    action = grpc_client.InferInput("action", [1, 1], "BYTES")
-    action.set_data_from_numpy(np.array([[b"tree"]], np.object_))
+async def read_engines(ask_radix_cache: AskRadixCache, action: str) -> dict[str, Any]:
+    """What the model `radix_cache` answers to `tree` or `engines`, or `problem`, a sentence for people."""
     try:
-        with closing(grpc_client.InferenceServerClient(grpc_url)) as client:
-            result = client.infer("radix_cache", [action], client_timeout=TREE_TIMEOUT_S)
-        return json.loads(result.as_numpy("result").item())
-    except InferenceServerException as error:
-        return {"problem": f"The model radix_cache does not show its tree: {error.message()}"}
+        return await ask_radix_cache(action)
+    except ApiError as error:
+        return {"problem": f"The model radix_cache does not show its {action}: {error.message}"}

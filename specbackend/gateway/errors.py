@@ -19,8 +19,9 @@ STATUSES = {  # of llm's errors
     grpc.StatusCode.NOT_FOUND: 404,
     grpc.StatusCode.UNAVAILABLE: 503,  # the queue is full, the engine restarts, or nobody listens
     grpc.StatusCode.CANCELLED: 499,
-    grpc.StatusCode.DEADLINE_EXCEEDED: 504,
 }
+TOO_LONG = re.compile(r"has (?P<length>\d+) tokens, too many for context_length (?P<limit>\d+)")  # as llm says it
+KIND = re.compile(r"str|bool|[A-Z]\w*|\w+\[.*")  # pydantic's word for one of those that a value may be of
 REFUSAL = re.compile(r"(?P<name>\w+): (?P<message>.*)", re.DOTALL)  # as InvalidRequest says it
 
 
@@ -53,13 +54,24 @@ def refused(param: str, message: str) -> ApiError:
     return ApiError(400, f"{param}: {message}", param)
 
 
-def of_triton(code: grpc.StatusCode, details: str, names: Mapping[str, str]) -> ApiError:
+def of_triton(code: grpc.StatusCode | None, details: str, names: Mapping[str, str]) -> ApiError:
     """What Triton says, in the client's words: `names` are what it calls the names that llm knows."""
     status = STATUSES.get(code, 500)
     refusal = REFUSAL.fullmatch(details)
-    if status == 400 and refusal:
-        return refused(names.get(refusal["name"], refusal["name"]), refusal["message"])
-    return ApiError(status, details)
+    if status != 400 or not refusal:
+        return ApiError(status, details)
+    param, message = names.get(refusal["name"], refusal["name"]), refusal["message"]
+    too_long = TOO_LONG.match(message)
+    return _too_long(param, **too_long.groupdict()) if too_long else refused(param, message)
+
+
+def _too_long(param: str, length: str, limit: str) -> ApiError:
+    """In the words of OpenAI, vLLM and Anthropic: clients look for them to cut a conversation and ask again."""
+    message = (
+        f"{param}: prompt is too long: this model's maximum context length is {limit} tokens, with the answer, "
+        f"and the prompt has {length}"
+    )
+    return ApiError(400, message, param, "context_length_exceeded")
 
 
 def of_invalid_request(error: InvalidRequest) -> ApiError:
@@ -67,13 +79,20 @@ def of_invalid_request(error: InvalidRequest) -> ApiError:
 
 
 def of_validation(error: RequestValidationError) -> ApiError:
-    """The first fault that pydantic has found, named by its place in the body."""
-    first = error.errors()[0]
-    place = [str(part) for part in first["loc"] if part != "body"]
-    param = place[0] if place and first["type"] != "json_invalid" else None
-    if first["type"] == "extra_forbidden":
+    """The first fault that pydantic has found, named by its place in the body.
+
+    Of a value that may be of several kinds each kind has a fault, and where most of it fits is where the client errs.
+    """
+    first, *others = error.errors()
+    same = [first, *(each for each in others if each["loc"][:2] == first["loc"][:2])]
+    fault = max(same, key=lambda each: len(each["loc"]))
+    is_unknown = fault["type"] == "extra_forbidden"
+    names = [str(part) for part in fault["loc"][1:]]
+    place = [name for name in names if not KIND.fullmatch(name) or (is_unknown and name is names[-1])]
+    param = place[0] if place and fault["type"] != "json_invalid" else None
+    if is_unknown:
         return ApiError(400, f"Unrecognized request argument supplied: {'.'.join(place)}", param)
-    return ApiError(400, f"{'.'.join(place)}: {first['msg']}" if param else first["msg"], param)
+    return ApiError(400, f"{'.'.join(place)}: {fault['msg']}" if param else fault["msg"], param)
 
 
 def add_handlers(app) -> None:

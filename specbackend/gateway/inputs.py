@@ -7,13 +7,14 @@ from typing import Any
 
 from specbackend.gateway.answers import ALWAYS_ASKED
 from specbackend.gateway.errors import refused
-from specbackend.gateway.protocol import MOST_PROMPTS, ChatRequest, CompletionRequest, Generation, NamedTool
+from specbackend.gateway.protocol import MOST_PROMPTS, ChatPrompt, ChatRequest, CompletionRequest, Generation, NamedTool
 from specbackend.gateway.triton import Question
 from specbackend.sampling_params import ANY_OBJECT, GUIDES, in_our_words
 from specbackend.serving.chat import render_chat
 from specbackend.tokenizer import Tokenizer
 
 MAX_TOKENS = 16  # of a completion, if nothing is said
+LENGTHS = ("max_tokens", "max_new_tokens")
 GUIDE_NAMES = ("json_schema", "regex", "ebnf", "choice", "structured_outputs", "guided_decoding")
 
 
@@ -39,12 +40,15 @@ def chat_question(
         sampling["logprobs"] = request.top_logprobs or 0
     elif request.top_logprobs:
         raise refused("top_logprobs", "says nothing without logprobs")
-    return _question(request, chat_ids(tokenizer, request), sampling, names)
+    input_ids = tokenizer.encode(chat_text(tokenizer, request), add_special_tokens=False)
+    return _question(request, input_ids, sampling, names)
 
 
 def completion_questions(tokenizer: Tokenizer, request: CompletionRequest) -> list[Question]:
-    """One for each prompt."""
+    """One for each prompt. The engine writes a token even if the prompt is all that is asked about."""
     sampling = _with_length(request.sampling(), MAX_TOKENS)
+    if asks_for_nothing(request):
+        sampling |= {name: 1 for name in LENGTHS if sampling.get(name) == 0}
     if request.logprobs is not None:
         sampling["logprobs"] = request.logprobs
         if request.echo:
@@ -53,9 +57,14 @@ def completion_questions(tokenizer: Tokenizer, request: CompletionRequest) -> li
     return [_question(request, ids, sampling, names) for ids in prompt_ids(tokenizer, "prompt", request.prompt)]
 
 
+def asks_for_nothing(request: CompletionRequest) -> bool:
+    """Whether the answer has no token: with `echo` and `logprobs` that is how a text is scored."""
+    return any(type(length) is int and length == 0 for length in (request.max_tokens, request.max_new_tokens))
+
+
 def _with_length(sampling: Mapping[str, Any], default: int | None) -> dict[str, Any]:
     """`max_tokens`, unless the client says it, under either name."""
-    is_said = "max_tokens" in sampling or "max_new_tokens" in sampling
+    is_said = any(name in sampling for name in LENGTHS)
     return {**({} if is_said else {"max_tokens": default}), **sampling}
 
 
@@ -75,23 +84,22 @@ def prompt_ids(tokenizer: Tokenizer, name: str, prompt: str | list) -> list[list
     return encoded
 
 
-def chat_ids(tokenizer: Tokenizer, request: ChatRequest) -> list[int]:
-    """Raises InvalidRequest."""
+def chat_text(tokenizer: Tokenizer, request: ChatPrompt) -> str:
+    """In the chat template, which brings its own special tokens. Raises InvalidRequest."""
     variables = dict(request.chat_template_kwargs or {})
     if request.reasoning_effort is not None:
         variables["reasoning_effort"] = request.reasoning_effort
-    text = render_chat(
+    return render_chat(
         tokenizer,
-        json.dumps(request.messages),
-        json.dumps(template_tools(request)),
-        json.dumps(variables),
+        request.messages,
+        template_tools(request),
+        variables,
         request.add_generation_prompt,
         request.continue_final_message,
     )
-    return tokenizer.encode(text, add_special_tokens=False)  # the template brings its own
 
 
-def template_tools(request: ChatRequest) -> list[dict[str, Any]]:
+def template_tools(request: ChatPrompt) -> list[dict[str, Any]]:
     """Those that the model hears of."""
     if not request.tools or request.tool_choice == "none":
         return []

@@ -20,12 +20,13 @@ def likeliest(place: Place, count: int) -> list[tuple[int, dict[str, Any]]]:
     return [(int(token), entry) for token, entry in ranked if entry["rank"] <= count][:count]
 
 
-def of_chat(places: list[Place], top: int) -> list[dict[str, Any]]:
-    """The `content` of a chat's logprobs."""
-    return [
+def of_chat(places: list[Place], top: int) -> dict[str, Any]:
+    """A chat's logprobs."""
+    content = [
         {**_token(picked(place)[1]), "top_logprobs": [_token(entry) for _, entry in likeliest(place, top)]}
         for place in places
     ]
+    return {"content": content, "refusal": None}
 
 
 def _token(entry: dict[str, Any]) -> dict[str, Any]:
@@ -49,10 +50,16 @@ class CompletionLogprobs:
         lists: dict[str, list] = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
         for place, alone in zip(places, texts, strict=True):
             entry = picked(place)[1] if place else {"decoded_token": alone, "logprob": None}
-            top = likeliest(place, self._top) if place else None
             lists["tokens"].append(entry["decoded_token"])
             lists["token_logprobs"].append(entry["logprob"])
-            lists["top_logprobs"].append({each["decoded_token"]: each["logprob"] for _, each in top} if top else None)
+            lists["top_logprobs"].append(self._by_text(place) if place else None)
             lists["text_offset"].append(self._offset)
             self._offset += len(entry["decoded_token"])
         return lists
+
+    def _by_text(self, place: Place) -> dict[str, float]:
+        """The likeliest and the one that was picked. Of tokens that look alike only the likeliest is told."""
+        logprobs: dict[str, float] = {}
+        for _, entry in (*likeliest(place, self._top), picked(place)):
+            logprobs.setdefault(entry["decoded_token"], entry["logprob"])
+        return logprobs

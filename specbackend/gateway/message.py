@@ -23,7 +23,7 @@ class Message:
     """Of one answer. `whole` is the message so far, as the body of an answer has it."""
 
     def __init__(self, reasoning: ReasoningParser | None = None, tools: ToolCallParser | None = None):
-        self.whole: dict[str, Any] = {"role": "assistant", "content": None}
+        self.whole: dict[str, Any] = {"role": "assistant", "content": None, "refusal": None}
         self._reasoning, self._tools = reasoning, tools
         self._is_new = True
 

@@ -36,12 +36,12 @@ class Model(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _with_one_unknown(cls, given: Any) -> Any:
-        """Only the first unknown name is told of, and each would be an error of its own."""
+        """Only the first unknown name is told of, and each would be an error of its own. With null it says nothing."""
         if not isinstance(given, dict):
             return given
         known = {field.alias or name for name, field in cls.model_fields.items()}
-        unknown = [name for name in given if name not in known]
-        return {name: value for name, value in given.items() if name in known or name == unknown[0]}
+        unknown = next((name for name, value in given.items() if name not in known and value is not None), None)
+        return {name: value for name, value in given.items() if name in known or name == unknown}
 
 
 class Body(Model):
@@ -51,6 +51,8 @@ class Body(Model):
     @classmethod
     def _can_be_passed_on(cls, given: Any) -> Any:
         """JSON's escapes can say what is no UTF-8: it would fail further on, or in the answer that quotes it."""
+        if isinstance(given, bytes):  # FastAPI's word for what was not sent as JSON
+            raise PydanticCustomError("no_json", "send JSON, and say so: Content-Type: application/json")
         try:
             json.dumps(given, ensure_ascii=False).encode()
         except UnicodeEncodeError:
@@ -122,31 +124,35 @@ class NamedTool(Model):
     function: FunctionName
 
 
-class ChatRequest(Generation):
-    """POST /v1/chat/completions. Messages go to the chat template as they are."""
+class ChatPrompt(Model):
+    """What the chat template makes a prompt of. Messages go to it as they are."""
 
     messages: Annotated[list[dict[str, Any]], Some]
-    max_completion_tokens: int | None = None
-    logprobs: bool | None = None
-    top_logprobs: Annotated[int, Field(ge=0, le=MOST_LOGPROBS)] | None = None
-    response_format: ResponseFormat | None = None
     tools: Annotated[list[Tool], Few] | None = None
     tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None  # None: auto if there are tools
-    parallel_tool_calls: bool | None = None  # None: true
-    separate_reasoning: bool | None = None  # None: true
-    modalities: Annotated[list[Literal["text"]], Few] | None = None
-    # of the chat template
     add_generation_prompt: bool | None = None  # None: unless the final message is to be continued
     continue_final_message: bool | None = None
     chat_template_kwargs: dict[str, Any] | None = None
     reasoning_effort: str | None = None
 
 
+class ChatRequest(ChatPrompt, Generation):
+    """POST /v1/chat/completions."""
+
+    max_completion_tokens: int | None = None
+    logprobs: bool | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=MOST_LOGPROBS)] | None = None
+    response_format: ResponseFormat | None = None
+    parallel_tool_calls: bool | None = None  # None: true
+    separate_reasoning: bool | None = None  # None: true
+    modalities: Annotated[list[Literal["text"]], Few] | None = None
+
+
 class CompletionRequest(Generation):
     """POST /v1/completions."""
 
-    prompt: Annotated[str, Field(min_length=1)] | Ids | Annotated[list[str | Ids], Some]
-    logprobs: Annotated[int, Field(ge=0, le=MOST_LOGPROBS)] | None = None
+    prompt: str | Ids | Annotated[list[str | Ids], Some]
+    logprobs: Annotated[int, Field(strict=True, ge=0, le=MOST_LOGPROBS)] | None = None  # true is a chat's
     echo: bool | None = None
     suffix: Literal[""] | None = None  # nothing here fills gaps
 
@@ -176,7 +182,13 @@ class GenerateRequest(Body):
     session_params: None = None
     custom_logit_processor: None = None
     return_hidden_states: Literal[False] | None = None
+    return_routed_experts: Literal[False] | None = None
+    return_indexer_topk: Literal[False] | None = None
+    return_entropy: Literal[False] | None = None
+    require_reasoning: Literal[False] | None = None
     background: Literal[False] | None = None
+    # known, and nothing to do about: meta_info has the usage in any case
+    stream_options: StreamOptions | None = None
     log_metrics: bool | None = None
 
 
@@ -185,3 +197,20 @@ class AbortRequest(Body):
 
     rid: Annotated[str, Field(min_length=1)]
     abort_all: Literal[False] | None = None
+
+
+class TokenizeRequest(ChatPrompt, Body):
+    """POST /tokenize, vLLM's: a text, or a chat."""
+
+    model: str | None = None
+    messages: Annotated[list[dict[str, Any]], Some] | None = None
+    prompt: str | None = None
+    add_special_tokens: bool | None = None  # None: of a text; the chat template brings its own
+    return_token_strs: bool | None = None
+
+
+class DetokenizeRequest(Body):
+    """POST /detokenize, vLLM's."""
+
+    model: str | None = None
+    tokens: Annotated[list[TokenId], Few]

@@ -17,6 +17,7 @@ from specbackend.serving.client import output_values
 RADIX_CACHE = "radix_cache"
 TRUE_CODES = {"triton_grpc_error": "true"}  # errors are gRPC's, with their code, and not text in a response
 READY_TIMEOUT_S = 5.0
+ANSWER_TIMEOUT_S = 10.0  # of all but generating; the model radix_cache waits for engines in the middle of a step
 STREAM_ENDED = "the server ended the stream before the answer was complete"
 
 
@@ -56,7 +57,7 @@ class TritonServer:
     async def parameters(self) -> dict[str, str]:
         """Those of the model's config.pbtxt."""
         try:
-            config = await self._client.get_model_config(self.model, as_json=True)
+            config = await self._client.get_model_config(self.model, as_json=True, client_timeout=ANSWER_TIMEOUT_S)
         except InferenceServerException as error:
             raise _of_exception(error) from None
         return {name: value["string_value"] for name, value in config["config"].get("parameters", {}).items()}
@@ -83,20 +84,23 @@ class TritonServer:
             "inputs": [_tensor("stop", "BOOL", [True])],
             "request_id": request_id,
         }
-        async for _ in self._responses(request, {}):
+        async for _ in self._responses(request, {}, ANSWER_TIMEOUT_S):
             pass
 
     async def radix_cache(self, action: str) -> dict:
         """What the model radix_cache says to an action."""
+        inputs = [_tensor("action", "BYTES", [action.encode()])]
         try:
-            result = await self._client.infer(RADIX_CACHE, [_tensor("action", "BYTES", [action.encode()])])
+            result = await self._client.infer(RADIX_CACHE, inputs, client_timeout=ANSWER_TIMEOUT_S)
         except InferenceServerException as error:
             raise _of_exception(error) from None
         return json.loads(output_values(result)["result"])
 
-    async def _responses(self, request: dict[str, Any], names: Mapping[str, str]) -> AsyncIterator[dict[str, Any]]:
+    async def _responses(
+        self, request: dict[str, Any], names: Mapping[str, str], timeout_s: float | None = None
+    ) -> AsyncIterator[dict[str, Any]]:
         final = False
-        responses = self._client.stream_infer(_once(request), headers=TRUE_CODES)
+        responses = self._client.stream_infer(_once(request), stream_timeout=timeout_s, headers=TRUE_CODES)
         try:
             async for result, error in responses:
                 if error is not None:
@@ -104,7 +108,7 @@ class TritonServer:
                 yield output_values(result)
                 final = result.get_response().parameters["triton_final_response"].bool_param
         except grpc.aio.AioRpcError as error:
-            raise of_triton(error.code(), error.details() or "", names) from None
+            raise _failure(error.code(), error.details() or "", names) from None
         finally:
             responses.cancel()
         if not final:
@@ -125,4 +129,11 @@ def _of_exception(error: InferenceServerException) -> ApiError:
     code = None
     with suppress(AttributeError, KeyError):
         code = grpc.StatusCode[error.status().removeprefix("StatusCode.")]
-    return of_triton(code, error.message(), {})
+    return _failure(code, error.message(), {})
+
+
+def _failure(code: grpc.StatusCode | None, details: str, names: Mapping[str, str]) -> ApiError:
+    """The only deadlines are our own."""
+    if code is grpc.StatusCode.DEADLINE_EXCEEDED:
+        return ApiError(504, f"tritonserver has not answered within {ANSWER_TIMEOUT_S:g} s")
+    return of_triton(code, details, names)

@@ -22,7 +22,7 @@ from specbackend.sampling_params import (
     SamplingParams,
     in_our_words,
 )
-from specbackend.serving.chat import render_chat
+from specbackend.serving.chat import render_json_chat
 from specbackend.serving.errors import Unsupported
 from specbackend.serving.faces import LLM, Face, complete_vllm
 from specbackend.serving.protocol import Ready
@@ -264,7 +264,7 @@ class CallReader:
         for name in CHAT:
             if isinstance(fields.get(name), str):
                 check_text_length(name, fields.get(name), self._tokenizer, context_length, JSON_BYTES)
-        text = render_chat(self._tokenizer, **{name: fields.get(name) for name in CHAT})
+        text = render_json_chat(self._tokenizer, **{name: fields.get(name) for name in CHAT})
         check_text_length("messages", text, self._tokenizer, context_length)
         input_ids = self._tokenizer.encode(text, add_special_tokens=False)
         check_prompt_length("messages", len(input_ids), context_length)

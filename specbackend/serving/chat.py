@@ -1,6 +1,7 @@
 """Conversations: OpenAI's messages as a client sends them, checked, and rendered by the checkpoint's chat template."""
 
 import json
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from specbackend.errors import InvalidRequest
@@ -11,7 +12,7 @@ from specbackend.tokenizer import Tokenizer
 RESERVED = ("self", "messages", "tools", "add_generation_prompt", "continue_final_message")
 
 
-def render_chat(
+def render_json_chat(
     tokenizer: Tokenizer,
     messages: str,
     tools: str | None = None,
@@ -19,39 +20,50 @@ def render_chat(
     add_generation_prompt: bool | None = None,
     continue_final_message: bool | None = None,
 ) -> str:
-    """The prompt, which already holds its special tokens. The first three are JSON.
+    """`render_chat` of JSON texts, as Triton's tensors hold them."""
+    return render_chat(
+        tokenizer,
+        _read("messages", messages, list, "a list of messages"),
+        _read("tools", tools or "[]", list, "a list of tools"),
+        _read("chat_template_kwargs", chat_template_kwargs or "{}", dict, "an object"),
+        add_generation_prompt,
+        continue_final_message,
+    )
+
+
+def render_chat(
+    tokenizer: Tokenizer,
+    messages: Sequence[Any],
+    tools: Sequence[Any],
+    chat_template_kwargs: Mapping[str, Any],
+    add_generation_prompt: bool | None = None,
+    continue_final_message: bool | None = None,
+) -> str:
+    """The prompt, which already holds its special tokens. The first three hold JSON's values.
 
     Raises InvalidRequest and Unsupported, naming the argument at fault: `messages`, if it is the template that objects.
     """
-    conversation = read_messages(messages)
-    variables = _read("chat_template_kwargs", chat_template_kwargs or "{}", dict, "an object")
-    if reserved := sorted(variables.keys() & set(RESERVED)):
+    conversation = check_messages(messages)
+    if not all(isinstance(tool, dict) for tool in tools):
+        raise InvalidRequest("tools", "must be objects")
+    if reserved := sorted(chat_template_kwargs.keys() & set(RESERVED)):
         raise InvalidRequest("chat_template_kwargs", f"cannot set {', '.join(reserved)}")
     if continue_final_message and add_generation_prompt:
         raise InvalidRequest("continue_final_message", "contradicts add_generation_prompt: one answer or the other")
     begins_answer = not continue_final_message if add_generation_prompt is None else add_generation_prompt
-    known_tools = read_tools(tools or "[]") or None
     try:
         return tokenizer.apply_chat_template(
-            conversation, known_tools, begins_answer, bool(continue_final_message), **variables
+            conversation, list(tools) or None, begins_answer, bool(continue_final_message), **chat_template_kwargs
         )
     except Exception as error:  # the template is the checkpoint's own program
         raise InvalidRequest("messages", f"cannot be put into the chat template: {error}") from error
 
 
-def read_messages(text: str) -> list[dict[str, Any]]:
-    """JSON of OpenAI's messages, as chat templates want them: content is text, a tool call's arguments an object."""
-    messages = _read("messages", text, list, "a list of messages")
+def check_messages(messages: Sequence[Any]) -> list[dict[str, Any]]:
+    """OpenAI's messages, as chat templates want them: content is text, a tool call's arguments an object."""
     if not messages:
         raise InvalidRequest("messages", "is empty")
     return [_message(f"message {index}", message) for index, message in enumerate(messages)]
-
-
-def read_tools(text: str) -> list[dict[str, Any]]:
-    tools = _read("tools", text, list, "a list of tools")
-    if not all(isinstance(tool, dict) for tool in tools):
-        raise InvalidRequest("tools", "must be objects")
-    return tools
 
 
 def _message(where: str, message: Any) -> dict[str, Any]:

@@ -166,7 +166,10 @@ class EngineServer:
         return {
             "model_path": config.model_path,
             "speculative_algorithm": config.speculative_algorithm,
+            "context_length": self._engine.context_length,
             "adapters": len(self._adapters),
+            "last_gen_throughput": stats.gen_throughput,
+            "avg_spec_accept_length": 1 + stats.accepted_tokens / stats.drafts if stats.drafts else None,
             "total_slots": stats.total_slots,
             "free_slots": stats.free_slots,
             **asdict(self._cache_view(limit)),

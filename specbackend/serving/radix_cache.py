@@ -35,6 +35,7 @@ PARAMETERS = ("socket", *OWN_SIDECAR, "warm_up_prompts", "warm_up_model")
 PATHS = ("socket", "snapshot", "warm_up_prompts")
 READY_S = 10.0  # for the sidecar to answer; the model is ready without it then
 LOOKUP_S = 2.0
+ACTIONS = ("stats", "engines", "tree", "audit", "flush", "lookup", "warm_up")
 TREE_NODES = 500  # of each engine's tree
 
 log = logging.getLogger(__name__)
@@ -90,6 +91,8 @@ class RadixCache:
         match only_value("action", inputs.get("action", ["stats"])):
             case "stats":
                 return self._with_engines(CacheTree(0), self._readable_stats)
+            case "engines":  # `tree` without nodes, which costs an engine nothing
+                return {"engines": ask_engines(self._server_pid, CacheTree(0))}
             case "tree":
                 return {"engines": ask_engines(self._server_pid, CacheTree(TREE_NODES))}
             case "audit":
@@ -101,7 +104,7 @@ class RadixCache:
             case "warm_up":
                 return self._warm_up()
             case other:
-                raise InvalidRequest("action", f"must be stats, tree, audit, flush, lookup or warm_up, got {other!r}")
+                raise InvalidRequest("action", f"must be one of {', '.join(ACTIONS)}, got {other!r}")
 
     def _with_engines(self, question: CacheTree | FlushCache, ask_sidecar: Callable[[], dict]) -> dict:
         """What the sidecar says, or why it does not, and each engine. Raises ConnectionError if there is neither."""

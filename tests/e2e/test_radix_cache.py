@@ -75,7 +75,7 @@ def test_ids_by_infer(server):
 
 def test_errors_have_their_status(server):
     status, body = ask(server, action="burn")
-    assert status == 400 and "action: must be stats, tree" in body["error"]
+    assert status == 400 and "action: must be one of stats" in body["error"]
 
 
 def test_warm_up_asks_llm(server):

@@ -9,19 +9,15 @@ import socket
 import threading
 import time
 from collections.abc import AsyncIterator, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
-import grpc
-import numpy as np
 import uvicorn
 from fastapi import FastAPI, Request
 from fastapi.responses import PlainTextResponse, StreamingResponse
-from tritonclient.grpc import service_pb2, service_pb2_grpc
-from tritonclient.utils import serialize_byte_tensor
 
 from specbackend.gateway.dashboard import router
+from specbackend.gateway.errors import ApiError
 
 TEXT = (
     " Tom starts with 3 apples.\nHe buys 4 more, so he has 3 + 4 = <<3+4=7>>7 apples.\n"
@@ -113,9 +109,9 @@ class FakeUpstream:
     )
     tree: dict | None = None  # of radix_cache; None: there is no such model
     requests: list[dict] = field(default_factory=list)
+    actions: list[str] = field(default_factory=list)  # that radix_cache was asked for
     num_answered: int = 0  # to the end
     port: int = 0
-    grpc_port: int = 0
 
     @property
     def url(self) -> str:
@@ -123,12 +119,18 @@ class FakeUpstream:
 
     def app(self) -> FastAPI:
         app = FastAPI()
-        app.include_router(router(f"127.0.0.1:{self.port}", f"127.0.0.1:{self.grpc_port}"))
+        app.include_router(router(f"127.0.0.1:{self.port}", self._ask_radix_cache))
         app.get("/v1/models")(lambda: {"object": "list", "data": [{"id": "llm", "object": "model"}]})
         app.get("/metrics")(lambda: PlainTextResponse(self.metrics or "# nothing\n"))
         for path in ("/v1/chat/completions", "/v1/completions"):
             app.post(path)(self._complete)
         return app
+
+    async def _ask_radix_cache(self, action: str) -> dict:
+        self.actions.append(action)
+        if self.tree is None:
+            raise ApiError(404, "Request for unknown model: 'radix_cache' is not found")
+        return self.tree
 
     async def _complete(self, request: Request) -> StreamingResponse:
         self.requests.append(await request.json())
@@ -149,10 +151,6 @@ class FakeUpstream:
     def running(self) -> Iterator["FakeUpstream"]:
         listener = socket.create_server(("127.0.0.1", self.port))
         self.port = listener.getsockname()[1]
-        triton = grpc.server(ThreadPoolExecutor(2))
-        service_pb2_grpc.add_GRPCInferenceServiceServicer_to_server(_RadixCache(self), triton)
-        self.grpc_port = triton.add_insecure_port("127.0.0.1:0")
-        triton.start()
         server = uvicorn.Server(
             uvicorn.Config(self.app(), log_level="error", lifespan="off", timeout_graceful_shutdown=1)
         )
@@ -165,21 +163,7 @@ class FakeUpstream:
         finally:
             server.should_exit = True
             thread.join()
-            triton.stop(None)
             listener.close()
-
-
-class _RadixCache(service_pb2_grpc.GRPCInferenceServiceServicer):
-    def __init__(self, upstream: FakeUpstream):
-        self._upstream = upstream
-
-    def ModelInfer(self, request, context):
-        if self._upstream.tree is None:
-            context.abort(grpc.StatusCode.NOT_FOUND, "Request for unknown model: 'radix_cache' is not found")
-        result = np.array([[json.dumps(self._upstream.tree).encode()]], np.object_)
-        response = service_pb2.ModelInferResponse(raw_output_contents=[serialize_byte_tensor(result).item()])
-        response.outputs.add(name="result", datatype="BYTES", shape=[1, 1])
-        return response
 
 
 def _event(value: dict) -> str:

@@ -9,7 +9,7 @@ import httpx
 import pytest
 from fastapi.testclient import TestClient
 
-from specbackend.gateway import dashboard
+from specbackend.gateway import dashboard, triton
 from specbackend.gateway.app import create_app
 from specbackend.gateway.settings import GatewaySettings
 from specbackend.serving import metrics
@@ -104,12 +104,13 @@ def test_stats_of_a_server_that_is_down():
 def test_radix_tree(page, upstream):
     upstream.tree = {"engines": [{"pid": 7, "nodes": []}]}
     assert page.get("/api/radix_tree").json() == upstream.tree
+    assert upstream.actions == ["tree"]
 
 
-def test_engines(page, upstream):
-    upstream.tree = {"engines": [{"pid": 7, "nodes": [{"id": 1}]}, {"pid": 8, "error": "the engine does not answer"}]}
-    answer = page.get("/api/engines").json()
-    assert answer == {"engines": [{"pid": 7}, {"pid": 8, "error": "the engine does not answer"}]}
+def test_engines_are_not_asked_for_their_trees(page, upstream):
+    upstream.tree = {"engines": [{"pid": 7, "nodes": []}, {"pid": 8, "error": "the engine does not answer"}]}
+    assert page.get("/api/engines").json() == upstream.tree
+    assert upstream.actions == ["engines"]
 
 
 def test_radix_tree_of_a_server_without_the_model(page):
@@ -117,7 +118,8 @@ def test_radix_tree_of_a_server_without_the_model(page):
 
 
 def test_radix_tree_of_a_server_that_is_down():
-    assert "radix_cache" in dashboard.read_radix_tree("127.0.0.1:1")["problem"]
+    with TestClient(create_app(GatewaySettings(str(DEMO_TARGET), grpc_url="127.0.0.1:1"))) as client:
+        assert "radix_cache" in client.get("/dashboard/api/radix_tree").json()["problem"]
 
 
 def test_the_page_waits_for_engines_as_long_as_they_may_take():
@@ -125,7 +127,7 @@ def test_the_page_waits_for_engines_as_long_as_they_may_take():
     limits = re.findall(r'read\("api/(?:radix_tree|engines)", (\w+)\)', "".join(scripts.values()))
     assert limits == ["ENGINES_TIMEOUT"] * 2
     [milliseconds] = re.findall(r"ENGINES_TIMEOUT = (\d+)", "".join(scripts.values()))
-    assert int(milliseconds) > 1000 * dashboard.TREE_TIMEOUT_S
+    assert int(milliseconds) > 1000 * triton.ANSWER_TIMEOUT_S
 
 
 def test_the_gateway_shows_the_page_to_all_and_numbers_to_those_with_a_key():

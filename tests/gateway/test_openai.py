@@ -3,6 +3,7 @@
 import asyncio
 import json
 
+import httpx
 import jsonschema
 import openai
 import pytest
@@ -23,6 +24,12 @@ SCHEMA = {
 @pytest.fixture(scope="module")
 def tokenizer() -> Tokenizer:
     return Tokenizer(DEMO_TARGET)
+
+
+@pytest.fixture(scope="module")
+def http(url):
+    with httpx.Client(base_url=url) as http:
+        yield http
 
 
 def chat_text(tokenizer: Tokenizer, question: str) -> str:
@@ -92,6 +99,8 @@ def test_the_default_is_to_sample_up_to_an_end(client, offline, tokenizer):
     assert answer.choices[0].message.content == expected["text"]
     assert answer.usage.completion_tokens == expected["meta_info"]["completion_tokens"]
     assert client.completions.create(model=MODEL, prompt="How", seed=1).usage.completion_tokens <= 16
+    asked = {"model": MODEL, "messages": messages("How many eggs?"), "extra_body": {"ignore_eos": True}}
+    assert client.chat.completions.create(**asked, max_completion_tokens=3).usage.completion_tokens == 3
 
 
 @pytest.mark.parametrize("form", ["text", "texts", "ids", "several ids"])
@@ -146,7 +155,10 @@ def test_logprobs_and_echo_of_a_completion(client, offline, tokenizer):
     both = [*meta["input_token_logprobs"], *meta["output_token_logprobs"]]
     assert logprobs.token_logprobs == pytest.approx([entry[0] for entry in both])
     assert logprobs.tokens == [tokenizer.decode([entry[1]], skip_special_tokens=False) for entry in both]
-    assert logprobs.top_logprobs[0] is None and len(logprobs.top_logprobs[1]) == 2
+    assert logprobs.top_logprobs[0] is None
+    likeliest = [*meta["input_top_logprobs"], *meta["output_top_logprobs"]]
+    for top, two, (own, *_) in zip(logprobs.top_logprobs[1:], likeliest[1:], both[1:], strict=True):
+        assert sorted(top.values()) == pytest.approx(sorted({own, *(logprob for logprob, *_ in two)}))
     assert logprobs.text_offset[:2] == [0, len(logprobs.tokens[0])]
 
 
@@ -267,13 +279,70 @@ def test_other_refusals(client):
         client.completions.create(model=MODEL, prompt="How", suffix="end")
     with pytest.raises(openai.BadRequestError, match="prompt"):
         client.completions.create(model=MODEL, prompt=[1 << 40])
-    with pytest.raises(openai.BadRequestError, match="context_length"):
-        client.completions.create(model=MODEL, prompt="many eggs " * 4000)
+
+
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
+def test_a_prompt_that_is_too_long_is_known_by_its_code(client, stream):
+    """And by its words, by which LangChain, LiteLLM and agents know that a conversation has to be cut."""
+    words = "messages: prompt is too long: this model's maximum context length is 1024 tokens"
+    with pytest.raises(openai.BadRequestError, match=words) as refusal:
+        client.chat.completions.create(model=MODEL, messages=messages("many eggs " * 4000), stream=stream)
+    assert (refusal.value.code, refusal.value.param) == ("context_length_exceeded", "messages")
 
 
 def test_models(client):
-    assert [model.id for model in client.models.list()] == [MODEL]
-    assert client.models.retrieve(MODEL).id == MODEL
+    [model] = client.models.list()
+    assert model == client.models.retrieve(MODEL)
+    assert (model.id, model.root, model.parent, model.max_model_len) == (MODEL, str(DEMO_TARGET), None, 1024)
+
+
+@pytest.mark.parametrize("max_tokens", [0, 1])
+@pytest.mark.parametrize("form", ["text", "ids"])
+def test_texts_are_scored_as_lm_evaluation_harness_does(client, offline, tokenizer, form, max_tokens):
+    texts = ["How many eggs does she have?", "Tom has 3 apples"]
+    ids = [tokenizer.encode(text) for text in texts]
+    answer = client.completions.create(
+        **{"model": MODEL, "prompt": texts if form == "text" else ids, "temperature": 0, "seed": 1234},
+        **{"max_tokens": max_tokens, "logprobs": 1, "echo": True},
+    )
+    params = {"max_new_tokens": 1, "temperature": 0, "logprobs": 1, "prompt_logprobs": 1}
+    for own, text, choice in zip(ids, texts, answer.choices, strict=True):
+        answered, logprobs = offline.generate(input_ids=own, sampling_params=params), choice.logprobs
+        expected = answered["meta_info"]
+        assert len(logprobs.tokens) == len(logprobs.token_logprobs) == len(own) + max_tokens
+        places = zip(logprobs.token_logprobs, logprobs.top_logprobs, strict=True)
+        assert next(places) == (None, None)
+        theirs = zip(expected["input_token_logprobs"], expected["input_top_logprobs"], strict=True)
+        for (logprob, top), (entry, likeliest) in zip(places, [*theirs][1:], strict=max_tokens == 0):
+            assert (logprob, max(top.values())) == (pytest.approx(entry[0]), pytest.approx(likeliest[0][0]))
+            assert len(top) == 1 + (logprob < max(top.values()))
+        assert choice.text == text + (answered["text"] if max_tokens else "")
+        assert choice.finish_reason == (expected["finish_reason"] if max_tokens else "length")
+    assert answer.usage.completion_tokens == 2 * max_tokens
+
+
+def test_tokens_of_texts_and_chats(http, tokenizer):
+    """vLLM's routes."""
+    said = {"messages": messages("How?"), "tools": [{"type": "function", "function": {"name": "now"}}]}
+    text, chat = "Zo\u00eb has 3", tokenizer.apply_chat_template(said["messages"], said["tools"])
+    for body, ids in (
+        ({"prompt": text}, tokenizer.encode(text)),
+        ({"prompt": "", "model": MODEL, "add_special_tokens": False}, []),
+        (said, tokenizer.encode(chat, add_special_tokens=False)),
+    ):
+        answer = http.post("/tokenize", json=body).json()
+        assert answer == {"count": len(ids), "max_model_len": 1024, "tokens": ids, "token_strs": None}
+    answer = http.post("/tokenize", json={"prompt": text, "return_token_strs": True}).json()
+    assert answer["token_strs"][-1].endswith("3") and len(answer["token_strs"]) == answer["count"]
+    assert http.post("/detokenize", json={"tokens": answer["tokens"]}).json() == {"prompt": text}
+    for path, body, param in (
+        ("/tokenize", {}, "prompt"),
+        ("/tokenize", {"prompt": "a", **said}, "messages"),
+        ("/tokenize", {"prompt": "a", "tools": said["tools"]}, "tools"),
+        ("/tokenize", {"prompt": "a", "model": "other"}, "model"),
+        ("/detokenize", {"tokens": [1 << 20]}, "tokens"),
+    ):
+        assert http.post(path, json=body).json()["error"]["param"] == param
 
 
 def test_keys(settings):

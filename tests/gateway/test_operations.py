@@ -86,11 +86,19 @@ def test_health_and_metrics(url):
     assert "nv_inference_request_success" in httpx.get(f"{url}/metrics").text
 
 
+def test_the_dashboards_engines(url):
+    [engine] = httpx.get(f"{url}/dashboard/api/engines").json()["engines"]
+    [same] = httpx.get(f"{url}/dashboard/api/radix_tree").json()["engines"]
+    assert engine["pid"] == same["pid"] and engine["nodes"] == []
+
+
 def test_without_a_tritonserver(settings):
     nowhere = {"grpc_url": "127.0.0.1:9", "metrics_url": "127.0.0.1:9"}
     with running(settings, **nowhere) as url:
         assert httpx.get(f"{url}/health").status_code == 503
         assert httpx.get(f"{url}/metrics").status_code == 503
+        assert httpx.get(f"{url}/v1/models").json()["data"][0]["max_model_len"] is None
+        assert httpx.get(f"{url}/server_info").status_code == 503
         for stream in (False, True):
             response = httpx.post(f"{url}/generate", json={"text": "a", "stream": stream}, timeout=60)
             assert (response.status_code, response.headers["Retry-After"]) == (503, "1")

@@ -1,7 +1,9 @@
 """What the gateway makes of requests, before a fake tritonserver that says what it is told to."""
 
 import json
+import socket
 import threading
+import typing
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 
@@ -9,6 +11,7 @@ import grpc
 import httpx
 import pytest
 from fastapi.testclient import TestClient
+from openai.types import Completion, chat, completion_create_params
 from pydantic import ValidationError
 from tritonclient.grpc import service_pb2, service_pb2_grpc
 
@@ -16,6 +19,7 @@ from specbackend.errors import ConfigError
 from specbackend.gateway import app as gateway_app
 from specbackend.gateway import protocol, sglang, triton
 from specbackend.gateway.settings import GatewaySettings
+from specbackend.tokenizer import Tokenizer
 from tests.conftest import DEMO_TARGET
 from tests.gateway.conftest import DEADLINE_S
 
@@ -110,6 +114,24 @@ def test_a_thousand_faults_cost_few_errors(kind, body):
     assert refusal.value.error_count() < 10
 
 
+PLACES = [
+    (COMPLETION, {"prompt": 5}, "prompt: Input should be a valid string"),
+    (COMPLETION, {"prompt": [[1, "a"]]}, "prompt.0.1: Input should be a valid integer"),
+    (CHAT, {"tool_choice": "any"}, "tool_choice: Input should be 'none', 'auto' or 'required'"),
+    (CHAT, {"tool_choice": {"type": "function"}}, "tool_choice.function: Field required"),
+    (CHAT, {"tools": [{"type": "custom"}]}, "tools.0.type: Input should be 'function'"),
+    (CHAT, {"Frobnicate": 1}, "Unrecognized request argument supplied: Frobnicate"),
+    (CHAT, {"tools": [{**TOOLS[0], "Name": 1}]}, "Unrecognized request argument supplied: tools.0.Name"),
+    (GENERATE, {"return_logprob": [True, "x"]}, "return_logprob.1: Input should be a valid boolean"),
+]
+
+
+@pytest.mark.parametrize("path, part, message", PLACES, ids=str)
+def test_a_fault_is_told_by_its_place_in_the_body(post, path, part, message):
+    error = post(path, {**BODIES[path], **part}).json()["error"]
+    assert error["message"].startswith(message) and error["param"] == next(iter(part))
+
+
 def test_labels_are_not_looked_at(post):
     assert post(CHAT, {**BODIES[CHAT], "metadata": {str(i): None for i in range(MANY)}}).status_code == 200
 
@@ -126,6 +148,18 @@ def test_half_a_surrogate_pair_is_refused(post, fake, path, part):
 
 def test_half_a_surrogate_pair_in_bytes_is_refused(post):
     assert post(GENERATE, b'{"text": "\xed\xa0\x80"}').status_code == 400
+
+
+@pytest.mark.parametrize("path", BODIES)
+@pytest.mark.parametrize("kind", ["application/x-www-form-urlencoded", "text/plain"])
+def test_what_is_not_sent_as_json_is_refused(fake, path, kind):
+    """As curl -d does. A page of somebody else could send text without asking first."""
+    with TestClient(gateway_app.create_app(GatewaySettings(str(DEMO_TARGET)))) as client:
+        body = json.dumps(BODIES[path]).encode()
+        response = client.post(path, content=body, headers={"Content-Type": kind})
+    assert response.status_code == 400
+    assert "Content-Type: application/json" in response.json()["error"]["message"]
+    assert fake.questions == []
 
 
 def test_what_is_nested_too_deep_is_refused(post):
@@ -195,6 +229,31 @@ def test_one_call_is_one_call(post, fake, stream, parallel, count):
     assert "".join(call["function"].get("arguments", "") for call in calls) == "{}" * count
 
 
+OPENAIS_CHAT, OPENAIS_COMPLETION = (
+    sorted(typing.get_type_hints(params).keys() - BODIES[path].keys())
+    for params, path in (
+        (chat.completion_create_params.CompletionCreateParamsNonStreaming, CHAT),
+        (completion_create_params.CompletionCreateParamsNonStreaming, COMPLETION),
+    )
+)
+
+
+@pytest.mark.parametrize("text", ["Yes", CALL])
+def test_objects_have_the_fields_and_types_of_openais(post, fake, text):
+    """Its package does not look at what it gets, but others do."""
+    fake.text, fake.outputs = text, {"logprobs": place("a")}
+    Completion.model_validate(post(COMPLETION, {**BODIES[COMPLETION], "logprobs": 1}).json(), strict=True)
+    asked = {**BODIES[CHAT], "logprobs": True, "top_logprobs": 1, "tools": TOOLS}
+    answer = post(CHAT, asked, tool_call_parser="hermes").json()
+    chat.ChatCompletion.model_validate(answer, strict=True)
+    [choice] = answer["choices"]
+    assert choice["message"]["refusal"] is choice["logprobs"]["refusal"] is None
+    asked |= {"stream": True, "stream_options": {"include_usage": True}}
+    for chunk in events(post(CHAT, asked, tool_call_parser="hermes")):
+        chat.ChatCompletionChunk.model_validate(chunk, strict=True)
+        assert all(each["logprobs"]["refusal"] is None for each in chunk["choices"] if each["logprobs"])
+
+
 NEUTRAL = {
     CHAT: [
         *(
@@ -202,9 +261,19 @@ NEUTRAL = {
             for name in ("stream", "separate_reasoning", "logprobs", "continue_final_message", "modalities")
         ),
         *({"tools": []}, {"store": True}, {"modalities": ["text"]}, {"return_spec_trace": None}, {"stop": None}),
+        dict.fromkeys(OPENAIS_CHAT),
     ],
-    COMPLETION: [{name: None} for name in ("stream", "echo", "logprobs", "suffix", "n", "best_of")],
-    GENERATE: [{name: None} for name in ("stream", "return_text_in_logprobs", "return_spec_trace")],
+    COMPLETION: [
+        *({name: None} for name in ("stream", "echo", "logprobs", "suffix", "n", "best_of")),
+        dict.fromkeys(OPENAIS_COMPLETION),
+    ],
+    GENERATE: [
+        *({name: None} for name in ("stream", "return_text_in_logprobs", "return_spec_trace", "lora_path")),
+        # what SGLang's own benchmarks send
+        {"return_routed_experts": False, "return_logprob": False, "logprob_start_len": -1},
+        {"stream_options": {"include_usage": True}},
+        {"return_entropy": False, "require_reasoning": False, "return_indexer_topk": False},
+    ],
 }
 
 
@@ -229,16 +298,58 @@ def test_usage_in_a_stream(post, path, continuous):
     )
 
 
+@pytest.mark.parametrize("length", ["max_tokens", "max_new_tokens"])
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
+@pytest.mark.parametrize("echo", [False, True])
+def test_a_completion_may_have_no_token(post, fake, length, stream, echo):
+    """The engine writes one in any case, of which nobody hears."""
+    fake.text, fake.outputs = "a", {"logprobs": place("a"), "prompt_logprobs": f"[null, {place('i')[1:]}"}
+    asked = {**BODIES[COMPLETION], length: 0, "echo": echo, "logprobs": 1, "stream": stream, "prompt": [1, 2]}
+    answer = post(COMPLETION, {**asked, "stream_options": {"include_usage": True}})
+    *chunks, last = events(answer) if stream else [answer.json()] * 2
+    choices = [chunk["choices"][0] for chunk in chunks]
+    assert "".join(choice["text"] for choice in choices) == (Tokenizer(DEMO_TARGET).decode([1, 2]) if echo else "")
+    assert sum(len(choice["logprobs"]["tokens"]) for choice in choices if choice["logprobs"]) == (2 if echo else 0)
+    assert (choices[-1]["finish_reason"], last["usage"]["completion_tokens"]) == ("length", 0)
+    [sampling] = [question.sampling for question in fake.questions]
+    assert {name: sampling[name] for name in ("max_tokens", "max_new_tokens") if name in sampling} == {length: 1}
+    for path, refused in ((CHAT, 0), (COMPLETION, False)):
+        post(path, {**BODIES[path], length: refused})
+        assert fake.questions[-1].sampling[length] is refused  # for llm to refuse
+
+
+def test_top_logprobs_have_the_token_that_was_picked_and_the_likelier_of_two_that_look_alike(post, fake):
+    known = {"5": (" is", -2.5, 4), "6": ("\ufffd", -0.5, 1), "7": ("\ufffd", -1.0, 2), "8": (" was", -1.5, 3)}
+    entries = {token: {"decoded_token": t, "logprob": p, "rank": r} for token, (t, p, r) in known.items()}
+    fake.text, fake.outputs = "a", {"logprobs": json.dumps([entries])}
+    for count, tops in ((0, {}), (1, {"\ufffd": -0.5}), (3, {"\ufffd": -0.5, " was": -1.5})):
+        logprobs = post(COMPLETION, {**BODIES[COMPLETION], "logprobs": count}).json()["choices"][0]["logprobs"]
+        assert (logprobs["tokens"], logprobs["token_logprobs"]) == ([" is"], [-2.5])
+        assert logprobs["top_logprobs"] == [{**tops, " is": -2.5}]
+    assert post(COMPLETION, {**BODIES[COMPLETION], "logprobs": True}).status_code == 400
+
+
+def test_an_empty_prompt_is_refused_where_it_has_no_token(post):
+    for prompt in ("", [""], [[1], ""]):
+        response = post(COMPLETION, {**BODIES[COMPLETION], "prompt": prompt})
+        assert response.json()["error"]["message"] == "prompt: is empty"
+
+
+def place(text: str) -> str:
+    """llm's JSON of one place and nothing but the token that was picked."""
+    return json.dumps([{"5": {"logprob": -1.0, "rank": 1, "decoded_token": text}}])
+
+
 def test_a_place_is_written_once_however_long_the_stream(post, fake, monkeypatch):
     picks = []
     monkeypatch.setattr(sglang, "picked", lambda place: (picks.append(place), (5, place["5"]))[1])
     fake.text = "a" * 50
-    fake.outputs = {"logprobs": json.dumps([{"5": {"logprob": -1.0, "rank": 1, "decoded_token": "a"}}])}
+    fake.outputs = {"logprobs": place("a")}
     chunks = events(post(GENERATE, {**BODIES[GENERATE], "stream": True, "return_logprob": True, "top_logprobs_num": 1}))
     assert len(picks) == 50
-    for name, place in (("output_token_logprobs", [-1.0, 5, None]), ("output_top_logprobs", [[-1.0, 5, None]])):
+    for name, each in (("output_token_logprobs", [-1.0, 5, None]), ("output_top_logprobs", [[-1.0, 5, None]])):
         assert [len(chunk["meta_info"][name]) for chunk in chunks] == [*range(1, 51), 50]
-        assert chunks[-1]["meta_info"][name] == [place] * 50
+        assert chunks[-1]["meta_info"][name] == [each] * 50
 
 
 class Hangs(service_pb2_grpc.GRPCInferenceServiceServicer):
@@ -253,6 +364,14 @@ class Hangs(service_pb2_grpc.GRPCInferenceServiceServicer):
 
     def ModelReady(self, request, context):
         return service_pb2.ModelReadyResponse(ready=True)
+
+    def ModelConfig(self, request, context):
+        self.is_over.wait(DEADLINE_S)
+        return service_pb2.ModelConfigResponse()
+
+    def ModelInfer(self, request, context):
+        self.is_over.wait(DEADLINE_S)
+        return service_pb2.ModelInferResponse()
 
     def ModelStreamInfer(self, requests, context):
         self.is_over.wait(DEADLINE_S)
@@ -278,3 +397,27 @@ def test_a_tritonserver_that_hangs_is_not_well(hanging, monkeypatch, path):
     monkeypatch.setattr(gateway_app, "HEALTH_TIMEOUT_S", 0.2)
     with TestClient(gateway_app.create_app(GatewaySettings(str(DEMO_TARGET), grpc_url=hanging))) as client:
         assert client.get(path).status_code == 503
+
+
+@pytest.mark.parametrize(
+    "path, body",
+    [("/get_model_info", None), ("/get_server_info", None), ("/flush_cache", {}), ("/abort_request", {"rid": "a"})],
+)
+def test_a_tritonserver_that_hangs_holds_nobody(hanging, monkeypatch, path, body):
+    monkeypatch.setattr(triton, "ANSWER_TIMEOUT_S", 0.2)
+    with TestClient(gateway_app.create_app(GatewaySettings(str(DEMO_TARGET), grpc_url=hanging))) as client:
+        response = client.get(path) if body is None else client.post(path, json=body)
+    assert response.status_code == 504
+    assert response.json()["error"] == {
+        **{"message": "tritonserver has not answered within 0.2 s", "type": "server_error"},
+        **{"param": None, "code": None},
+    }
+
+
+def test_metrics_that_hang_hold_nobody(monkeypatch):
+    monkeypatch.setattr(gateway_app, "ANSWER_TIMEOUT_S", 0.2)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        settings = GatewaySettings(str(DEMO_TARGET), metrics_url=f"127.0.0.1:{silent.getsockname()[1]}")
+        with TestClient(gateway_app.create_app(settings)) as client:
+            response = client.get("/metrics")
+    assert response.status_code == 503 and "timed out" in response.json()["error"]["message"]

@@ -98,6 +98,11 @@ def test_refusals(http, body, param):
 
 def test_what_sglang_says_of_the_server(http):
     info = http.get("/get_model_info").json()
+    for name in ("model_info", "server_info"):  # their newer names
+        assert http.get(f"/{name}").json().keys() == http.get(f"/get_{name}").json().keys()
+    http.post("/generate", json={"input_ids": IDS[0], "sampling_params": PARAMS})
+    [state] = http.get("/server_info").json()["internal_states"]
+    assert 1 <= state["avg_spec_accept_length"] <= 6 and state["last_gen_throughput"] > 0
     assert info["is_generation"] is True and info["tokenizer_path"]
     assert http.get("/get_server_info").json()["served_model_name"] == MODEL
     assert http.get("/health_generate").status_code == 200

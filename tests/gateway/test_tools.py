@@ -8,9 +8,10 @@ import pytest
 
 from tests.gateway.conftest import MODEL, client_of, running
 
+CITY = 'Zürich "北" 🙂'
 PARAMETERS = {
     "type": "object",
-    "properties": {"city": {"enum": ["Paris", "Rome"]}, "days": {"type": "integer", "minimum": 1, "maximum": 9}},
+    "properties": {"city": {"enum": ["Paris", CITY]}, "days": {"type": "integer", "minimum": 1, "maximum": 9}},
     "required": ["city", "days"],
     "additionalProperties": False,
 }
@@ -19,12 +20,12 @@ TOOLS = [
     {"type": "function", "function": {"name": "now"}},
 ]
 ASKED = {"model": MODEL, "messages": [{"role": "user", "content": "Rome?"}], "temperature": 0, "max_tokens": 100}
-ARGUMENTS = {"city": "Rome", "days": 2}
-CALL = json.dumps({"name": "weather", "arguments": ARGUMENTS})
+ARGUMENTS = {"city": CITY, "days": 2}
+CALL = json.dumps({"name": "weather", "arguments": ARGUMENTS}, ensure_ascii=False)
 SAID = {  # by each kind of model: one call
     "hermes": f"<tool_call>\n{CALL}\n</tool_call>",
     "qwen25": f"<tool_call>\n{CALL}\n</tool_call>",
-    "llama3": json.dumps({"name": "weather", "parameters": ARGUMENTS}),
+    "llama3": json.dumps({"name": "weather", "parameters": ARGUMENTS}, ensure_ascii=False),
     "mistral": f"[TOOL_CALLS] [{CALL}]",
 }
 

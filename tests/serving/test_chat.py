@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from specbackend.errors import InvalidRequest
 from specbackend.serving.calls import CallReader
-from specbackend.serving.chat import read_messages, render_chat
+from specbackend.serving.chat import check_messages, render_chat
 from specbackend.serving.errors import Unsupported
 from specbackend.serving.faces import LLM, VLLM
 from specbackend.serving.protocol import Ready
@@ -141,7 +141,7 @@ def test_without_a_template(tmp_path):
     folder = save_byte_checkpoint(tmp_path)
     (folder / "tokenizer_config.json").write_text("{}")
     with pytest.raises(InvalidRequest, match=r"^messages: .* the tokenizer has no chat template"):
-        render_chat(Tokenizer(folder), json.dumps([user("hi")]))
+        render_chat(Tokenizer(folder), [user("hi")], [], {})
 
 
 ANY_JSON = st.recursive(
@@ -156,10 +156,10 @@ ANY_JSON = st.recursive(
 )
 
 
-@given(ANY_JSON)
-def test_whatever_is_sent_is_messages_or_an_error_of_the_client(value):
+@given(st.lists(ANY_JSON))
+def test_whatever_is_in_a_list_is_messages_or_an_error_of_the_client(value):
     try:
-        messages = read_messages(json.dumps(value))
+        messages = check_messages(value)
     except InvalidRequest as error:
         assert error.field == "messages"
     else:

@@ -41,7 +41,7 @@ from specbackend.serving.protocol import (
     Submit,
     encode,
 )
-from tests.fakes import UNLUCKY_SEED, FakeEngine, byte_tokenizer, fake_answer
+from tests.fakes import CONTEXT_LENGTH, UNLUCKY_SEED, FakeEngine, byte_tokenizer, fake_answer
 from tests.radix.sidecars import wait_until
 from tests.serving.conftest import FAKE_ENGINE, IMPATIENT_ENGINE, SLOW_ENGINE, STUCK_ENGINE, UNLUCKY_ENGINE, is_running
 from tests.serving.engines import STUCK_SEED
@@ -193,7 +193,10 @@ def test_questions_are_answered_whoever_asks(start_engine, new_client, checkpoin
     assert facts == {
         "model_path": str(checkpoint),
         "speculative_algorithm": None,
+        "context_length": CONTEXT_LENGTH,
         "adapters": 1,
+        "last_gen_throughput": 0.0,
+        "avg_spec_accept_length": None,
         "total_slots": 1000,
         "free_slots": 1000,
         "num_nodes": 2,

@@ -115,6 +115,7 @@ def test_engines_are_asked_and_flushed_with_and_without_a_sidecar(start, start_a
     assert {engine["pid"] for engine in engines} == pids and len(engines) == 2
     assert sorted(engine["adapters"] for engine in engines) == [1, 2]
     assert [node["num_tokens"] for node in engines[0]["nodes"]] == [2, 5]
+    assert ask(model, action="engines")["engines"] == [{**engine, "nodes": []} for engine in engines]
     for action, facts in (("stats", {"num_tokens": 7, "nodes": []}), ("flush", {"freed_tokens": 5})):
         answer = ask(model, action=action)
         assert "does not answer" in answer["error"]
@@ -178,7 +179,7 @@ def test_a_folder_of_somebody_else_stops_nobody(start, tmp_path, monkeypatch, ca
 @pytest.mark.parametrize(
     ("inputs", "message"),
     [
-        ({"action": "burn"}, "action: must be stats, "),
+        ({"action": "burn"}, "action: must be one of stats, "),
         ({"action": "warm_up"}, "action: warm_up needs the server's parameter warm_up_prompts"),
         ({"action": "lookup"}, "text_input: is required"),
         ({"action": "lookup", "text_input": "x" * 1000}, "text_input: has "),
