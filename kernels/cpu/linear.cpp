@@ -11,7 +11,7 @@
 #include <utility>
 #include <vector>
 
-#include "vectors.h"
+#include "kernels.h"
 
 #ifdef __AMX_BF16__
 #include <immintrin.h>
