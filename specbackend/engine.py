@@ -37,6 +37,7 @@ from specbackend.models.compiled import compile_steps
 from specbackend.models.draft import DraftModel
 from specbackend.models.llama import LlamaModel
 from specbackend.models.model_config import ModelConfig
+from specbackend.models.native_layer import use_native_layers
 from specbackend.models.quantization import quantize, quantize_draft
 from specbackend.models.registry import load_draft
 from specbackend.offline import OfflineAnswer, Question, read_questions
@@ -125,6 +126,8 @@ class Engine:
                 quantize_draft(draft, config.speculative_draft_model_quantization)
         if config.enable_torch_compile:
             _compile_steps(config, model, draft, self.device)
+        else:
+            use_native_layers(model, draft)
         num_slots = _num_slots(config, model, draft, context, num_nodes)
         table = RequestTable(config.max_running_requests, context + num_nodes, self.device)
         head_dims = {each.config.head_dim for each in (model, draft) if each}

@@ -9,13 +9,13 @@
 #include <cmath>
 #include <vector>
 
-#include "vectors.h"
+#include "kernels.h"
 
 namespace {
 
-struct Shape {
-  long B, Q, H, G, D, L, W;  // L columns of prefix slots, W of window slots
-  long q_stride;             // from row to row
+struct Shape : Columns {
+  long H, G, D;
+  long q_stride;  // from row to row
 };
 
 constexpr int MOST_ROWS = 6;  // accumulators of the weighted sum of values
@@ -25,10 +25,11 @@ class Task {
  public:
   Task(const Shape& shape) : s(shape), rows(shape.Q * (shape.H / shape.G)), q(rows * shape.D), out(rows * shape.D) {}
 
-  // q [B, Q, H, D], kv [S, 2, G, D], mask [Q, W] of this sequence; y [B, Q, H, D]
-  void run(long b, long g, const X* all_q, const X* kv, const int64_t* prefix, long prefix_len, const int64_t* window,
-           const bool* mask, X* y) {
+  // q [B, Q, H, D], kv [S, 2, G, D]; y [B, Q, H, D]
+  void run(long b, long g, const X* all_q, const X* kv, X* y) {
     take_queries(b, g, all_q);
+    const int64_t *prefix = s.prefix + b * s.L, *window = s.window + b * s.W;
+    const long prefix_len = s.prefix_len[b];
     columns.assign(prefix, prefix + prefix_len);
     columns.insert(columns.end(), window, window + s.W);
     stride = (columns.size() + WIDTH - 1) / WIDTH * WIDTH;
@@ -36,7 +37,7 @@ class Task {
     keys.resize(s.D * WIDTH);
     const X* head = kv + g * s.D;
     for (long c = 0; c < num_columns(); c += WIDTH) score(head, c);
-    hide(prefix_len, mask);
+    hide(prefix_len, s.mask + b * s.Q * s.W);
     for (long r = 0; r < rows; r++) softmax(&weight[r * stride]);
     sum_values(head + s.G * s.D);
     give(b, g, y);
@@ -161,27 +162,21 @@ class Task {
 };
 
 template <class X>
-void attend(const X* q, const X* kv, const int64_t* prefix, const int64_t* prefix_len, const int64_t* window,
-            const bool* mask, X* y, const Shape& shape, int threads) {
+void attend(const X* q, const X* kv, X* y, const Shape& shape, int threads) {
 #pragma omp parallel num_threads(threads)
   {
     Task<X> task(shape);
 #pragma omp for schedule(dynamic)
-    for (long i = 0; i < shape.B * shape.G; i++) {
-      const long b = i / shape.G, g = i % shape.G;
-      task.run(b, g, q, kv, prefix + b * shape.L, prefix_len[b], window + b * shape.W,
-               mask + b * shape.Q * shape.W, y);
-    }
+    for (long i = 0; i < shape.B * shape.G; i++) task.run(i / shape.G, i % shape.G, q, kv, y);
   }
 }
 
 }  // namespace
 
-#define ATTENTION(NAME, X)                                                                                          \
-  void attention_##NAME(const X* q, const X* kv, const int64_t* prefix, const int64_t* prefix_len,                  \
-                        const int64_t* window, const bool* mask, X* y, long B, long Q, long H, long G, long D, long L, \
-                        long W, long q_stride, int threads) {                                                       \
-    attend(q, kv, prefix, prefix_len, window, mask, y, Shape{B, Q, H, G, D, L, W, q_stride}, threads);              \
+#define ATTENTION(NAME, X)                                                                               \
+  void attention_##NAME(const X* q, const X* kv, const Columns* columns, X* y, long H, long G, long D,   \
+                        long q_stride, int threads) {                                                    \
+    attend(q, kv, y, Shape{*columns, H, G, D, q_stride}, threads);                                       \
   }
 
 extern "C" {

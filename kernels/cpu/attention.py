@@ -1,7 +1,7 @@
 """Attention from a few rows of each sequence to its paged prefix and a window of new rows."""
 
 import functools
-from ctypes import c_int, c_long, c_void_p
+from ctypes import Structure, byref, c_int, c_long, c_void_p
 
 import torch
 
@@ -10,25 +10,42 @@ from specbackend.kernels import cpu
 WIDTH = 16  # head_dim is a multiple of it
 
 
-def attention(
-    q_BQHD: torch.Tensor,
-    kv_S2GD: torch.Tensor,
-    prefix_slot_BL: torch.Tensor,
-    prefix_len_B: torch.Tensor,
-    window_slot_BW: torch.Tensor,
-    window_mask_BQW: torch.Tensor,
-) -> torch.Tensor:
-    """[B, Q, H * D], scaled by 1/sqrt(D). All as in ForwardBatch, contiguous but for the rows of q."""
+class Columns(Structure):
+    """What the rows of a forward attend to, as the kernels read it: pointers to tensors, which it keeps."""
+
+    _fields_ = [(name, c_void_p) for name in ("_prefix", "_prefix_len", "_window", "_mask")] + [
+        (name, c_long) for name in ("B", "Q", "L", "W")
+    ]
+
+    def __init__(
+        self,
+        prefix_slot_BL: torch.Tensor,
+        prefix_len_B: torch.Tensor,
+        window_slot_BW: torch.Tensor,
+        window_mask_BQW: torch.Tensor,
+    ):
+        """All as in ForwardBatch."""
+        self._kept = [tensor.contiguous() for tensor in (prefix_slot_BL, prefix_len_B, window_slot_BW)]
+        B, Q, W = window_mask_BQW.shape
+        super().__init__(*[tensor.data_ptr() for tensor in self._kept], 0, B, Q, prefix_slot_BL.shape[1], W)
+        self.set_mask(window_mask_BQW)
+
+    def set_mask(self, window_mask_BQW: torch.Tensor) -> None:
+        self._kept_mask = window_mask_BQW.contiguous()
+        self._mask = self._kept_mask.data_ptr()
+
+
+def attention(q_BQHD: torch.Tensor, kv_S2GD: torch.Tensor, columns: Columns) -> torch.Tensor:
+    """[B, Q, H * D], scaled by 1/sqrt(D). All contiguous but for the rows of q."""
     B, Q, H, D = q_BQHD.shape
-    L, W, G = prefix_slot_BL.shape[1], window_slot_BW.shape[1], kv_S2GD.shape[2]
     q_THD = q_BQHD.flatten(0, 1)  # its rows' stride is not stride(1) if Q is 1
     y_BQE = q_BQHD.new_empty(B, Q, H * D)
-    inputs = (q_THD, kv_S2GD, prefix_slot_BL, prefix_len_B, window_slot_BW, window_mask_BQW)
-    pointers = [tensor.data_ptr() for tensor in (*inputs, y_BQE)]
-    _function(q_BQHD.dtype)(*pointers, B, Q, H, G, D, L, W, q_THD.stride(0), torch.get_num_threads())
+    pointers = (q_THD.data_ptr(), kv_S2GD.data_ptr(), byref(columns), y_BQE.data_ptr())
+    sizes = (H, kv_S2GD.shape[2], D, q_THD.stride(0))
+    _function(q_BQHD.dtype)(*pointers, *sizes, torch.get_num_threads())
     return y_BQE
 
 
 @functools.cache
 def _function(dtype: torch.dtype):
-    return cpu.function(f"attention_{cpu.NAMES[dtype]}", *[c_void_p] * 7, *[c_long] * 8, c_int)
+    return cpu.function(f"attention_{cpu.NAMES[dtype]}", *[c_void_p] * 4, *[c_long] * 4, c_int)

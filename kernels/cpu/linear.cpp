@@ -11,7 +11,7 @@
 #include <utility>
 #include <vector>
 
-#include "vectors.h"
+#include "kernels.h"
 
 #ifdef __AMX_BF16__
 #include <immintrin.h>
@@ -28,7 +28,7 @@ constexpr int MOST_ROWS = 6, ACCUMULATORS = 6;
 #endif
 constexpr int MOST_PANELS = 4;
 constexpr long CACHED_INPUTS = 1024;  // of the panels at hand, which all rows go through before the next inputs
-constexpr long PREFETCH_BYTES = 1024;
+constexpr long PREFETCH_BYTES = 1024;  // ahead in a panel; at its end, in the one that its stream of reads goes on with
 constexpr long CACHED_BYTES = 1 << 20;  // of x, while all panels pass by
 
 constexpr int panels_at_once(int rows) { return std::clamp(ACCUMULATORS / rows, 1, MOST_PANELS); }
@@ -49,15 +49,19 @@ INLINE Two load_two(const bfloat16* p) {  // in pairs of inputs, as dot products
 // Adds the products of `inputs` inputs to sums [M, P * 16], of which a row of more sums is `stride` long.
 template <class W, int M, int P>
 void multiply(const W* weight, long panel_size, const float* x, long D, long inputs, float* sums, long stride) {
+  constexpr long INPUT_BYTES = WIDTH * sizeof(W);
+  const long last = inputs - PREFETCH_BYTES / INPUT_BYTES;
+  const long skip = (P - 1) * panel_size * long(sizeof(W));
   Vec acc[M][P];
   for (int m = 0; m < M; m++)
     for (int p = 0; p < P; p++) acc[m][p] = load(sums + m * stride + p * WIDTH);
   for (long d = 0; d < inputs; d += 2) {
+    const long ahead = PREFETCH_BYTES + (d < last ? 0 : skip);
     Two w[P];
     for (int p = 0; p < P; p++) {
       const W* at = weight + p * panel_size + d * WIDTH;
-      __builtin_prefetch((const char*)at + PREFETCH_BYTES);
-      if (sizeof(W) == 4) __builtin_prefetch((const char*)at + PREFETCH_BYTES + 64);
+      __builtin_prefetch((const char*)at + ahead);
+      if (sizeof(W) == 4) __builtin_prefetch((const char*)at + ahead + 64);
       w[p] = load_two(at);
     }
     for (int m = 0; m < M; m++)
@@ -185,12 +189,14 @@ void configure_tiles(int rows) {
   _tile_loadconfig(&config);
 }
 
-INLINE void prefetch_tile(const bfloat16* weight) {
-  for (int line = 0; line < 16; line++) __builtin_prefetch((const char*)weight + PREFETCH_BYTES + 64 * line);
+INLINE void prefetch_tile(const bfloat16* weight, long ahead) {
+  for (int line = 0; line < 16; line++) __builtin_prefetch((const char*)weight + ahead + 64 * line);
 }
 
 // 16 rows at most, of `count` panels.
 void multiply_tiles(const bfloat16* weight, long panel_size, int count, const bfloat16* x, long D, float* sums) {
+  constexpr long INPUT_BYTES = WIDTH * sizeof(bfloat16);
+  const long panel_bytes = D * INPUT_BYTES, skip = (count - 1) * panel_bytes;
   const long stride = count * WIDTH * sizeof(float);
   _tile_zero(0);
   _tile_zero(1);
@@ -199,11 +205,13 @@ void multiply_tiles(const bfloat16* weight, long panel_size, int count, const bf
 #define PANEL(p)                                       \
   if (count > p) {                                     \
     const bfloat16* at = weight + p * panel_size + d * WIDTH; \
-    prefetch_tile(at);                                 \
+    prefetch_tile(at, ahead);                          \
     _tile_loadd(5, at, 64);                            \
     _tile_dpbf16ps(p, 4, 5);                           \
   }
   for (long d = 0; d < D; d += 32) {
+    const long left = panel_bytes - d * INPUT_BYTES;
+    const long ahead = PREFETCH_BYTES + (left > PREFETCH_BYTES ? 0 : skip);
     _tile_loadd(4, x + d, D * sizeof(bfloat16));
     PANEL(0) PANEL(1) PANEL(2) PANEL(3)
   }

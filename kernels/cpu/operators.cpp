@@ -5,7 +5,7 @@
 #include <cmath>
 #include <type_traits>
 
-#include "vectors.h"
+#include "kernels.h"
 
 namespace {
 

@@ -4,22 +4,20 @@ import torch
 
 from specbackend.attention.torch_sdpa import TorchPlan
 from specbackend.batch import ForwardBatch
-from specbackend.kernels.cpu.attention import attention
+from specbackend.kernels.cpu.attention import Columns, attention
 
 MOST_ROWS = 64  # of a sequence; with more, as prompts have, torch's products of matrices are faster
 
 
 class NativePlan:
     def __init__(self, batch: ForwardBatch):
-        columns = (batch.prefix_slot_BL, batch.prefix_len_B, batch.window_slot_BW)
-        self._columns = [tensor.contiguous() for tensor in columns]
-        self.set_window_mask(batch.window_mask_BQW)
+        self.columns = Columns(batch.prefix_slot_BL, batch.prefix_len_B, batch.window_slot_BW, batch.window_mask_BQW)
 
     def set_window_mask(self, window_mask_BQW: torch.Tensor) -> None:
-        self._mask_BQW = window_mask_BQW.contiguous()
+        self.columns.set_mask(window_mask_BQW)
 
     def run(self, q_BQHD: torch.Tensor, kv_S2GD: torch.Tensor) -> torch.Tensor:
-        return attention(q_BQHD, kv_S2GD, *self._columns, self._mask_BQW)
+        return attention(q_BQHD, kv_S2GD, self.columns)
 
 
 class NativeAttention:

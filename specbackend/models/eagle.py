@@ -21,7 +21,7 @@ from specbackend.models.draft import (
     shaped_by_file,
     take_embedding,
 )
-from specbackend.models.layers import Attention, GatedMLP, RMSNorm, rope_table
+from specbackend.models.layers import DecoderLayer, rope_table
 from specbackend.models.linear import linear
 from specbackend.models.llama import LlamaModel
 from specbackend.models.loader import Weights
@@ -49,9 +49,7 @@ class EagleModel:
         self.embed_tokens = take_embedding(weights, config, target)
         fc_bias = weights.take_if_there("fc.bias", D)  # published with and without, whatever the config says
         self.fc = linear(weights.take("fc.weight", D, 2 * D), fc_bias)
-        self.attention = Attention(weights, "layers.0.self_attn", config, input_size=D)
-        self.post_attention_layernorm = RMSNorm.take(weights, "layers.0.post_attention_layernorm", config)
-        self.mlp = GatedMLP(weights, "layers.0.mlp", config)
+        self.layer = DecoderLayer(weights, "layers.0", config, head_input_size=D)
         weights.discard("lm_head.weight")  # a copy of the target's
         finish_draft(weights)
         self.rope = rope_table(config, num_positions, device)
@@ -63,8 +61,7 @@ class EagleModel:
         embedded = F.embedding(batch.token_BQ.flatten(), self.embed_tokens)
         x = self.fc(torch.cat([embedded, hidden_TD], dim=-1))
         rope = self.rope[batch.position_BQ.flatten()]
-        y = self.attention(x, x, rope, batch.slot_BQ.flatten(), plan, kv_pool.layer(0), batch.token_BQ.shape)
-        return self.mlp(self.post_attention_layernorm(y), y)
+        return self.layer(x, x, rope, batch.slot_BQ.flatten(), plan, kv_pool.layer(0), batch.token_BQ.shape)
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         return self.vocabulary.logits(hidden)

@@ -23,7 +23,7 @@ from specbackend.models.draft import (
     shaped_by_file,
     take_embedding,
 )
-from specbackend.models.layers import Attention, GatedMLP, RMSNorm, rope_table
+from specbackend.models.layers import DecoderLayer, RMSNorm, rope_table
 from specbackend.models.linear import linear
 from specbackend.models.llama import LlamaModel
 from specbackend.models.loader import Weights
@@ -88,9 +88,7 @@ class Eagle3Model:
         self._load_fusion(weights, target.config.hidden_size)
         self.input_layernorm = RMSNorm.take(weights, "midlayer.input_layernorm", config)
         self.hidden_norm = RMSNorm.take(weights, "midlayer.hidden_norm", config)
-        self.attention = Attention(weights, "midlayer.self_attn", config, input_size=2 * hidden)
-        self.post_attention_layernorm = RMSNorm.take(weights, "midlayer.post_attention_layernorm", config)
-        self.mlp = GatedMLP(weights, "midlayer.mlp", config)
+        self.layer = DecoderLayer(weights, "midlayer", config, head_input_size=2 * hidden)
         self.norm = RMSNorm.take(weights, "norm", config)
         self.embed_tokens = take_embedding(weights, config, target)
         self.vocabulary = _load_vocabulary(weights, options, target)
@@ -131,9 +129,8 @@ class Eagle3Model:
         x = torch.cat([self.input_layernorm(embedded), normed_TD], dim=-1)
         residual_TD = normed_TD if self.norm_before_residual else hidden_TD.clone()  # it may be overwritten
         rope, slot_T = self.rope[batch.position_BQ.flatten()], batch.slot_BQ.flatten()
-        y = self.attention(x, residual_TD, rope, slot_T, plan, kv_pool.layer(0), batch.token_BQ.shape)
-        z = self.mlp(self.post_attention_layernorm(y), y)
-        return self.norm(z) if self.norm_output else z
+        y = self.layer(x, residual_TD, rope, slot_T, plan, kv_pool.layer(0), batch.token_BQ.shape)
+        return self.norm(y) if self.norm_output else y
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         return self.vocabulary.logits(hidden if self.norm_output else self.norm(hidden))

@@ -13,9 +13,9 @@ class Int8Linear(PanelLinear):
         return cls(layer.rows(torch.arange(layer.shape[0])), layer.bias_E)
 
     def _keep(self, weight_ED: torch.Tensor) -> None:
-        weight_ED, self._scale_E = rounded(weight_ED, torch.int8)
+        weight_ED, self.scale_E = rounded(weight_ED, torch.int8)
         super()._keep(weight_ED)
 
     def rows(self, index: torch.Tensor) -> torch.Tensor:
         """Some rows of the weight, as it was rounded."""
-        return (super().rows(index) * self._scale_E[index, None]).to(self.dtype)
+        return (super().rows(index) * self.scale_E[index, None]).to(self.dtype)

@@ -122,15 +122,20 @@ class RMSNorm:
 
 
 class DecoderLayer:
-    """x + attention(norm(x)), then x + mlp(norm(x))."""
+    """y = residual + attention(norm(x)), then y + mlp(norm(y)). In a target x is the residual."""
 
-    def __init__(self, weights: Weights, prefix: str, config: ModelConfig):
-        self.input_layernorm = RMSNorm.take(weights, f"{prefix}.input_layernorm", config)
-        self.attention = Attention(weights, f"{prefix}.self_attn", config, input_size=config.hidden_size)
+    def __init__(self, weights: Weights, prefix: str, config: ModelConfig, head_input_size: int | None = None):
+        """head_input_size: of x in a draft head, which norms it before, if at all."""
+        self.input_layernorm = None
+        if head_input_size is None:
+            self.input_layernorm = RMSNorm.take(weights, f"{prefix}.input_layernorm", config)
+        self.attention = Attention(weights, f"{prefix}.self_attn", config, head_input_size or config.hidden_size)
         self.post_attention_layernorm = RMSNorm.take(weights, f"{prefix}.post_attention_layernorm", config)
         self.mlp = GatedMLP(weights, f"{prefix}.mlp", config)
 
-    def __call__(self, x_TD, rope, slot_T, plan: AttentionPlan, kv_S2GD, shape_BQ) -> torch.Tensor:
-        """x may be overwritten."""
-        x_TD = self.attention(self.input_layernorm(x_TD), x_TD, rope, slot_T, plan, kv_S2GD, shape_BQ)
-        return self.mlp(self.post_attention_layernorm(x_TD), x_TD)
+    def __call__(self, x_TD, residual_TD, rope, slot_T, plan: AttentionPlan, kv_S2GD, shape_BQ) -> torch.Tensor:
+        """The residual may be overwritten."""
+        if self.input_layernorm:
+            x_TD = self.input_layernorm(x_TD)
+        y_TD = self.attention(x_TD, residual_TD, rope, slot_T, plan, kv_S2GD, shape_BQ)
+        return self.mlp(self.post_attention_layernorm(y_TD), y_TD)

@@ -75,11 +75,11 @@ class PanelLinear(Linear):
     Each row of the result is bit for bit the same whatever rows it is computed with.
     """
 
-    _scale_E: torch.Tensor | None = None  # of each output
+    scale_E: torch.Tensor | None = None  # of each output, if they are scaled
 
     def _keep(self, weight_ED: torch.Tensor) -> None:
-        self._packed = panels.pack(weight_ED)
-        self._float_bias_E = None if self.bias_E is None else self.bias_E.float()
+        self.packed = panels.pack(weight_ED)
+        self.float_bias_E = None if self.bias_E is None else self.bias_E.float()
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         if x.dim() == 2:
@@ -91,10 +91,10 @@ class PanelLinear(Linear):
 
     def _product(self, x_TD: torch.Tensor, residual_TE: torch.Tensor | None = None) -> torch.Tensor:
         linear_ = panels.linear_in_graph if torch.compiler.is_compiling() else panels.linear
-        return linear_(x_TD, self._packed, self.shape[0], self._float_bias_E, residual_TE, self._scale_E)
+        return linear_(x_TD, self.packed, self.shape[0], self.float_bias_E, residual_TE, self.scale_E)
 
     def rows(self, index: torch.Tensor) -> torch.Tensor:
-        return panels.unpack(self._packed, self.shape[0])[index]
+        return panels.unpack(self.packed, self.shape[0])[index]
 
 
 def linear(weight_ED: torch.Tensor, bias_E: torch.Tensor | None = None) -> Linear:

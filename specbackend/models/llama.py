@@ -70,7 +70,7 @@ class LlamaModel:
         for index, layer in enumerate(self.layers):
             if index in self.captured_layers:
                 captured.append(x_TD.clone())  # the layer may overwrite it
-            x_TD = layer(x_TD, rope, slot_T, plan, kv_pool.layer(index), batch.token_BQ.shape)
+            x_TD = layer(x_TD, x_TD, rope, slot_T, plan, kv_pool.layer(index), batch.token_BQ.shape)
         hidden_TD = self.norm(x_TD)
         return TargetOutput(hidden_TD, torch.cat(captured, dim=-1) if captured else hidden_TD)
 

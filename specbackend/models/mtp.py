@@ -46,8 +46,8 @@ class MtpModel:
         embedded = F.embedding(batch.token_BQ.flatten(), self.embed_tokens)
         embedded = embedded.masked_fill(position_T[:, None] == 0, 0)  # as it was trained
         x = self.input_proj(torch.cat([self.hidden_layernorm(hidden_TD), self.token_layernorm(embedded)], dim=-1))
-        rope, shape_BQ = self.rope[position_T], batch.token_BQ.shape
-        return self.final_layernorm(self.layer(x, rope, batch.slot_BQ.flatten(), plan, kv_pool.layer(0), shape_BQ))
+        rope, slot_T = self.rope[position_T], batch.slot_BQ.flatten()
+        return self.final_layernorm(self.layer(x, x, rope, slot_T, plan, kv_pool.layer(0), batch.token_BQ.shape))
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         return self.vocabulary.logits(hidden)

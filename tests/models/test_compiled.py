@@ -11,8 +11,8 @@ from tests.test_algorithms import GREEDY, PROMPTS, TREE, make_engine, outputs, w
 KINDS_OF_ROWS = 2  # one, and any other number
 PARTS = 2  # of a layer
 DRAFT_LAYERS = {
-    "EAGLE": lambda head: head,
-    "EAGLE3": lambda head: head,
+    "EAGLE": lambda head: head.layer,
+    "EAGLE3": lambda head: head.layer,
     "NEXTN": lambda head: head.layer,
     "STANDALONE": lambda draft: draft.model.layers[-1],
 }

@@ -76,7 +76,7 @@ def test_a_heads_layer_is_split(tmp_path, kind, load_head):
     for ranks in TWO:
         head = load_head(tmp_path / "head", load(tmp_path / "target", ranks))
         for name in ("attention", "mlp"):
-            assert num_bytes(getattr(head, name)) == num_bytes(getattr(whole, name)) / 2
+            assert num_bytes(getattr(head.layer, name)) == num_bytes(getattr(whole.layer, name)) / 2
         assert num_bytes(head.vocabulary.lm_head) == num_bytes(whole.vocabulary.lm_head) / 2
 
 

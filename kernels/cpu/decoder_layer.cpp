@@ -1,0 +1,77 @@
+// A decoder layer in one call: the kernels of a layer one after the other, in scratch that stays. See decoder_layer.py.
+
+#include <vector>
+
+#include "kernels.h"
+
+namespace {
+
+// One product; the weight is int8 if it has scales.
+struct Linear {
+  const void* weight;
+  const float *scale, *bias;  // or null
+  long D, E;
+};
+
+struct Layer {
+  Linear qkv, out, gate_up, down;
+  const void *input_norm, *head_norm, *post_attention_norm;  // the first two or null
+  float eps;
+  long H, G, D;
+};
+
+template <class X>
+void multiply(const Linear& by, const X* x, const X* residual, X* y, long T, int threads) {
+  if (by.scale)
+    Kernels<X>::linear_int8(x, (const int8_t*)by.weight, by.scale, by.bias, residual, y, T, by.D, by.E, threads);
+  else
+    Kernels<X>::linear(x, (const X*)by.weight, nullptr, by.bias, residual, y, T, by.D, by.E, threads);
+}
+
+// y, which holds the residual, becomes what the layer makes of x and it. x may be y.
+template <class X>
+void decoder_layer(const Layer& layer, const Columns& columns, const X* x, const float* rope, const int64_t* slots,
+                   X* kv, X* y, int threads) {
+  using K = Kernels<X>;
+  const long T = columns.B * columns.Q, width = layer.out.E, heads = layer.H + layer.G;
+  const long attended = layer.out.D, inner = layer.down.D;
+  static thread_local std::vector<X> scratch;
+  const size_t needed = T * (layer.qkv.D + layer.qkv.E + attended + 3 * inner);
+  if (scratch.size() < needed) scratch.resize(needed);
+  X* const normed = scratch.data();  // x for the attention, then for the MLP: qkv.D is `width` or more
+  X* const qkv = normed + T * layer.qkv.D;
+  X* const values = qkv + T * layer.qkv.E;
+  X* const gate_up = values + T * attended;
+  X* const gated = gate_up + T * 2 * inner;
+
+  if (layer.input_norm) {
+    K::rms_norm(x, (const X*)layer.input_norm, normed, T, width, 1, layer.eps, threads);
+    x = normed;
+  }
+  multiply(layer.qkv, x, (const X*)nullptr, qkv, T, threads);
+  if (layer.head_norm)
+    for (long t = 0; t < T; t++) {
+      X* row = qkv + t * layer.qkv.E;
+      K::rms_norm(row, (const X*)layer.head_norm, row, heads, layer.D, heads, layer.eps, threads);
+    }
+  K::rope_kv_write(qkv, rope, slots, kv, T, layer.H, layer.G, layer.D, threads);
+  K::attention(qkv, kv, &columns, values, layer.H, layer.G, layer.D, layer.qkv.E, threads);
+  multiply(layer.out, values, y, y, T, threads);
+  K::rms_norm(y, (const X*)layer.post_attention_norm, normed, T, width, 1, layer.eps, threads);
+  multiply(layer.gate_up, normed, (const X*)nullptr, gate_up, T, threads);
+  K::silu_mul(gate_up, gated, T, inner, threads);
+  multiply(layer.down, gated, y, y, T, threads);
+}
+
+}  // namespace
+
+#define DECODER_LAYER(NAME, X)                                                                               \
+  void decoder_layer_##NAME(const Layer* layer, const Columns* columns, const X* x, const float* rope,       \
+                            const int64_t* slots, X* kv, X* y, int threads) {                                \
+    decoder_layer(*layer, *columns, x, rope, slots, kv, y, threads);                                         \
+  }
+
+extern "C" {
+DECODER_LAYER(float32, float)
+DECODER_LAYER(bfloat16, bfloat16)
+}
