@@ -37,6 +37,7 @@ T = TypeVar("T")
 OPEN_PATHS = ("/health", *dashboard.PAGE_PATHS)  # without a key
 GENERATING_PATHS = ("/v1/chat/completions", "/v1/completions", "/generate")
 HEALTH_TIMEOUT_S = 20.0  # for a token: others may be before it
+CONTEXT_LENGTH_TIMEOUT_S = 3.0  # then a list of models is without it: whoever asks for that may be in a hurry
 
 
 class Work(Protocol):
@@ -81,9 +82,11 @@ class Gateway:
         return []
 
     async def context_length(self) -> int | None:
-        """The least of the engines': nearly always there is one. None: nobody says. Once said it is the answer."""
+        """The least of the engines', and nearly always there is one. None: nobody says in time. Once said it stays."""
         if self._context_length is None:
-            self._context_length = min((engine["context_length"] for engine in await self.engines()), default=None)
+            with suppress(asyncio.TimeoutError):
+                engines = await asyncio.wait_for(self.engines(), CONTEXT_LENGTH_TIMEOUT_S)
+                self._context_length = min((engine["context_length"] for engine in engines), default=None)
         return self._context_length
 
     def check_model(self, name: str | None) -> None:

@@ -414,6 +414,18 @@ def test_a_tritonserver_that_hangs_holds_nobody(hanging, monkeypatch, path, body
     }
 
 
+@pytest.mark.parametrize(
+    "path, body", [("/v1/models", None), ("/v1/models/llm", None), ("/tokenize", {"prompt": "How"})]
+)
+def test_the_context_length_is_not_waited_for(hanging, monkeypatch, path, body):
+    """What needs no tritonserver otherwise: probes and clients list models first."""
+    monkeypatch.setattr(triton, "ANSWER_TIMEOUT_S", 2 * DEADLINE_S)
+    monkeypatch.setattr(gateway_app, "CONTEXT_LENGTH_TIMEOUT_S", 0.2)
+    with TestClient(gateway_app.create_app(GatewaySettings(str(DEMO_TARGET), grpc_url=hanging))) as client:
+        answer = client.get(path) if body is None else client.post(path, json=body)
+    assert answer.status_code == 200 and '"max_model_len":null' in answer.text
+
+
 def test_metrics_that_hang_hold_nobody(monkeypatch):
     monkeypatch.setattr(gateway_app, "ANSWER_TIMEOUT_S", 0.2)
     with socket.create_server(("127.0.0.1", 0)) as silent:
