@@ -21,7 +21,7 @@ STATUSES = {  # of llm's errors
     grpc.StatusCode.CANCELLED: 499,
 }
 TOO_LONG = re.compile(r"has (?P<length>\d+) tokens, too many for context_length (?P<limit>\d+)")  # as llm says it
-KIND = re.compile(r"str|bool|[A-Z]\w*|\w+\[.*")  # pydantic's word for one of those that a value may be of
+KIND = re.compile(r"str|int|bool|[A-Z]\w*|\w+\[.*")  # pydantic's word for one of those that a value may be of
 REFUSAL = re.compile(r"(?P<name>\w+): (?P<message>.*)", re.DOTALL)  # as InvalidRequest says it
 
 

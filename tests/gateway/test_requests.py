@@ -123,6 +123,8 @@ PLACES = [
     (CHAT, {"Frobnicate": 1}, "Unrecognized request argument supplied: Frobnicate"),
     (CHAT, {"tools": [{**TOOLS[0], "Name": 1}]}, "Unrecognized request argument supplied: tools.0.Name"),
     (GENERATE, {"return_logprob": [True, "x"]}, "return_logprob.1: Input should be a valid boolean"),
+    (GENERATE, {"top_logprobs_num": "x"}, "top_logprobs_num: Input should be a valid integer"),
+    (GENERATE, {"logprob_start_len": [0, "x"]}, "logprob_start_len.1: Input should be a valid integer"),
 ]
 
 
