@@ -158,7 +158,7 @@ class BusyEngine:
 class CacheStress:
     """Two engines and a sidecar in `folder`, which end at random.
 
-    longest_silence_s: what is none of an engine's business on a machine that has others, too.
+    longest_silence_s: of an engine that has work; more is a problem. On a busy machine it may be none of the engine's.
     """
 
     def __init__(self, folder: Path, seed: int, longest_silence_s: float = LONGEST_SILENCE_S):
