@@ -83,10 +83,9 @@ class Call:
         """What the engine has against the call, in the client's words."""
         return InvalidRequest(self.names.get(field, field), message)
 
-    @property
-    def deadline(self) -> float | None:
-        """On time.monotonic()'s clock, in seconds."""
-        return self.arrival_ns / 1e9 + self.timeout_us / 1e6 if self.timeout_us else None
+    def is_late(self, now: float) -> bool:
+        """Whether its time is over. now: on time.monotonic()'s clock."""
+        return self.timeout_us > 0 and now >= self.arrival_ns / 1e9 + self.timeout_us / 1e6
 
 
 @dataclass(frozen=True)

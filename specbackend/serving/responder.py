@@ -22,8 +22,7 @@ from specbackend.serving.protocol import Cancel, Message, Ready, Rejected, Step,
 from specbackend.serving.supervisor import EngineDown, EngineSupervisor, wait_readable
 from specbackend.serving.triton_io import Sender, log_bug
 
-SWEEP_INTERVAL_S = 0.1  # at least, between two looks at cancellations and deadlines
-SWEEP_SHARE = 0.01  # at most, of the thread's time: 64 streams take 1 to 2 ms
+SWEEP_INTERVAL_S = 0.1  # between two looks at cancellations and deadlines: 64 requests cost 2 ms
 QUEUE_FULL = "Exceeds maximum queue size"  # Triton's own words, here and below
 TIMEOUT = "Request timeout expired"
 
@@ -114,9 +113,8 @@ class Responder:
         busy = any(stream.submitted for stream in self._streams.values())
         self._take_events(self._supervisor.tend(now, busy))
         if now >= self._next_sweep:
+            self._next_sweep = now + SWEEP_INTERVAL_S
             self._sweep(now)
-            end = time.monotonic()
-            self._next_sweep = end + max(SWEEP_INTERVAL_S, (end - now) / SWEEP_SHARE)
         interval = PUBLISH_INTERVAL_S if self._streams else IDLE_PUBLISH_INTERVAL_S
         if self._stats and now >= self._last_publish + interval:
             self._last_publish = now
@@ -150,6 +148,9 @@ class Responder:
         call_id = str(next(self._ids))
         if not self._supervisor.ready and self._num_open() + call.params.n > self._max_queued_requests:
             sender.fail(Unavailable(QUEUE_FULL))  # while the engine restarts, they wait here
+            return
+        if call.is_late(time.monotonic()):
+            sender.fail(Cancelled(TIMEOUT))
             return
         self._streams[call_id] = stream = Stream(Generation(call_id, call, self._server), sender)
         if self._supervisor.ready:
@@ -265,8 +266,7 @@ class Responder:
                     stream.sender.fail(Cancelled(reason))
 
     def _reason_to_end(self, stream: Stream, now: float) -> str | None:
-        deadline = stream.call.deadline
-        if deadline is not None and now >= deadline:
+        if stream.call.is_late(now):
             return TIMEOUT
         return "Request was cancelled" if stream.sender.is_cancelled() else None
 

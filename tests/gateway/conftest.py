@@ -78,3 +78,10 @@ def num_running(metrics_url: str) -> int:
     """Requests that hold slots in the engine; 0 until there is anything to say."""
     values = read_metrics(metrics_url)
     return int(next((value for name, value in values.items() if name.startswith("sglang:num_running_reqs")), 0))
+
+
+def num_aborted(metrics_url: str) -> int:
+    """Answers that were cut off, so far."""
+    name, reason = "vllm:request_success_total", 'finished_reason="abort"'
+    values = read_metrics(metrics_url)
+    return sum(int(value) for key, value in values.items() if key.startswith(name) and reason in key)

@@ -128,6 +128,15 @@ def test_full_queue(start_adapter):
     assert all(e.code == FakeError.UNAVAILABLE for e in errors if e)
 
 
+def test_a_call_that_is_late_when_it_arrives_is_not_begun(adapter):
+    """However quickly it would be answered."""
+    for _ in range(5):
+        request = FakeRequest(text_input="xy", max_tokens=1, timeout=1)
+        assert str(execute(adapter, request).sender.error()) == "Request timeout expired"
+        check_use(request)
+    assert not adapter._responder._streams
+
+
 @pytest.mark.parametrize("where", [{"timeout": 200_000}, {"parameters": {"timeout": 200_000}}])
 def test_timeout_while_running(start_adapter, where):
     adapter = start_adapter(SLOW_ENGINE)
