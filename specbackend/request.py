@@ -115,5 +115,10 @@ class Update:
     spec_trace: list[StepTrace] = field(default_factory=list)  # how it came by token_ids, if asked for
 
     @property
+    def is_first(self) -> bool:
+        """Whether it has the request's first token."""
+        return 0 < len(self.token_ids) == self.completion_tokens
+
+    @property
     def finished(self) -> bool:
         return self.finish_reason is not None

@@ -197,6 +197,7 @@ class Responder:
         # First all responses are made, then all are sent: a send leaves the core to other processes, and between two of
         # them the caches are cold, so that making a response would take twice as long.
         found = [(stream, update) for update in updates.values() if (stream := self._stream_of(update.request_id))]
+        found.sort(key=lambda each: not each[1].is_first)  # their clients have waited longest, and have nothing yet
         for stream, update in found:
             self._advance(stream, update)
         for stream, _ in found:
@@ -224,7 +225,7 @@ class Responder:
 
     def _note(self, generation: Generation, update: Update) -> None:
         """For metrics. Most updates are neither an answer's first nor its last."""
-        if 0 < len(update.token_ids) == update.completion_tokens:
+        if update.is_first:
             self._traffic.first_token_seconds.append(generation.record(update.request_id).first_token_seconds)
         if not generation.is_open(update.request_id):
             self._traffic.note_answer(generation.record(update.request_id))

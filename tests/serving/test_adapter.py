@@ -401,22 +401,41 @@ def test_a_response_that_triton_does_not_take_is_followed_by_an_error(start_adap
     check_use(bad, good)
 
 
-def test_a_steps_responses_are_all_made_before_the_first_is_sent(start_adapter, monkeypatch):
-    """Between two sends the caches are cold: making a response would take twice as long there."""
-    adapter, events = start_adapter(SLOW_ENGINE), []
-    make = FakePbUtils.InferenceResponse
+@pytest.fixture
+def events(monkeypatch) -> list[str]:
+    """What happens to responses: `make`, and what `note_sends` calls those who send."""
+    events, make = [], FakePbUtils.InferenceResponse
     monkeypatch.setattr(
         FakePbUtils, "InferenceResponse", lambda *args, **kwargs: events.append("make") or make(*args, **kwargs)
     )
+    return events
+
+
+def note_sends(events: list[str], name: str, request: FakeRequest) -> FakeRequest:
+    send = request.sender.send
+    request.sender.send = lambda *args, **kwargs: events.append(name) or send(*args, **kwargs)
+    return request
+
+
+def test_a_steps_responses_are_all_made_before_the_first_is_sent(start_adapter, events):
+    """Between two sends the caches are cold: making a response would take twice as long there."""
     requests = [FakeRequest(text_input="abc", max_tokens=30, stream=True) for _ in range(3)]
-    for request in requests:
-        send = request.sender.send
-        request.sender.send = lambda *args, send=send, **kwargs: events.append("send") or send(*args, **kwargs)
-    execute(adapter, *requests)
+    execute(start_adapter(SLOW_ENGINE), *(note_sends(events, "send", request) for request in requests))
     check_use(*requests)
     runs = [(kind, len(list(run))) for kind, run in groupby(events)]
     assert [count for kind, count in runs if kind == "make"] == [count for kind, count in runs if kind == "send"]
     assert max(count for _, count in runs) == 3
+
+
+def test_first_tokens_are_sent_first(start_adapter, events):
+    adapter = start_adapter(SLOW_ENGINE)
+    old, new = (FakeRequest(text_input="abc", max_tokens=30, stream=True) for _ in range(2))
+    execute(adapter, note_sends(events, "old", old))
+    wait_until(lambda: len(old.sender.responses) > 1)
+    execute(adapter, note_sends(events, "new", new))
+    check_use(old, new)
+    first = events.index("new")
+    assert events[first - 2 : first + 2] == ["make", "make", "new", "old"]
 
 
 def test_gauges_that_fail_do_not_hold_up_answers(start_adapter, monkeypatch):
