@@ -110,16 +110,17 @@ def test_answers_in_a_profile():
 
 
 @pytest.mark.parametrize("failures", [0, 1, 2, 3])
-def test_a_profile_that_is_empty_is_made_again(failures, monkeypatch, tmp_path):
+@pytest.mark.parametrize("broken", [b"", b'{"experiments": [{"requests": [', b'{"experiments": "\xc3'])
+def test_a_profile_that_is_not_whole_is_made_again(broken, failures, monkeypatch, tmp_path):
     profile, runs = tmp_path / "profile.json", []
 
     def run(command):
         runs.append(command)
-        profile.write_text("{}" if len(runs) > failures else "")
+        profile.write_bytes(b"{}" if len(runs) > failures else broken)
 
     monkeypatch.setattr(perf_analyzer, "run", run)
     if failures == perf_analyzer.ATTEMPTS:
-        with pytest.raises(perf_analyzer.PerfAnalyzerError, match="no profile"):
+        with pytest.raises(perf_analyzer.PerfAnalyzerError, match="no whole profile, 3 times"):
             perf_analyzer.measured(["program"], profile)
     else:
         assert perf_analyzer.measured(["program"], profile) == {} and len(runs) == failures + 1
