@@ -106,7 +106,7 @@ def create_app(settings: GatewaySettings) -> FastAPI:
     _add_vllm(app, gateway)
     _add_sglang(app, gateway)
     _add_operations(app, gateway)
-    app.include_router(dashboard.router(settings.metrics_url, gateway.ask_radix_cache))
+    app.include_router(dashboard.router(settings.metrics_url, settings.model, gateway.ask_radix_cache))
     return app
 
 
