@@ -42,7 +42,9 @@ class Tokenizer:
         self._given_template = None if chat_template is None else _given_template(str(chat_template))
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
-        return self._fast.encode(text, add_special_tokens=add_special_tokens).ids
+        # As a batch, for which the lock of Python's is given back: other threads go on, however long the text.
+        [encoding] = self._fast.encode_batch_fast([text], add_special_tokens=add_special_tokens)
+        return encoding.ids
 
     def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         return self._fast.decode(token_ids, skip_special_tokens=skip_special_tokens)

@@ -7,6 +7,7 @@ import time
 from importlib.util import find_spec
 from pathlib import Path
 
+import perf_analyzer
 import pytest
 from paced.engine import PacedEngine, repeated
 
@@ -49,8 +50,12 @@ def test_every_request_has_a_response(module, monkeypatch, capsys):
     assert "--responses: must be above 16" in capsys.readouterr().err
 
 
-@pytest.mark.skipif(find_spec("pytriton") is None, reason="needs the tritonserver wheel")
-def test_costs_and_a_different_answer(module, monkeypatch, tmp_path, capsys):
+@pytest.fixture
+def run(module, monkeypatch, tmp_path):
+    """The tool with these flags, to which the third answer to a concurrency is wrong: its rows, and whose CPU time it
+    asked for."""
+    if find_spec("pytriton") is None:
+        pytest.skip("needs the tritonserver wheel")
     make_questions, watched = module.make_questions, []
 
     def a_second_later(pid):
@@ -64,10 +69,18 @@ def test_costs_and_a_different_answer(module, monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(module, "cpu_seconds", a_second_later)
     monkeypatch.setattr(module, "make_questions", the_third_is_wrong)
     monkeypatch.setenv("PYTHONPATH", os.environ.get("PYTHONPATH", ""))  # put back what the tool sets
-    settings = ("--concurrencies", 1, 2, "--requests", REQUESTS, "--responses", RESPONSES, "--json", tmp_path / "found")
-    monkeypatch.setattr(sys, "argv", ["bench_adapter", *map(str, settings)])
-    assert module.main() == 1
-    one, two = json.loads((tmp_path / "found").read_text())["rows"]
+
+    def run(*flags: object) -> tuple[list[dict], list[str]]:
+        settings = ("--requests", REQUESTS, "--responses", RESPONSES, "--json", tmp_path / "found", *flags)
+        monkeypatch.setattr(sys, "argv", ["bench_adapter", *map(str, settings)])
+        assert module.main() == 1
+        return json.loads((tmp_path / "found").read_text())["rows"], watched
+
+    return run
+
+
+def test_costs_and_a_different_answer(run, capsys):
+    [one, two], watched = run("--concurrencies", 1, 2)
     assert [(row["concurrency"], row["requests"], row["equal"]) for row in (one, two)] == [(1, 2, 2), (2, 4, 3)]
     for row in (one, two):
         assert row["requests"] < row["responses"] <= row["requests"] * (RESPONSES + 16)
@@ -77,3 +90,22 @@ def test_costs_and_a_different_answer(module, monkeypatch, tmp_path, capsys):
             assert 0 < row[name]["p50_ms"] <= row[name]["p99_ms"]
     assert watched == ["tritonserver", "triton_python_b"] * 8  # before and after, of both models, twice
     assert [line.split()[-1] for line in capsys.readouterr().out.splitlines()[2:]] == ["2/2", "3/4"]
+
+
+def test_perf_analyzer_asks(run, monkeypatch):
+    """And once more, if its profile is broken, without the cost of what is lost."""
+    measured, whole = perf_analyzer.measured, [True, False]
+
+    def now_and_then(command, profile):
+        found = measured(command, profile)
+        if whole and not whole.pop():
+            raise perf_analyzer.BrokenProfile("cut off")
+        return found
+
+    monkeypatch.setattr(perf_analyzer, "measured", now_and_then)
+    [row], watched = run("--concurrencies", 2, "--perf-analyzer")
+    before_the_one_that_is_lost, around_the_others = 1, 4
+    assert watched == ["tritonserver", "triton_python_b"] * (before_the_one_that_is_lost + around_the_others)
+    assert (row["equal"], row["requests"]) == (3, 4)
+    assert row["stub_us_per_response"] == pytest.approx(2e6 / row["responses"])
+    assert 0 < row["first_token"]["p50_ms"] <= row["first_token"]["p99_ms"]

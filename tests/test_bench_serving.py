@@ -17,8 +17,10 @@ from tests.test_tools import load_tool
 
 def answer(started: float, *responses: tuple[float, list[int] | int]) -> Answer:
     """Of responses at these times with these token ids."""
-    times, ids = zip(*responses, strict=True)
-    return Answer(started=started, times=list(times), responses=[{"output_ids": each} for each in ids])
+    made = Answer(started=started)
+    for at, ids in responses:
+        made.add({"text_output": "x", "output_ids": ids}, at)
+    return made
 
 
 def test_latencies_of_answers():
@@ -110,19 +112,21 @@ def test_answers_in_a_profile():
 
 
 @pytest.mark.parametrize("failures", [0, 1, 2, 3])
-def test_a_profile_that_is_empty_is_made_again(failures, monkeypatch, tmp_path):
+@pytest.mark.parametrize("broken", [b"", b'{"experiments": [{"requests": [', b'{"experiments": "\xc3'])
+def test_a_profile_that_is_not_whole_is_made_again(broken, failures, monkeypatch, tmp_path):
     profile, runs = tmp_path / "profile.json", []
 
     def run(command):
         runs.append(command)
-        profile.write_text("{}" if len(runs) > failures else "")
+        profile.write_bytes(b"{}" if len(runs) > failures else broken)
 
     monkeypatch.setattr(perf_analyzer, "run", run)
+    measured = perf_analyzer.insisting(perf_analyzer.measured)
     if failures == perf_analyzer.ATTEMPTS:
-        with pytest.raises(perf_analyzer.PerfAnalyzerError, match="no profile"):
-            perf_analyzer.measured(["program"], profile)
+        with pytest.raises(perf_analyzer.PerfAnalyzerError, match="program has written no whole profile"):
+            measured(["program"], profile)
     else:
-        assert perf_analyzer.measured(["program"], profile) == {} and len(runs) == failures + 1
+        assert measured(["program"], profile) == {} and len(runs) == failures + 1
 
 
 def test_perf_analyzer_that_fails_or_is_missing(monkeypatch, tmp_path):

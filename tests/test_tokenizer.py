@@ -3,6 +3,8 @@
 import json
 import subprocess
 import sys
+import threading
+import time
 from copy import deepcopy
 from functools import partial
 from pathlib import Path
@@ -30,6 +32,17 @@ def test_encode_and_decode_equal_transformers(theirs, text):
     ours = Tokenizer(DEMO_TARGET)
     assert ours.encode(text) == theirs(text)["input_ids"]
     assert ours.decode(ours.encode(text)) == theirs.decode(theirs(text)["input_ids"], skip_special_tokens=True)
+
+
+def test_other_threads_go_on_while_a_text_is_encoded():
+    ours, text = Tokenizer(DEMO_TARGET), "the number of eggs " * 50_000
+    thread = threading.Thread(target=ours.encode, args=(text,))
+    thread.start()
+    looks = 0
+    while thread.is_alive():
+        looks += 1
+        time.sleep(0.001)
+    assert looks > 10
 
 
 def test_chat_template_equals_transformers(theirs):

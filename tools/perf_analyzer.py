@@ -7,24 +7,46 @@ import subprocess
 import sys
 import tempfile
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
+from functools import wraps
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 # What it needs and tritonclient's wheel does not bring; the tritonserver wheel does, under names of its own.
 LIBRARIES = {"libb64.so.0d": "libb64-*.so.0d", "libcudart.so.12": "libcudart-*.so.12*"}
 TIMEOUT_S = 600  # it waits for ever for a server that has ended
 ATTEMPTS = 3
 LOG_TAIL = 5  # lines shown when it fails
+OUTPUTS = ("text_output", "output_ids")  # that are read
+
+T = TypeVar("T")
 
 
 class PerfAnalyzerError(RuntimeError):
     """No perf_analyzer, or one that failed. The message says why."""
 
 
-def ask_all(url: str, model: str, questions: Sequence[Any], in_flight: int) -> list[Any]:
-    """As specbackend.serving.client.ask_all; the answers have `output_ids`, no text. Raises PerfAnalyzerError."""
+class BrokenProfile(PerfAnalyzerError):
+    """What it wrote is not whole: with 2.50 that happens now and then, and once more helps."""
+
+
+def insisting(ask: Callable[..., T]) -> Callable[..., T]:
+    """Asks again where a profile is broken, and raises the last of ATTEMPTS that are."""
+
+    @wraps(ask)
+    def insist(*args: Any) -> T:
+        for _ in range(ATTEMPTS - 1):
+            with suppress(BrokenProfile):
+                return ask(*args)
+        return ask(*args)
+
+    return insist
+
+
+def ask_once(url: str, model: str, questions: Sequence[Any], in_flight: int) -> list[Any]:
+    """As specbackend.serving.client.ask_all; the answers have OUTPUTS. Raises PerfAnalyzerError."""
     with tempfile.TemporaryDirectory() as folder:
         data, profile = Path(folder) / "questions.json", Path(folder) / "profile.json"
         data.write_text(json.dumps({"data": [listed(question.inputs) for question in questions]}))
@@ -33,6 +55,9 @@ def ask_all(url: str, model: str, questions: Sequence[Any], in_flight: int) -> l
         files = ["--input-data", str(data), "--profile-export-file", str(profile)]
         command = [find_program(), *server, *load, *files, "--stability-percentage", "999"]  # one measurement will do
         return in_order(questions, measured(command, profile)["experiments"][0]["requests"])
+
+
+ask_all = insisting(ask_once)
 
 
 def find_program() -> str:
@@ -58,12 +83,12 @@ def environment() -> dict[str, str]:
 
 
 def measured(command: Sequence[str], profile: Path) -> dict[str, Any]:
-    """What it writes into the profile: with answers of milliseconds now and then nothing, in 2.50."""
-    for _ in range(ATTEMPTS):
-        run(command)
-        if text := profile.read_text():
-            return json.loads(text)
-    raise PerfAnalyzerError(f"{command[0]} has written no profile, {ATTEMPTS} times")
+    """What it writes into the profile."""
+    run(command)
+    try:
+        return json.loads(profile.read_bytes())
+    except ValueError as error:
+        raise BrokenProfile(f"{command[0]} has written no whole profile: {error}") from error
 
 
 def run(command: Sequence[str]) -> None:
@@ -85,12 +110,13 @@ def in_order(questions: Iterable[Any], requests: Iterable[Mapping[str, Any]]) ->
 
 
 def to_answer(request: Mapping[str, Any]) -> Any:
-    """With the ids alone: for outputs that a response does not have, a profile has noise."""
+    """For outputs that were not asked for, a profile has noise."""
     from specbackend.serving.client import Answer
 
-    responses = [{"output_ids": outputs["output_ids"]} for outputs in request["response_outputs"]]
-    times = [timestamp / 1e9 for timestamp in request["response_timestamps"]]
-    return Answer(responses=responses, started=request["timestamp"] / 1e9, times=times)
+    answer = Answer(started=request["timestamp"] / 1e9)
+    for outputs, timestamp in zip(request["response_outputs"], request["response_timestamps"], strict=True):
+        answer.add({name: outputs[name] for name in OUTPUTS}, timestamp / 1e9)
+    return answer
 
 
 def listed(inputs: Mapping[str, Any]) -> dict[str, list]:

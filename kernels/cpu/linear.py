@@ -8,6 +8,7 @@ from ctypes import c_int, c_long, c_void_p
 
 import torch
 import torch.nn.functional as F
+from torch import library
 
 from specbackend.kernels import cpu
 from specbackend.kernels.cpu import memory
@@ -51,7 +52,7 @@ def linear(
 
 
 # As torch.compile takes it. Every call of it costs more than one of the function itself.
-linear_in_graph = torch.library.custom_op("specbackend::cpu_linear", linear, mutates_args=())
+linear_in_graph = library.custom_op("specbackend::cpu_linear", linear, mutates_args=())
 
 
 @linear_in_graph.register_fake

@@ -37,6 +37,7 @@ T = TypeVar("T")
 OPEN_PATHS = ("/health", *dashboard.PAGE_PATHS)  # without a key
 GENERATING_PATHS = ("/v1/chat/completions", "/v1/completions", "/generate")
 HEALTH_TIMEOUT_S = 20.0  # for a token: others may be before it
+CONTEXT_LENGTH_KEPT_S = 10.0
 CONTEXT_LENGTH_TIMEOUT_S = 3.0  # then a list of models is without it: whoever asks for that may be in a hurry
 
 
@@ -58,6 +59,7 @@ class Gateway:
         self.started = int(time.time())
         self.triton: TritonServer | None = None
         self._context_length: int | None = None
+        self._ask_again_at = 0.0  # for it
 
     @asynccontextmanager
     async def connected(self, app: FastAPI) -> AsyncIterator[None]:
@@ -82,11 +84,15 @@ class Gateway:
         return []
 
     async def context_length(self) -> int | None:
-        """The least of the engines', and nearly always there is one. None: nobody says in time. Once said it stays."""
-        if self._context_length is None:
+        """The least of the engines', and nearly always there is one; if nobody says in time, as before: None at first.
+
+        Asked for again now and then: tritonserver may have been started anew, for another model.
+        """
+        if time.monotonic() >= self._ask_again_at:
             with suppress(asyncio.TimeoutError):
-                engines = await asyncio.wait_for(self.engines(), CONTEXT_LENGTH_TIMEOUT_S)
-                self._context_length = min((engine["context_length"] for engine in engines), default=None)
+                if engines := await asyncio.wait_for(self.engines(), CONTEXT_LENGTH_TIMEOUT_S):
+                    self._context_length = min(engine["context_length"] for engine in engines)
+                    self._ask_again_at = time.monotonic() + CONTEXT_LENGTH_KEPT_S
         return self._context_length
 
     def check_model(self, name: str | None) -> None:
@@ -106,7 +112,7 @@ def create_app(settings: GatewaySettings) -> FastAPI:
     _add_vllm(app, gateway)
     _add_sglang(app, gateway)
     _add_operations(app, gateway)
-    app.include_router(dashboard.router(settings.metrics_url, gateway.ask_radix_cache))
+    app.include_router(dashboard.router(settings.metrics_url, settings.model, gateway.ask_radix_cache))
     return app
 
 
@@ -162,20 +168,23 @@ async def _model(gateway: Gateway) -> dict[str, Any]:
 
 def _add_vllm(app: FastAPI, gateway: Gateway) -> None:
     @app.post("/tokenize")
-    async def tokenize(request: TokenizeRequest) -> dict:
+    async def tokenize(request: TokenizeRequest) -> Response:
         gateway.check_model(request.model)
-        tokens = await asyncio.to_thread(vllm.tokenize, gateway.tokenizer, request)
-        return {
-            "count": len(tokens),
-            "max_model_len": await gateway.context_length(),
-            "tokens": tokens,
-            "token_strs": gateway.tokenizer.names(tokens) if request.return_token_strs else None,
-        }
+        context_length = await gateway.context_length()
+        return await asyncio.to_thread(_tokenize, gateway.tokenizer, request, context_length)
 
     @app.post("/detokenize")
     async def detokenize(request: DetokenizeRequest) -> dict:
         gateway.check_model(request.model)
         return {"prompt": await asyncio.to_thread(vllm.detokenize, gateway.tokenizer, request)}
+
+
+def _tokenize(tokenizer: Tokenizer, request: TokenizeRequest, context_length: int | None) -> Response:
+    """The whole response: for a text of megabytes all of it takes long, the writing of JSON, too."""
+    tokens = vllm.tokenize(tokenizer, request)
+    names = tokenizer.names(tokens) if request.return_token_strs else None
+    body = {"count": len(tokens), "max_model_len": context_length, "tokens": tokens, "token_strs": names}
+    return JSONResponse(body)
 
 
 def _add_sglang(app: FastAPI, gateway: Gateway) -> None:

@@ -69,8 +69,8 @@ FAMILIES = {  # by the name in the page's JSON; counters count from the engine's
 AskRadixCache = Callable[[str], Awaitable[dict[str, Any]]]  # an action; raises ApiError
 
 
-def router(metrics_url: str, ask_radix_cache: AskRadixCache) -> APIRouter:
-    """Routes under /dashboard. metrics_url: tritonserver's, as host:port."""
+def router(metrics_url: str, model: str, ask_radix_cache: AskRadixCache) -> APIRouter:
+    """Routes under /dashboard. metrics_url: tritonserver's, as host:port; model: Triton's name of the gateway's own."""
     routes = APIRouter(prefix="/dashboard", include_in_schema=False)
 
     @routes.get("")
@@ -79,7 +79,7 @@ def router(metrics_url: str, ask_radix_cache: AskRadixCache) -> APIRouter:
 
     @routes.get("/api/stats")
     def stats() -> Response:
-        return JSONResponse(read_stats(metrics_url), headers=HEADERS)
+        return JSONResponse(read_stats(metrics_url, model), headers=HEADERS)
 
     @routes.get("/api/radix_tree")
     async def radix_tree() -> Response:
@@ -97,13 +97,17 @@ def router(metrics_url: str, ask_radix_cache: AskRadixCache) -> APIRouter:
     return routes
 
 
-def read_stats(metrics_url: str) -> dict[str, Any]:
-    """What the page polls: `models`, the numbers of FAMILIES by model; or `state`, down or off, and `problem`: why."""
+def read_stats(metrics_url: str, first: str) -> dict[str, Any]:
+    """What the page polls: `models`, the numbers of FAMILIES by model; or `state`, down or off, and `problem`: why.
+
+    first: the model that the page shows until another is chosen.
+    """
     try:
         models = by_model(read_metrics(metrics_url, STATS_TIMEOUT_S))
     except (OSError, HTTPException, ValueError) as error:
         reason = error or type(error).__name__
         return {"state": "down", "problem": UNREACHABLE.format(url=metrics_url, reason=reason)}
+    models = dict(sorted(models.items(), key=lambda each: each[0] != first))
     return {"models": models} if models else {"state": "off", "problem": SWITCHED_OFF}
 
 

@@ -164,13 +164,6 @@ def _sampling_params(values: list) -> SamplingParams:
     return SamplingParams.from_dict(dict(zip(field_names(SamplingParams), values, strict=True)))
 
 
-def _update(values: list) -> Update:
-    for place, read in UPDATE_READERS:
-        if values[place]:
-            values[place] = read(values[place])
-    return Update(*values)
-
-
 def _token_logprobs(values: list) -> list[TokenLogprob]:
     return [_token_logprob(*each) for each in values]
 
@@ -184,9 +177,10 @@ def _step_trace(*values) -> StepTrace:
     return StepTrace(*step, round and Round(TreeTrace(*round[0]), *round[1:]))
 
 
+UPDATE_FIELDS = field_names(Update)
 # What is not a plain value in an update, by its place. Most updates have none of it.
 UPDATE_READERS = [
-    (field_names(Update).index(name), read)
+    (UPDATE_FIELDS.index(name), read)
     for name, read in {
         "finish_reason": FinishReason,
         "logprobs": _token_logprobs,
@@ -195,3 +189,13 @@ UPDATE_READERS = [
         "spec_trace": lambda values: [_step_trace(*each) for each in values],
     }.items()
 ]
+
+
+def _update(values: list) -> Update:
+    """Raises ValueError if there are not as many as an update has: fewer would leave defaults."""
+    if len(values) != len(UPDATE_FIELDS):
+        raise ValueError(f"an update of {len(values)} values, not {len(UPDATE_FIELDS)}: of another version")
+    for place, read in UPDATE_READERS:
+        if values[place]:
+            values[place] = read(values[place])
+    return Update(*values)

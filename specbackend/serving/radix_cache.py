@@ -35,7 +35,6 @@ PARAMETERS = ("socket", *OWN_SIDECAR, "warm_up_prompts", "warm_up_model")
 PATHS = ("socket", "snapshot", "warm_up_prompts")
 READY_S = 10.0  # for the sidecar to answer; the model is ready without it then
 LOOKUP_S = 2.0
-ACTIONS = ("stats", "engines", "tree", "audit", "flush", "lookup", "warm_up")
 TREE_NODES = 500  # of each engine's tree
 
 log = logging.getLogger(__name__)
@@ -88,26 +87,29 @@ class RadixCache:
         return self._pb.InferenceResponse(output_tensors=[], error=triton_error(self._pb, error))
 
     def _do(self, inputs: Mapping[str, list]) -> dict:
-        match only_value("action", inputs.get("action", ["stats"])):
-            case "stats":
-                return self._with_engines(CacheTree(0), self._readable_stats)
-            case "engines":  # `tree` without nodes, which costs an engine nothing
-                return {"engines": ask_engines(self._server_pid, CacheTree(0))}
-            case "tree":
-                return {"engines": ask_engines(self._server_pid, CacheTree(TREE_NODES))}
-            case "audit":
-                return ask(self._path, Audit())
-            case "flush":  # engines first: what they hold goes to the sidecar
-                return self._with_engines(FlushCache(), lambda: ask(self._path, Flush()))
-            case "lookup":
-                return {"models": [self._lookup(layout, inputs) for layout in self._layouts()]}
-            case "warm_up":
-                return self._warm_up()
-            case other:
-                raise InvalidRequest("action", f"must be one of {', '.join(ACTIONS)}, got {other!r}")
+        actions = {
+            "stats": lambda: self._with_engines(CacheTree(0), self._readable_stats),
+            "engines": lambda: self._engines(0),  # which costs an engine nothing
+            "tree": lambda: self._engines(TREE_NODES),
+            "audit": lambda: ask(self._path, Audit()),
+            "flush": lambda: self._with_engines(FlushCache(), lambda: ask(self._path, Flush())),
+            "lookup": lambda: {"models": [self._lookup(layout, inputs) for layout in self._layouts()]},
+            "warm_up": self._warm_up,
+        }
+        action = only_value("action", inputs.get("action", ["stats"]))
+        if action not in actions:
+            raise InvalidRequest("action", f"must be one of {', '.join(actions)}, got {action!r}")
+        return actions[action]()
+
+    def _engines(self, limit: int) -> dict:
+        """What the engines are, each with so many nodes of its tree at most."""
+        return {"engines": ask_engines(self._server_pid, CacheTree(limit))}
 
     def _with_engines(self, question: CacheTree | FlushCache, ask_sidecar: Callable[[], dict]) -> dict:
-        """What the sidecar says, or why it does not, and each engine. Raises ConnectionError if there is neither."""
+        """What the sidecar says, or why it does not, and each engine. Raises ConnectionError if there is neither.
+
+        Engines are asked first: what they flush goes to the sidecar.
+        """
         engines = ask_engines(self._server_pid, question)
         try:
             return {**ask_sidecar(), "engines": engines}

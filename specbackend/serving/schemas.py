@@ -339,7 +339,7 @@ ENSEMBLE_INPUTS = (*(i for i in LLM_INPUTS if i.name not in NOT_IN_ENSEMBLE), AP
 ENSEMBLE_OUTPUTS = LLM_OUTPUTS
 
 RADIX_CACHE_INPUTS = (
-    Input("action", "STRING"),  # one of radix_cache.ACTIONS
+    Input("action", "STRING"),  # see radix_cache.RadixCache
     Input("text_input", "STRING"),  # of lookup: the prompt as llm gets it, or its ids
     Input("input_ids", "INT32", LIST),
     Input("cache_salt", "STRING"),

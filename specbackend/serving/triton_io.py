@@ -103,9 +103,8 @@ def make_tensor(pb_utils: Any, face: Face, name: str, value: object) -> Any:
     spec = face.output[name]
     if spec.dtype == "STRING":
         values = [text.encode() for text in values]
-    array = np.array(values, dtype=NUMPY_TYPES[spec.dtype])
-    in_front = len(spec.dims) + (face.has_batch_dimension and spec.has_batch_dimension) - array.ndim
-    return pb_utils.Tensor(name, array.reshape(*[1] * in_front, *array.shape))
+    ndim = len(spec.dims) + (face.has_batch_dimension and spec.has_batch_dimension)
+    return pb_utils.Tensor(name, np.array(values, dtype=NUMPY_TYPES[spec.dtype], ndmin=ndim))
 
 
 def log_bug(error: Exception) -> None:

@@ -119,7 +119,7 @@ class FakeUpstream:
 
     def app(self) -> FastAPI:
         app = FastAPI()
-        app.include_router(router(f"127.0.0.1:{self.port}", self._ask_radix_cache))
+        app.include_router(router(f"127.0.0.1:{self.port}", "llm", self._ask_radix_cache))
         app.get("/v1/models")(lambda: {"object": "list", "data": [{"id": "llm", "object": "model"}]})
         app.get("/metrics")(lambda: PlainTextResponse(self.metrics or "# nothing\n"))
         for path in ("/v1/chat/completions", "/v1/completions"):

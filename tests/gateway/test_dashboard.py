@@ -90,6 +90,12 @@ def test_stats(page):
     assert page.get("/api/stats").json()["models"]["llm"]["running"] == 3
 
 
+def test_the_gateways_own_model_is_the_first(page, upstream):
+    others = [f'sglang:num_running_reqs{{model="{name}",version="1"}} 1' for name in ("vllm_model", "a")]
+    upstream.metrics = "\n".join([others[0], upstream.metrics, others[1]])
+    assert list(page.get("/api/stats").json()["models"]) == ["llm", "vllm_model", "a"]
+
+
 def test_stats_of_a_server_that_exports_nothing_say_how_to_switch_it_on(page, upstream):
     upstream.metrics = 'nv_inference_count{model="llm",version="1"} 4\n'
     stats = page.get("/api/stats").json()
@@ -97,7 +103,7 @@ def test_stats_of_a_server_that_exports_nothing_say_how_to_switch_it_on(page, up
 
 
 def test_stats_of_a_server_that_is_down():
-    stats = dashboard.read_stats("127.0.0.1:1")
+    stats = dashboard.read_stats("127.0.0.1:1", "llm")
     assert stats["state"] == "down" and "127.0.0.1:1" in stats["problem"] and "refused" in stats["problem"]
 
 

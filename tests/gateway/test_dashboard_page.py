@@ -262,6 +262,14 @@ def test_live_numbers(page):
     assert page.text_content("#health-text") == "serving" and page.is_hidden("#problem")
 
 
+def test_live_begins_with_the_gateways_own_model(page, upstream):
+    upstream.metrics = 'sglang:num_running_reqs{model="vllm_model",version="1"} 7\n' + upstream.metrics
+    page.reload()
+    page.click("#tab-live")
+    playwright.expect(page.locator("#live-model option")).to_have_text(["llm", "vllm_model"])
+    playwright.expect(page.locator("#value-running")).to_have_text("3")
+
+
 def test_what_is_wrong_is_said(page, upstream):
     page.click("#tab-live")
     upstream.metrics = None

@@ -45,12 +45,17 @@ class FakeTriton:
     def __init__(self):
         self.text, self.outputs = "Yes", {}
         self.questions = []
+        self.context_lengths = [1024]
 
     async def generate(self, question):
         self.questions.append(question)
         for char in self.text:
             yield {"text_output": char, "num_output_tokens": 1, **self.outputs}
         yield {"text_output": "", "num_output_tokens": 0, **FINISHED}
+
+    async def radix_cache(self, action):
+        self.questions.append(action)
+        return {"engines": [{"context_length": length} for length in self.context_lengths]}
 
     async def close(self) -> None:
         pass
@@ -426,6 +431,34 @@ def test_the_context_length_is_not_waited_for(hanging, monkeypatch, path, body):
     with TestClient(gateway_app.create_app(GatewaySettings(str(DEMO_TARGET), grpc_url=hanging))) as client:
         answer = client.get(path) if body is None else client.post(path, json=body)
     assert answer.status_code == 200 and '"max_model_len":null' in answer.text
+
+
+@pytest.mark.parametrize(
+    "kept_s, told, asked", [(0.0, [1024, 512, 512, 2048], 4), (1000.0, [1024] * 4, 1)], ids=["again", "kept"]
+)
+def test_the_context_length_is_asked_for_now_and_then(fake, monkeypatch, kept_s, told, asked):
+    """What nobody says is what was said last."""
+    monkeypatch.setattr(gateway_app, "CONTEXT_LENGTH_KEPT_S", kept_s)
+    with TestClient(gateway_app.create_app(GatewaySettings(str(DEMO_TARGET)))) as client:
+        for fake.context_lengths, length in zip([[1024], [4096, 512], [], [2048]], told, strict=True):
+            assert client.get("/v1/models").json()["data"][0]["max_model_len"] == length
+    assert fake.questions == ["engines"] * asked
+
+
+def test_a_long_text_is_encoded_and_written_beside_the_event_loop(fake, monkeypatch):
+    render, threads = gateway_app.JSONResponse.render, []
+
+    def noted(response, content):
+        threads.append(threading.current_thread().name)
+        return render(response, content)
+
+    async def loop_thread() -> str:
+        return threading.current_thread().name
+
+    monkeypatch.setattr(gateway_app.JSONResponse, "render", noted)
+    with TestClient(gateway_app.create_app(GatewaySettings(str(DEMO_TARGET)))) as client:
+        assert client.post("/tokenize", json={"prompt": "How many"}).json()["max_model_len"] == 1024
+        assert threads and client.portal.call(loop_thread) not in threads
 
 
 def test_metrics_that_hang_hold_nobody(monkeypatch):

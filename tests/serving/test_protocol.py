@@ -2,6 +2,7 @@
 
 import socket
 
+import msgpack
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -67,6 +68,14 @@ MESSAGES = [
 @pytest.mark.parametrize("message", MESSAGES, ids=lambda m: type(m).__name__)
 def test_round_trip(message):
     assert decode(encode(message)[LENGTH.size :]) == message
+
+
+@pytest.mark.parametrize("change", [lambda values: values.pop(), lambda values: values.append(0)], ids=["less", "more"])
+def test_updates_of_another_version_are_not_read(change):
+    kind, updates, stats = msgpack.unpackb(encode(Step([Update("7", [5]), Update("8", [6])]))[LENGTH.size :])
+    change(updates[1])
+    with pytest.raises(ValueError, match="another version"):
+        decode(msgpack.packb([kind, updates, stats]))
 
 
 @given(st.lists(st.integers(1, 200), min_size=1))
