@@ -1,5 +1,11 @@
 """The engine: schedule -> decode -> commit -> emit.
 
+Where the scheduler is sure to choose the same requests again and the decoder can go on without the host, the next step
+is begun before this one's results are read, so that the device never waits for the host. A request that ends with the
+one step has then taken part in the other in vain. That does no harm: what it writes there lies behind the end of its
+text, in slots that were its own when the step was begun, and whoever gets these slots or its row later does so behind
+that step on the device's stream. It takes part in no third step.
+
 In-process for offline use and tests, in a process of its own behind Triton; the same class.
 
 With tp_size > 1 it is one of several that do the same in lockstep, each in its own process with a part of the layers.
@@ -43,14 +49,14 @@ from specbackend.models.registry import load_draft
 from specbackend.offline import OfflineAnswer, Question, read_questions
 from specbackend.radix.client import RadixClient
 from specbackend.ranks import ONE_RANK, Ranks, Seat, join_ranks
-from specbackend.request import Request, Update
+from specbackend.request import Request, RequestStatus, Update
 from specbackend.runner import TargetRunner
 from specbackend.sampling.custom import load_processors
 from specbackend.sampling_params import Guide, SamplingParams, check_neutral
 from specbackend.scheduler import Scheduler
 from specbackend.shadow import ShadowRuns
 from specbackend.speculative.adaptive_decoder import AdaptiveDecoder
-from specbackend.speculative.decoder import Decoder
+from specbackend.speculative.decoder import Decoder, Step, part
 from specbackend.speculative.drafter import CacheRule, Drafter
 from specbackend.speculative.head_drafter import HeadDrafter
 from specbackend.speculative.ngram import NgramDrafter
@@ -90,6 +96,7 @@ class Engine:
         self._compiler: GrammarCompiler | None = None
         self._followers: Followers | None = None
         self._tier: HostTier | None = None
+        self._ahead: Step | None = None  # begun before the last one's results were known
         if config.tp_size == 1:
             self._load(target_path, ONE_RANK)
         elif seat:
@@ -238,21 +245,42 @@ class Engine:
     def _step(self) -> list[Update]:
         start = time.perf_counter()
         self.shadows.start()
-        batch = self.scheduler.schedule()
-        if batch is None:
+        step = self._begun_ahead() or self._begin()
+        if step is None:
             return []
-        undrafted_ct = batch.requests[0].undrafted_ct
-        if isinstance(batch, ExtendBatch):
-            accepted = self.decoder.extend(batch)  # draft KV too, even for plain requests: the cache is for everybody
-        elif batch.requests[0].tree is not None:
-            accepted = self.decoder.decode(batch)
-        else:
-            accepted = self.plain.decode(batch)
+        batch, undrafted_ct = step.batch, step.batch.requests[0].undrafted_ct
+        self._ahead = self._begin_next(step)
+        accepted = step.read()
         updates = self.shadows.take(batch.requests, self.scheduler.commit(batch, accepted))
         self.shadows.step_aside()
         is_drafted = batch.requests[0].undrafted_ct == undrafted_ct  # batches are drafted as a whole
         self._count(batch, updates, is_drafted, time.perf_counter() - start)
         return updates
+
+    def _begun_ahead(self) -> Step | None:
+        """The step in hand, for those of its requests that have not ended since."""
+        step, self._ahead = self._ahead, None
+        if step is None:
+            return None
+        rows = [row for row, each in enumerate(step.batch.requests) if each.status is RequestStatus.RUNNING]
+        return step if len(rows) == len(step.batch.requests) else part(step, rows)
+
+    def _begin(self) -> Step | None:
+        batch = self.scheduler.schedule()
+        if batch is None:
+            return None
+        if isinstance(batch, ExtendBatch):
+            accepted = self.decoder.extend(batch)  # draft KV too, even for plain requests: the cache is for everybody
+            return Step(batch, lambda: accepted)
+        return self._decoder_of(batch).begin(batch)
+
+    def _begin_next(self, step: Step) -> Step | None:
+        if not step.goes_on or not self.scheduler.goes_on(step.batch):
+            return None
+        return self._decoder_of(step.batch).begin_next(step)
+
+    def _decoder_of(self, batch: DecodeBatch) -> Decoder:
+        return self.decoder if batch.requests[0].tree is not None else self.plain
 
     def stats(self) -> EngineStats:
         scheduler, slots, shadows = self.scheduler, self.slots, self.shadows

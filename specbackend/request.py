@@ -85,6 +85,11 @@ class Request:
     def all_ids(self) -> list[int]:
         return self.input_ids + self.output_ids
 
+    @property
+    def most_step_tokens(self) -> int:
+        """That one decode step may add."""
+        return self.tree.longest_path if self.tree else 1
+
     def text_array(self) -> array:
         """all_ids as 64-bit integers, which become a tensor at once. It grows: read it, do not keep it."""
         if not self._text:

@@ -24,7 +24,8 @@ class Scheduler:
     """Continuous batching with chunked prefill.
 
     A request of n computed tokens owns the slots of table columns [0, n + reserve), where reserve is `num_nodes` while
-    it decodes. The first `len(pinned.slots)` of them belong to the prefix cache and are pinned there.
+    it decodes, or more if a step was to be begun ahead. The first `len(pinned.slots)` of them belong to the prefix
+    cache and are pinned there.
 
     bring: has a lower tier add to the cache what it knows of a text, given with its salt.
     """
@@ -180,7 +181,7 @@ class Scheduler:
         if not request.output_ids:  # else it was retracted, and what it finds is its own
             request.num_cached, request.num_cached_on_host = cached, cached - on_device
             request.first_scheduled_ns = request.first_scheduled_ns or time.monotonic_ns()
-        request.accept_counts = request.accept_counts or [0] * (request.tree.longest_path if request.tree else 1)
+        request.accept_counts = request.accept_counts or [0] * request.most_step_tokens
         self._pinned[request] = pinned
         if not needs_drafts:  # the draft reads the prompt, too, unless something that it would read before is missing
             self._num_drafted[request] = request.num_tokens if pinned.num_drafted == cached else pinned.num_drafted
@@ -239,7 +240,7 @@ class Scheduler:
         """
         kept = list(requests)
         while kept:
-            missing = [request.num_computed + self.num_nodes - self._num_owned[request] for request in kept]
+            missing = [self._num_missing(request) for request in kept]
             fresh = self.slots.allocate(sum(missing))
             if fresh is not None:
                 self._append_slots(kept, missing, fresh)
@@ -249,6 +250,32 @@ class Scheduler:
             kept = [request for request in kept if request is not least]
         assert self.running or self.prefilling, "a single request always fits: Engine sizes the pool for it"
         return []
+
+    def _num_missing(self, request: Request, most_tokens: int = 0) -> int:
+        """Slots that it lacks for its next window, when it has computed so many tokens more."""
+        return max(0, request.num_computed + most_tokens + self.num_nodes - self._num_owned[request])
+
+    def goes_on(self, batch: DecodeBatch) -> bool:
+        """Whether the step after this one, of which nothing is known yet, is due to the same requests.
+
+        If so, they own the slots that it can need at most. Nobody is retracted for that.
+        """
+        requests = batch.requests
+        if self.waiting or self.prefilling or len(requests) < len(self.running):
+            return False
+        if not all(self._is_far_from_its_end(request) for request in requests):
+            return False
+        missing = [self._num_missing(request, request.most_step_tokens) for request in requests]
+        fresh = self.slots.allocate(sum(missing))
+        if fresh is None:
+            return False
+        self._append_slots(requests, missing, fresh)
+        return True
+
+    def _is_far_from_its_end(self, request: Request) -> bool:
+        """Whether its length allows a step after the next one."""
+        room = request.num_tokens + request.most_step_tokens < self.context_length
+        return room and len(request.output_ids) + 1 < request.params.max_new_tokens
 
     def _append_slots(self, requests: list[Request], counts: list[int], slots: list[int]) -> None:
         rows, columns = [], []

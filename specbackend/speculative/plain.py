@@ -6,11 +6,12 @@ from specbackend.batch import Accepted, DecodeBatch, ExtendBatch, ForwardBatch, 
 from specbackend.models.llama import TargetOutput
 from specbackend.runner import TargetRunner, extend_forward_batch
 from specbackend.sampling import Nodes, SamplingBatch, note_prompt_logprobs, pick_from, picked_logprobs, target_logits
+from specbackend.speculative.decoder import EagerDecoder
 from specbackend.speculative.drafter import Drafter
 from specbackend.speculative.tree_shapes import TreeShapes
 
 
-class PlainDecoder:
+class PlainDecoder(EagerDecoder):
     num_nodes = 1
     is_on_device = True
 

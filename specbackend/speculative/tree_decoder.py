@@ -7,6 +7,7 @@ import torch
 from specbackend.batch import Accepted, DecodeBatch, ExtendBatch, ForwardBatch, Sequences, traced_rows
 from specbackend.runner import TargetRunner, extend_forward_batch
 from specbackend.sampling import Nodes, SamplingBatch, pick_from, picked_logprobs, target_logits
+from specbackend.speculative.decoder import EagerDecoder
 from specbackend.speculative.draft_tree import DraftTree
 from specbackend.speculative.drafter import Drafter, Verified
 from specbackend.speculative.plain import pick_after_prompt
@@ -15,7 +16,7 @@ from specbackend.speculative.tree_shapes import TreeShapes
 from specbackend.speculative.verifier import AcceptedPath, accept_path
 
 
-class TreeDecoder:
+class TreeDecoder(EagerDecoder):
     """A request of n computed tokens owns the slots of table columns [0, n + N): the last N are the tree's window.
 
     Accepting a path permutes the window so that the path's slots come first. Nothing is copied or freed; the scheduler

@@ -223,12 +223,14 @@ def with_costs(engine: Engine, clock: SimpleNamespace, plain: float, drafted: fl
     for name, cost in (("_plain", plain), ("_drafted", drafted)):
         decoder = getattr(engine.decoder, name)
 
-        def decode(batch, inner=decoder.decode, name=name, cost=cost):
+        def begin(batch, inner=decoder.begin, name=name, cost=cost):
             clock.now += cost
             kinds.append(name)
             return inner(batch)
 
-        setattr(engine.decoder, name, SimpleNamespace(decode=decode, extend=decoder.extend))
+        setattr(
+            engine.decoder, name, SimpleNamespace(begin=begin, begin_next=decoder.begin_next, extend=decoder.extend)
+        )
     return kinds
 
 
