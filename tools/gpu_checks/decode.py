@@ -3,6 +3,8 @@
 import itertools
 import time
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 
@@ -12,6 +14,7 @@ from specbackend.request import Request
 from specbackend.sampling_params import SamplingParams
 
 GREEDY = {"temperature": 0}
+KINDS = [("plain", {"speculative": False}), ("speculative", {})]
 # The widened vocabulary has 127 thousand tokens that are no good and likely enough to be drawn, unless min_p forbids.
 SAMPLED = [
     ("speculative, temperature 0.8", {"temperature": 0.8}),
@@ -53,11 +56,14 @@ def check_decode(context: Context, out: dict) -> None:
         engine = engine_of(context, params, max(batches))
         found["load_seconds"] = time.monotonic() - start
         for batch in batches if index == 0 else batches[:2]:
-            runs = [("plain", {"speculative": False}), ("speculative", {})] if index == 0 else [("speculative", {})]
-            runs += SAMPLED if index == 0 and batch == 1 else []
+            runs = KINDS if index == 0 else KINDS[1:]
+            runs = runs + SAMPLED if index == 0 and batch == 1 else runs
             for kind, sampling in runs:
                 found[f"{kind}, batch {batch}"] = decode(engine, context.prompts[:batch], sampling)
         if index == 0:
+            with each_step_read_at_once(engine):
+                for batch, (kind, sampling) in itertools.product(batches, KINDS):
+                    found[f"{kind}, batch {batch}, read at once"] = decode(engine, context.prompts[:batch], sampling)
             found["plain, batch 1, context 700"] = decode(engine, [_long_prompt(context)], {"speculative": False})
             found["speculative, batch 1, context 700"] = decode(engine, [_long_prompt(context)], {})
             found["profile"] = profile(engine, context.prompts[:1])
@@ -69,6 +75,16 @@ def engine_of(context: Context, params: dict, most: int) -> Engine:
     shared = {"dtype": context.dtype, "device": str(context.device), "max_running_requests": most}
     shared["speculative_adaptive"] = False
     return Engine(**shared | {"context_length": 1000, "disable_radix_cache": True, "cuda_graph_max_bs": most} | params)
+
+
+@contextmanager
+def each_step_read_at_once(engine: Engine) -> Iterator[None]:
+    """To see what it gains to begin the next step first."""
+    engine.scheduler.goes_on = lambda batch: False
+    try:
+        yield
+    finally:
+        del engine.scheduler.goes_on
 
 
 def _long_prompt(context: Context) -> list[int]:
