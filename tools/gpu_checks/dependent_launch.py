@@ -21,10 +21,7 @@ TRY_SECONDS = 60
 
 
 def try_elsewhere(out: dict) -> None:
-    """Try it in a process of its own: what hangs or breaks the device there would take all later stages with it.
-
-    These do without if it does not work.
-    """
+    """Try it in a process of its own: what hangs or breaks the device there would take all later stages with it."""
     env = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
     command = [sys.executable, "-c", "from gpu_checks import dependent_launch as d; d.try_out('cuda', 4096, 200)"]
     try:
@@ -33,7 +30,6 @@ def try_elsewhere(out: dict) -> None:
     except subprocess.TimeoutExpired:
         problem = f"not done after {TRY_SECONDS} s"
     out["dependent_launch"] = problem or "works"
-    dependent_launch.enabled = not problem
 
 
 def try_out(device: str, hidden_size: int, times: int) -> None:
@@ -91,7 +87,7 @@ def check_dependent_launch(context: Context, out: dict) -> None:
             linear_small_m.PREFETCHED_LINES = lines
             out[f"{lines} lines"], _ = _measure(context, (1,))
     finally:
-        dependent_launch.enabled, linear_small_m.PREFETCHED_LINES = True, default
+        dependent_launch.enabled, linear_small_m.PREFETCHED_LINES = False, default
 
 
 def _measure(context: Context, batches: tuple[int, ...]) -> tuple[dict, list[list[int]]]:
