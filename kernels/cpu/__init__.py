@@ -1,7 +1,7 @@
 """Kernels in C++ for CPUs, compiled for the machine at hand when the first is used.
 
-Each has its launcher beside it: `linear`, `operators`, `attention`, and `decoder_layer`, which is all of them in one
-call. Their references in torch are what the engine runs where there is no compiler: `models.linear.Linear`,
+Each has its launcher beside it: `linear`, `operators`, `attention`, `decoder_layer`, which is all of them in one call,
+and `trees`. Their references in torch are what the engine runs where there is no compiler: `models.linear.Linear`,
 `models.operators.TorchOperators`, `attention.torch_sdpa.TorchPlan`; of a layer, `models.layers.DecoderLayer`.
 """
 

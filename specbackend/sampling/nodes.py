@@ -24,6 +24,12 @@ class Nodes:
         mask_B11 = torch.ones(len(token_B), 1, 1, dtype=torch.bool, device=token_B.device)
         return cls(token_B[:, None], position_B[:, None], mask_B11)
 
+    @classmethod
+    def positions(cls, position_BN: torch.Tensor) -> "Nodes":
+        """For where nobody looks at the texts."""
+        B, N = position_BN.shape
+        return cls(position_BN.new_empty(B, 0), position_BN, position_BN.new_empty(B, N, 0, dtype=torch.bool))
+
     def drafted_count(self, vocab_size: int) -> torch.Tensor:
         """float32 [B, N, V]: how often each token occurs among the drafts on each path."""
         drafted_BNM = self.mask_BNM.float()

@@ -20,6 +20,8 @@ import torch
 
 from specbackend import kernels
 from specbackend.batch import Logprobs
+from specbackend.kernels import cpu
+from specbackend.kernels.cpu import trees
 from specbackend.request import Request
 from specbackend.sampling.custom import CustomProcessors
 from specbackend.sampling.logprobs import logprobs_of
@@ -44,6 +46,11 @@ class SamplingBatch:
     after_temperature: tuple[Processor, ...] = ()
     logprob_rows: tuple[int, ...] = ()  # the requests that ask for logprobs
     most_logprobs: int = 0  # that any of them asks for
+
+    @property
+    def takes_logits_as_they_are(self) -> bool:
+        """Whether all requests are greedy, and nothing else of theirs changes what they take."""
+        return not (self.any_sampled or self.before_temperature or self.after_temperature)
 
     @property
     def greedy_B11(self) -> torch.Tensor:
@@ -124,6 +131,9 @@ def likeliest(
     if K <= MOST_OF_TOPK_KERNEL and kernels.run_on(draft_logits_BNW.device):
         known_BNW = _known_logits(draft_logits_BNW, token_W, vocab_size, nodes, sampling)
         return _likeliest_by_kernel(K, known_BNW, token_W, nodes, sampling)
+    if sampling.takes_logits_as_they_are and cpu.serves(draft_logits_BNW.dtype, draft_logits_BNW.device):
+        best = trees.topk_logprob(draft_logits_BNW.flatten(0, 1), 1 / LOWEST_FORECAST_TEMPERATURE, K)
+        return Likeliest(*(each.view(*nodes.position_BN.shape, K) for each in best))
     logprob_BNW = forecast(draft_logits_BNW, token_W, vocab_size, nodes, sampling)
     return Likeliest(*logprob_BNW.topk(K, dim=-1))
 

@@ -17,6 +17,8 @@ from dataclasses import dataclass
 import torch
 
 from specbackend import kernels
+from specbackend.kernels import cpu
+from specbackend.kernels.cpu import trees
 
 MOST_NODES_OF_KERNEL = 128
 
@@ -75,6 +77,9 @@ def build_tree(root_token_B: torch.Tensor, candidates: Candidates, num_nodes_B: 
 
         found = (candidates.score_BC, candidates.token_BC, candidates.parent_BC)
         return DraftTree(**vars(build_tree(root_token_B, *found, num_nodes_B, most)))
+    if cpu.serves(candidates.score_BC.dtype, root_token_B.device):
+        found = (candidates.score_BC, candidates.token_BC, candidates.parent_BC)
+        return DraftTree(*trees.build_tree(root_token_B, *found, num_nodes_B, most))
     kept, rank = _best(candidates, most - 1)
     drafted = (rank < num_nodes_B[:, None] - 1) & (candidates.score_BC.gather(1, kept) > -torch.inf)
     parent_candidate = candidates.parent_BC.gather(1, kept)

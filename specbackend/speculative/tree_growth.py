@@ -81,7 +81,7 @@ class TreeGrower:
         nodes = Nodes.roots(at.root_B, at.length_B + 1)
         logprob_B1K, token_B1K = self._children(prefix.hidden_BD[:, None], nodes, sampling)
         beam, plan = self._first_beam(shapes.within(0, logprob_B1K)[:, 0], token_B1K[:, 0], prefix.hidden_BD), None
-        drafted_BW = at.root_B.new_zeros(len(at.root_B), self._scratch_RW.shape[1])
+        path_tokens = [at.root_B[:, None]]
         scores, tokens, parents = [beam.score_BK], [beam.token_BK], [torch.full_like(beam.token_BK, -1)]
         for level in range(1, shapes.most_steps):
             batch = self._level_batch(level, beam, at, prefix)
@@ -90,8 +90,10 @@ class TreeGrower:
             else:
                 plan.set_window_mask(batch.window_mask_BQW)
             hidden_BKD = self._forward(batch, beam.hidden_BKD.flatten(0, 1), plan)
-            drafted_BW[:, (level - 1) * self.topk : level * self.topk] = beam.token_BK
-            nodes = _level_nodes(level, at, drafted_BW, batch.window_mask_BQW)
+            path_tokens.append(beam.token_BK)
+            nodes = Nodes.positions((at.length_B[:, None] + (level + 1)).expand_as(beam.token_BK))
+            if sampling.before_temperature:
+                nodes = _with_texts(nodes, path_tokens, batch.window_mask_BQW)
             logprob_BKK, token_BKK = self._children(hidden_BKD, nodes, sampling)
             logprob_BKK = shapes.within(level, logprob_BKK)
             score_BM, token_BM = (beam.score_BK[:, :, None] + logprob_BKK).flatten(1), token_BKK.flatten(1)
@@ -171,9 +173,9 @@ class TreeGrower:
         return hidden_TD.view(*batch.token_BQ.shape, -1)
 
 
-def _level_nodes(level: int, at: Sequences, drafted_BW: torch.Tensor, seen_BKW: torch.Tensor) -> Nodes:
-    """The rows of a level as places in the text: the root and the drafted rows that each sees lead there."""
-    token_BM = torch.cat([at.root_B[:, None], drafted_BW], dim=1)
+def _with_texts(nodes: Nodes, path_tokens: list[torch.Tensor], seen_BKW: torch.Tensor) -> Nodes:
+    """The root and the drafted rows that each row of a level sees, of which path_tokens are the tokens, lead there."""
+    token_BM = torch.cat(path_tokens, dim=1)
     root_BK1 = torch.ones_like(seen_BKW[:, :, :1])
-    position_B1 = at.length_B[:, None] + level + 1
-    return Nodes(token_BM, position_B1.expand(seen_BKW.shape[:2]), torch.cat([root_BK1, seen_BKW], dim=2))
+    mask_BKM = torch.cat([root_BK1, seen_BKW[:, :, : token_BM.shape[1] - 1]], dim=2)
+    return Nodes(token_BM, nodes.position_BN, mask_BKM)

@@ -5,6 +5,8 @@ from dataclasses import dataclass
 import torch
 
 from specbackend import kernels
+from specbackend.kernels import cpu
+from specbackend.kernels.cpu import trees
 from specbackend.speculative.draft_tree import MOST_NODES_OF_KERNEL, DraftTree
 
 
@@ -31,6 +33,8 @@ def accept_path(tree: DraftTree, pick_BN: torch.Tensor) -> AcceptedPath:
 
         path = accept_path(tree.token_BN, tree.parent_BN, tree.mask_BNN, tree.drafted_BN, pick_BN)
         return AcceptedPath(path.order_BN, path.count_B)
+    if cpu.serves(torch.float32, pick_BN.device):
+        return AcceptedPath(*trees.accept_path(tree.token_BN, tree.parent_BN, tree.drafted_BN, pick_BN))
     agrees = tree.drafted_BN & (tree.token_BN == pick_BN.gather(1, tree.parent_BN))
     agrees[:, 0] = True
     rejected_on_path = tree.mask_BNN & ~agrees[:, None, :]
