@@ -50,6 +50,17 @@ def test_set_up_and_then_at_once(setup_env, empty_venv, monkeypatch):
     setup_env.ensure()
 
 
+def test_a_python_of_the_environment_starts_again_when_that_is_new(setup_env, empty_venv, monkeypatch):
+    """What was installed since it started, it would not find."""
+    started = []
+    monkeypatch.setattr(setup_env.os, "execv", lambda python, command: started.append(command[1]))
+    monkeypatch.setattr(setup_env.sys, "prefix", str(setup_env.VENV))
+    setup_env.enter("tool")
+    assert started == ["tool"]
+    setup_env.enter("tool")
+    assert started == ["tool"]
+
+
 def test_new_pins_are_noticed(setup_env, empty_venv):
     setup_env.ensure()
     (setup_env.REQUIREMENTS / "packages.txt").write_text("numpy==2\n")

@@ -37,24 +37,28 @@ class SetupError(Exception):
 def enter(script: str) -> None:
     """Go on with `script` and its arguments in the project's environment, which is made or repaired first."""
     try:
-        ensure()
+        is_new = ensure()
     except SetupError as error:
         sys.exit(f"set-up failed: {error}")
     except KeyboardInterrupt:
         sys.exit("set-up interrupted; the next run starts it afresh")
-    if not os.path.samefile(sys.prefix, VENV):
+    if is_new or not os.path.samefile(sys.prefix, VENV):  # a Python that was there before it finds nothing new
         os.environ.pop("PYTHONHOME", None)
         os.execv(str(PYTHON), [str(PYTHON), script, *sys.argv[1:]])
 
 
-def ensure() -> None:
-    """Return when the environment is what the pins say. A second set-up at the same time waits for the first."""
+def ensure() -> bool:
+    """Return when the environment is what the pins say: whether it was not before.
+
+    A second set-up at the same time waits for the first.
+    """
     if is_current():
-        return
+        return False
     with open(__file__) as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not is_current():
             build()
+    return True
 
 
 def is_current() -> bool:
