@@ -70,6 +70,9 @@ def forecast_of(context: list[int], num_prompt: int, draft: ReferenceEagle3, par
         if penalty := params.get("frequency_penalty"):
             said = torch.tensor(context[num_prompt:] + path)
             logits_W = logits_W - penalty * said.bincount(minlength=int(token_W.max()) + 1)[token_W]
+        for *before, last in params.get("bad_words_ids", []):
+            if (context + path)[-len(before) :] == before:
+                logits_W = logits_W.masked_fill(token_W == last, -torch.inf)
         if temperature:
             if top_k := params.get("top_k"):
                 logits_W = logits_W.where(logits_W >= logits_W.topk(top_k).values[-1], -torch.inf)
@@ -97,6 +100,20 @@ def test_candidates_are_what_the_target_would_pick_by_the_drafts_logits(params, 
         for context, tokens, parents in drafted_trees(engine, prompt, 3, monkeypatch, **params):
             adjust = forecast_of(context, len(prompt), reference, params)
             assert (tokens, parents) == grow_tree(reference, context, *tree, adjust=adjust)
+
+
+def test_candidates_know_bad_words_that_begin_at_the_root(hf_target, demo_prompts, monkeypatch):
+    """The root, a child and a grandchild, of all that would be drafted otherwise."""
+    tree = (5, 4, 8)
+    engine, reference = make_engine(tree), ReferenceEagle3(DEMO_EAGLE3, hf_target)
+    for prompt in demo_prompts[:6]:
+        [(_, tokens, parents)] = drafted_trees(engine, prompt, 1, monkeypatch)
+        deep = [node for node, above in enumerate(parents) if above > 0 and parents[above] == 0]
+        words = [[tokens[0], tokens[parents[node]], tokens[node]] for node in deep]
+        params = {"temperature": 0.0, "bad_words_ids": words}
+        [(context, tokens, parents)] = drafted_trees(engine, prompt, 1, monkeypatch, **params)
+        adjust = forecast_of(context, len(prompt), reference, params)
+        assert (tokens, parents) == grow_tree(reference, context, *tree, adjust=adjust)
 
 
 def test_a_batch_of_several_temperatures_drafts_as_each_alone(demo_prompts):
