@@ -34,10 +34,10 @@ def build_tree(
     num_nodes_B: torch.Tensor,
     most: int,
 ) -> tuple[torch.Tensor, ...]:
-    """The fields of a DraftTree of `most` nodes, in their order."""
+    """The fields of a DraftTree of `most` nodes, or the root and all candidates, in their order."""
     inputs = [each.contiguous() for each in (root_token_B, score_BC, token_BC, parent_BC, num_nodes_B)]
-    (B, C), N = score_BC.shape, most
-    assert most <= C + 1, f"{most} nodes of {C} candidates"
+    B, C = score_BC.shape
+    N = min(most, C + 1)
     token_BN, parent_BN, depth_BN = torch.empty(3, B, N, dtype=torch.int64).unbind()
     mask_BNN, drafted_BN = torch.zeros(B, N, N, dtype=torch.bool), torch.empty(B, N, dtype=torch.bool)
     tree = (token_BN, parent_BN, mask_BNN, depth_BN, drafted_BN)

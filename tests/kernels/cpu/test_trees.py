@@ -66,6 +66,13 @@ def test_build_tree(K, num_steps, N, ties):
         assert torch.equal(actual, field[1]), field[0]
 
 
+def test_a_tree_of_all_candidates():
+    candidates = random_candidates(2, 2, 2, 100, torch.Generator().manual_seed(0))
+    inputs = (torch.arange(2), candidates.score_BC, candidates.token_BC, candidates.parent_BC, torch.tensor([9, 4]), 9)
+    for expected, actual in zip(vars(build_tree_ref(*inputs)).values(), trees.build_tree(*inputs), strict=True):
+        assert torch.equal(actual, expected)
+
+
 @pytest.mark.parametrize("K, num_steps, N", SHAPES, ids=str)
 def test_accept_path(K, num_steps, N):
     """Picks that often agree, and nodes that only fill the tree up."""
