@@ -4,6 +4,7 @@ import random
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from itertools import groupby
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from specbackend.scheduler import Scheduler
 from specbackend.speculative.drafter import MOST_UNFED
 from specbackend.step_graphs import HostBuffers, StepBuffers
 from tests.conftest import DEMO_EAGLE3, DEMO_TARGET, DEMOS
-from tests.speculative.test_adaptive_decoder import coin
+from tests.speculative.test_adaptive_decoder import Says, coin
 from tests.test_equivalence import GREEDY, make_engine
 from tests.test_step_graphs import PROMPT_WIDTHS, SAMPLED, num_steps, output_ids
 
@@ -148,6 +149,23 @@ def test_steps_of_either_kind_go_on_until_the_kind_changes(seed, late, demo_prom
     assert late.num_ahead > 5
     assert seed != 1 or {each == 1.0 for each in controller.noted} == {True, False}, "of one kind only"
     assert_nothing_is_held(engine)
+
+
+def test_the_controller_is_asked_before_every_step(late, demo_prompts):
+    """Three with trees, three without: the one begun ahead is a step late to change."""
+    draft = {"speculative_algorithm": "EAGLE3", "speculative_draft_model_path": str(DEMO_EAGLE3)}
+    engine = Engine(model_path=str(DEMO_TARGET), **draft, max_running_requests=4, max_total_tokens=1 << 13)
+    kinds, engine.decoder.controller = [], Says(lambda step: step % 6 < 3)
+    note = engine.decoder._note
+
+    def noted(requests: list[Request], is_drafted: bool, *others) -> None:
+        kinds.append(is_drafted)
+        note(requests, is_drafted, *others)
+
+    engine.decoder._note = noted
+    engine.generate(input_ids=demo_prompts[:2], sampling_params=GREEDY | {"ignore_eos": True})
+    runs = [len(list(run)) for _, run in groupby(kinds)]
+    assert late.num_ahead > 5 and len(runs) > 3 and max(runs) <= 4
 
 
 @pytest.mark.parametrize("slots", [1 << 13, 640], ids=["room", "little room"])
