@@ -1,13 +1,15 @@
 // y = x @ weight.T, for few rows at the speed at which the weight can be read. See linear.py.
 //
-// The weight lies in panels of 16 outputs, along the inputs, two of them side by side; see `pack` in linear.py. A thread
-// takes some panels through, several at once: as many streams of reads, of which a core needs some to read fast.
+// The weight lies in panels of 16 outputs, along the inputs, two of them side by side: see `pack` in linear.py. A thread
+// takes some panels through, several at once: as many streams of reads, of which a core needs some to read fast. Rows
+// that do not fit into the registers pass by in blocks, while the weights that come next are on their way.
 // Each output is one sum in the order of the inputs, whatever rows it is computed with.
 
 #include <omp.h>
 
 #include <algorithm>
 #include <array>
+#include <memory>
 #include <utility>
 #include <vector>
 
@@ -21,15 +23,17 @@
 
 namespace {
 
+// The most rows at once, and in each of several blocks; registers for sums.
 #ifdef __AVX512F__
-constexpr int MOST_ROWS = 8, ACCUMULATORS = 24;
+constexpr int MOST_ROWS = 14, BLOCK_ROWS = 8, ACCUMULATORS = 28;
 #else
-constexpr int MOST_ROWS = 6, ACCUMULATORS = 6;
+constexpr int MOST_ROWS = 6, BLOCK_ROWS = 6, ACCUMULATORS = 6;
 #endif
 constexpr int MOST_PANELS = 4;
-constexpr long CACHED_INPUTS = 1024;  // of the panels at hand, which all rows go through before the next inputs
-constexpr long PREFETCH_BYTES = 1024;  // ahead in a panel; at its end, in the one that its stream of reads goes on with
-constexpr long CACHED_BYTES = 1 << 20;  // of x, while all panels pass by
+constexpr long CHUNK = 64;  // inputs of the panels at hand, which all blocks go through before the next ones
+constexpr long LINE = 64;   // bytes, as all below
+constexpr long AHEAD = 8192, AHEAD_OF_TILE = 1024;  // what is fetched early: of all panels at hand, of each
+constexpr long CACHED = 1 << 20;                    // of x, while all panels pass by
 
 constexpr int panels_at_once(int rows) { return std::clamp(ACCUMULATORS / rows, 1, MOST_PANELS); }
 
@@ -46,47 +50,89 @@ INLINE Two load_two(const bfloat16* p) {  // in pairs of inputs, as dot products
   return {(Vec)(pairs << 16), (Vec)(pairs & 0xffff0000u)};
 }
 
-// Adds the products of `inputs` inputs to sums [M, P * 16], of which a row of more sums is `stride` long.
-template <class W, int M, int P>
-void multiply(const W* weight, long panel_size, const float* x, long D, long inputs, float* sums, long stride) {
-  constexpr long INPUT_BYTES = WIDTH * sizeof(W);
-  const long last = inputs - PREFETCH_BYTES / INPUT_BYTES;  // GCC splits the loop here, which is faster; in tiles slower
-  const long skip = (P - 1) * panel_size * long(sizeof(W));
+// While all rows go through P panels at once: fetches what each of them has a little ahead, and at its end what the one
+// has that its stream of reads goes on with.
+template <class W, int P>
+INLINE void fetch_ahead(const W* weight, long D, long d) {
+  constexpr long INPUT_BYTES = WIDTH * sizeof(W), PART = AHEAD / P;
+  const long ahead = PART + (d < D - PART / INPUT_BYTES ? 0 : (P - 1) * D * INPUT_BYTES);  // GCC splits the loop here
+  for (int p = 0; p < P; p++) {
+    const char* at = (const char*)(weight + (p * D + d) * WIDTH) + ahead;
+    __builtin_prefetch(at);
+    if (sizeof(W) == 4) __builtin_prefetch(at + LINE);
+  }
+}
+
+// While a block of rows goes through a chunk of P panels: fetches a few lines of `next`, the panels' next chunk, which
+// is there when SHARE blocks have gone through this one.
+template <class W, int P, int SHARE>
+INLINE void fetch_next(const W* next, long D, long block, long d) {
+  constexpr unsigned PAIRS = SHARE * CHUNK / 2, LINES = P * CHUNK * WIDTH * sizeof(W) / LINE;
+  constexpr unsigned COUNT = (LINES + PAIRS - 1) / PAIRS;
+  for (unsigned i = 0; i < COUNT; i++) {
+    unsigned line = std::min<unsigned>((block * CHUNK + d) / 2 * COUNT + i, LINES - 1);
+    __builtin_prefetch((const char*)(next + line % P * D * WIDTH) + line / P * LINE, 0, 2);
+  }
+}
+
+// Adds the products of M rows, x [inputs, M], and P panels of D inputs to sums [M, P * 16].
+template <class W, int SHARE, int M, int P>
+void multiply(const W* weight, long D, const float* x, long inputs, const W* next, long block, float* sums) {
   Vec acc[M][P];
+#pragma GCC unroll 28  // or it stays in memory
   for (int m = 0; m < M; m++)
-    for (int p = 0; p < P; p++) acc[m][p] = load(sums + m * stride + p * WIDTH);
-  for (long d = 0; d < inputs; d += 2) {
-    const long ahead = PREFETCH_BYTES + (d < last ? 0 : skip);
+    for (int p = 0; p < P; p++) acc[m][p] = load(sums + (m * P + p) * WIDTH);
+  long d = 0;
+  do {
+    if (SHARE == 1) fetch_ahead<W, P>(weight, D, d);
+    if (SHARE > 1) fetch_next<W, P, SHARE>(next, D, block, d);
     Two w[P];
-    for (int p = 0; p < P; p++) {
-      const W* at = weight + p * panel_size + d * WIDTH;
-      __builtin_prefetch((const char*)at + ahead);
-      if (sizeof(W) == 4) __builtin_prefetch((const char*)at + ahead + 64);
-      w[p] = load_two(at);
-    }
+    for (int p = 0; p < P; p++) w[p] = load_two(weight + (p * D + d) * WIDTH);
+#pragma GCC unroll 28
     for (int m = 0; m < M; m++)
       for (int p = 0; p < P; p++) {
-        acc[m][p] += x[m * D + d] * w[p].first;
-        acc[m][p] += x[m * D + d + 1] * w[p].second;
+        acc[m][p] += x[d * M + m] * w[p].first;
+        acc[m][p] += x[d * M + M + m] * w[p].second;
       }
-  }
+  } while ((d += 2) < inputs);
+#pragma GCC unroll 28
   for (int m = 0; m < M; m++)
-    for (int p = 0; p < P; p++) store(sums + m * stride + p * WIDTH, acc[m][p]);
+    for (int p = 0; p < P; p++) store(sums + (m * P + p) * WIDTH, acc[m][p]);
 }
 
 template <class W>
-using Multiply = void (*)(const W*, long, const float*, long, long, float*, long);
+using Multiply = void (*)(const W*, long, const float*, long, const W*, long, float*);
+template <class W>
+using Instances = std::array<std::array<Multiply<W>, MOST_ROWS>, MOST_PANELS>;
 
-template <class W, int P, size_t... M>
+template <class W, int SHARE, int P, size_t... M>
 constexpr std::array<Multiply<W>, MOST_ROWS> of_panels(std::index_sequence<M...>) {
-  return {multiply<W, M + 1, P>...};
+  return {multiply<W, SHARE, M + 1, P>...};
 }
 
-// By panels and rows, each less one.
-template <class W, size_t... P>
-constexpr std::array<std::array<Multiply<W>, MOST_ROWS>, MOST_PANELS> instances(std::index_sequence<P...>) {
-  return {of_panels<W, P + 1>(std::make_index_sequence<MOST_ROWS>())...};
+// By panels and rows, each less one: those whose sums have registers.
+template <class W, int SHARE, size_t... P>
+constexpr Instances<W> instances(std::index_sequence<P...>) {
+  return {of_panels<W, SHARE, P + 1>(std::make_index_sequence<std::min(MOST_ROWS, ACCUMULATORS / int(P + 1))>())...};
 }
+
+template <class W>
+const Instances<W>& instances(long blocks) {
+  constexpr auto panels = std::make_index_sequence<MOST_PANELS>();
+  static constexpr Instances<W> one = instances<W, 1>(panels), two = instances<W, 2>(panels),
+                                three = instances<W, 3>(panels), six = instances<W, 6>(panels);
+  return blocks >= 6 ? six : blocks >= 3 ? three : blocks == 2 ? two : one;
+}
+
+// Rows in blocks of about the same size.
+struct Blocks {
+  long rows, count, most;
+
+  Blocks(long rows, long at_once)
+      : rows(rows), count((rows + at_once - 1) / at_once), most((rows + count - 1) / count) {}
+  long begin(long block) const { return rows * block / count; }
+  long size(long block) const { return begin(block + 1) - begin(block); }
+};
 
 template <class X>
 struct Product {
@@ -135,34 +181,54 @@ void share_panels(long E, int threads, Work work) {
   }
 }
 
+// to [D, rows] = x [rows, D]. Writes WIDTH - rows floats beyond the end.
+template <class X>
+void transpose_rows(const X* x, long rows, long D, float* to) {
+  long d = 0;
+  for (; rows == 1 && d + WIDTH <= D; d += WIDTH) store(to + d, load(x + d));
+  for (; d + WIDTH <= D; d += WIDTH) {
+    Vec square[WIDTH] = {};
+    for (long row = 0; row < rows; row++) square[row] = load(x + row * D + d);
+    transpose(square);
+    for (int i = 0; i < WIDTH; i++) store(to + (d + i) * rows, square[i]);  // its end is the next one's begin
+  }
+  for (; d < D; d++)
+    for (long row = 0; row < rows; row++) to[d * rows + row] = as_float(x[row * D + d]);
+}
+
 template <class W, class X>
-void vectors(const Product<X>& product, const float* x, int threads) {
-  constexpr auto multiply_by = instances<W>(std::make_index_sequence<MOST_PANELS>());
-  const long T = product.T, D = product.D;
-  const long blocks = (T + MOST_ROWS - 1) / MOST_ROWS, most = (T + blocks - 1) / blocks;  // rows of a block
-  const long inputs = blocks == 1 ? D : CACHED_INPUTS;
+void vectors(const Product<X>& product, const Blocks& blocks, const Instances<W>& multiply_by, int threads) {
+  const long T = product.T, D = product.D, chunk = blocks.count == 1 ? D : CHUNK;
+  std::unique_ptr<float[]> x(new float[T * D + blocks.count * WIDTH]);  // by blocks, each [D, rows]
+#pragma omp parallel for num_threads(threads) if (blocks.count > 1)
+  for (long block = 0; block < blocks.count; block++) {
+    const long t = blocks.begin(block);
+    transpose_rows(product.x + t * D, blocks.size(block), D, &x[t * D + block * WIDTH]);
+  }
   share_panels(product.E, threads, [&](long panel, long end) {
     std::vector<float> sums;
     for (int count; panel < end; panel += count) {
-      count = std::min<long>(panels_at_once(most), end - panel);
+      count = std::min<long>(panels_at_once(blocks.most), end - panel);
       sums.assign(T * count * WIDTH, 0);
       const W* weight = (const W*)product.weight + panel * D * WIDTH;
-      for (long d = 0; d < D; d += inputs)
-        for (long block = 0, t = 0; block < blocks; block++) {
-          const long rows = T * (block + 1) / blocks - t;
-          multiply_by[count - 1][rows - 1](weight + d * WIDTH, D * WIDTH, x + t * D + d, D, std::min(inputs, D - d),
-                                           &sums[t * count * WIDTH], count * WIDTH);
-          t += rows;
+      for (long d = 0; d < D; d += chunk) {
+        const W* next = weight + (d + chunk < D ? d + chunk : count * D) * WIDTH;
+        for (long block = 0; block < blocks.count; block++) {
+          const long t = blocks.begin(block), rows = blocks.size(block);
+          const float* block_x = &x[t * D + block * WIDTH + d * rows];
+          multiply_by[count - 1][rows - 1](weight + d * WIDTH, D, block_x, std::min(chunk, D - d), next, block,
+                                           &sums[t * count * WIDTH]);
         }
+      }
       product.finish(panel, count, sums.data());
     }
   });
 }
 
-std::vector<float> floats(const bfloat16* x, long count) {
-  std::vector<float> found(count);
-  for (long i = 0; i < count; i++) found[i] = as_float(x[i]);
-  return found;
+template <class W, class X>
+void vectors(const Product<X>& product, int threads) {
+  const Blocks blocks(product.T, product.T <= MOST_ROWS ? MOST_ROWS : BLOCK_ROWS);
+  vectors(product, blocks, instances<W>(blocks.count), threads);
 }
 
 #ifdef __AMX_BF16__
@@ -211,7 +277,7 @@ void multiply_tiles(const bfloat16* weight, long panel_size, int count, const bf
   }
   for (long d = 0; d < D; d += 32) {
     const long left = panel_bytes - d * INPUT_BYTES;
-    const long ahead = PREFETCH_BYTES + (left > PREFETCH_BYTES ? 0 : skip);
+    const long ahead = AHEAD_OF_TILE + (left > AHEAD_OF_TILE ? 0 : skip);
     _tile_loadd(4, x + d, D * sizeof(bfloat16));
     PANEL(0) PANEL(1) PANEL(2) PANEL(3)
   }
@@ -220,6 +286,24 @@ void multiply_tiles(const bfloat16* weight, long panel_size, int count, const bf
   if (count > 1) _tile_stored(1, sums + WIDTH, stride);
   if (count > 2) _tile_stored(2, sums + 2 * WIDTH, stride);
   if (count > 3) _tile_stored(3, sums + 3 * WIDTH, stride);
+}
+
+// What `multiply_tiles` makes of one row, to the bit, and faster: tiles read more slowly. Of 32 products these add the
+// even ones and the odd ones up, and then both to the sum.
+template <int P>
+void multiply_row(const bfloat16* weight, long D, const float* x, long inputs, const bfloat16*, long, float* sums) {
+  for (long begin = 0; begin < inputs; begin += 32) {
+    Vec even[P] = {}, odd[P] = {};
+    for (long d = begin; d < begin + 32; d += 2) {
+      fetch_ahead<bfloat16, P>(weight, D, d);
+      for (int p = 0; p < P; p++) {
+        Two w = load_two(weight + (p * D + d) * WIDTH);
+        even[p] += x[d] * w.first;
+        odd[p] += x[d + 1] * w.second;
+      }
+    }
+    for (int p = 0; p < P; p++) store(sums + p * WIDTH, load(sums + p * WIDTH) + (even[p] + odd[p]));
+  }
 }
 
 void tiles(const Product<bfloat16>& product, int threads) {
@@ -248,7 +332,7 @@ void tiles(const Product<bfloat16>& product, int threads) {
 // Calls run with one part of the rows after the other: as many as stay in a core's own cache.
 template <class X, class Run>
 void cached_rows(const Product<X>& whole, Run run) {
-  const long D = whole.D, E = whole.E, at_once = std::max<long>(64, CACHED_BYTES / (D * sizeof(X)) / 16 * 16);
+  const long D = whole.D, E = whole.E, at_once = std::max<long>(64, CACHED / (D * sizeof(X)) / 16 * 16);
   for (long t = 0; t < whole.T; t += at_once) {
     Product<X> part = whole;
     part.T = std::min(at_once, whole.T - t);
@@ -268,29 +352,32 @@ extern "C" {
 void linear_float32_float32(const float* x, const float* weight, const float* scale, const float* bias,
                             const float* residual, float* y, long T, long D, long E, int threads) {
   cached_rows(Product<float>{x, weight, scale, bias, residual, y, T, D, E},
-              [&](const Product<float>& part) { vectors<float>(part, part.x, threads); });
+              [&](const Product<float>& part) { vectors<float>(part, threads); });
 }
 
 void linear_float32_int8(const float* x, const int8_t* weight, const float* scale, const float* bias,
                          const float* residual, float* y, long T, long D, long E, int threads) {
   cached_rows(Product<float>{x, weight, scale, bias, residual, y, T, D, E},
-              [&](const Product<float>& part) { vectors<int8_t>(part, part.x, threads); });
+              [&](const Product<float>& part) { vectors<int8_t>(part, threads); });
 }
 
 void linear_bfloat16_bfloat16(const bfloat16* x, const bfloat16* weight, const float* scale, const float* bias,
                               const bfloat16* residual, bfloat16* y, long T, long D, long E, int threads) {
   cached_rows(Product<bfloat16>{x, weight, scale, bias, residual, y, T, D, E}, [&](const Product<bfloat16>& part) {
 #ifdef __AMX_BF16__
-    if (D % 32 == 0 && matrix_unit_granted()) return tiles(part, threads);
+    static constexpr Instances<bfloat16> one_row = {
+        {{multiply_row<1>}, {multiply_row<2>}, {multiply_row<3>}, {multiply_row<4>}}};
+    if (D % 32 == 0 && matrix_unit_granted())
+      return part.T == 1 ? vectors(part, Blocks(1, 1), one_row, threads) : tiles(part, threads);
 #endif
-    vectors<bfloat16>(part, floats(part.x, part.T * D).data(), threads);
+    vectors<bfloat16>(part, threads);
   });
 }
 
 void linear_bfloat16_int8(const bfloat16* x, const int8_t* weight, const float* scale, const float* bias,
                           const bfloat16* residual, bfloat16* y, long T, long D, long E, int threads) {
   cached_rows(Product<bfloat16>{x, weight, scale, bias, residual, y, T, D, E}, [&](const Product<bfloat16>& part) {
-    vectors<int8_t>(part, floats(part.x, part.T * D).data(), threads);
+    vectors<int8_t>(part, threads);
   });
 }
 }

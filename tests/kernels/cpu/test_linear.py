@@ -7,7 +7,7 @@ from torch import library
 from specbackend.kernels.cpu.linear import linear, linear_in_graph, pack, unpack
 
 SHAPES = [(1, 2), (7, 2), (16, 32), (33, 130), (48, 96), (100, 64), (64, 2304), (1100, 600)]
-ROWS = (0, 1, 2, 3, 6, 7, 8, 9, 12, 13, 16, 17, 33, 130)
+ROWS = (0, 1, 2, 3, 6, 7, 8, 9, 12, 13, 14, 15, 16, 17, 24, 33, 48, 130)
 TOLERANCE = {
     torch.float32: {"rtol": 1e-5, "atol": 1e-3},  # atol: of sums of 2304 numbers of size 1
     torch.bfloat16: {"rtol": 2**-8, "atol": 2e-3},  # rounded once
@@ -53,8 +53,18 @@ def test_a_row_does_not_depend_on_its_company(shape, dtype):
     packed, x_TD = pack(random(E, D, dtype=dtype)), random(40, D, dtype=dtype)
     whole = linear(x_TD, packed, E)
     for first in (0, 5):
-        for rows in (1, 2, 3, 5, 7, 8, 11, 17, 35):
+        for rows in (1, 2, 3, 5, 7, 8, 11, 14, 15, 17, 24, 35):
             assert torch.equal(linear(x_TD[first : first + rows], packed, E), whole[first : first + rows])
+
+
+def test_nor_does_its_rounding(dtype):
+    """Of sums that are 0, all that is left is what was rounded: that shows in which order a product is summed."""
+    half_ED, half_TD = random(100, 384, dtype=dtype), random(40, 384, dtype=dtype)
+    packed, x_TD = pack(torch.cat([half_ED, -half_ED], dim=1)), half_TD.repeat(1, 2)
+    whole = linear(x_TD, packed, 100)
+    assert (whole != 0).any()
+    for rows in (1, 2, 5, 8, 14, 15, 24, 35):
+        assert torch.equal(linear(x_TD[:rows], packed, 100), whole[:rows])
 
 
 @pytest.mark.usefixtures("threads")
