@@ -30,10 +30,10 @@ constexpr int MOST_ROWS = 14, BLOCK_ROWS = 8, ACCUMULATORS = 28;
 constexpr int MOST_ROWS = 6, BLOCK_ROWS = 6, ACCUMULATORS = 6;
 #endif
 constexpr int MOST_PANELS = 4;
-constexpr long CHUNK = 64;  // inputs of the panels at hand, which all blocks go through before the next ones
-constexpr long LINE = 64;   // bytes, as all below
+constexpr long CHUNK = 128;  // inputs of the panels at hand, which all blocks go through before the next ones
+constexpr long LINE = 64;    // bytes, as all below
 constexpr long AHEAD = 8192, AHEAD_OF_TILE = 1024;  // what is fetched early: of all panels at hand, of each
-constexpr long CACHED = 1 << 20;                    // of x, while all panels pass by
+constexpr long CACHED = 1 << 18;                    // of x, while all panels pass by
 
 constexpr int panels_at_once(int rows) { return std::clamp(ACCUMULATORS / rows, 1, MOST_PANELS); }
 
@@ -332,10 +332,12 @@ void tiles(const Product<bfloat16>& product, int threads) {
 // Calls run with one part of the rows after the other: as many as stay in a core's own cache.
 template <class X, class Run>
 void cached_rows(const Product<X>& whole, Run run) {
-  const long D = whole.D, E = whole.E, at_once = std::max<long>(64, CACHED / (D * sizeof(X)) / 16 * 16);
-  for (long t = 0; t < whole.T; t += at_once) {
+  const long D = whole.D, E = whole.E;
+  const Blocks parts(whole.T, std::max<long>(64, CACHED / (D * sizeof(X)) / 16 * 16));
+  for (long i = 0; i < parts.count; i++) {
+    const long t = parts.begin(i);
     Product<X> part = whole;
-    part.T = std::min(at_once, whole.T - t);
+    part.T = parts.size(i);
     part.x += t * D;
     part.y += t * E;
     if (part.residual) part.residual += t * E;
