@@ -89,3 +89,19 @@ def test_seeded_sampling_does_not_depend_on_speculation_or_batch(temperature, de
     alone = make_engine((5, 4, 8), max_running_requests=1)
     single = [alone.generate(input_ids=p, sampling_params=s) for p, s in zip(demo_prompts[:16], params, strict=True)]
     assert [a["output_ids"] for a in plain] == [a["output_ids"] for a in drafted] == [a["output_ids"] for a in single]
+
+
+@pytest.mark.parametrize("shape", [shape for shape in TREES.values() if shape], ids=str)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_speculation_does_not_change_a_bit(shape, dtype, demo_prompts):
+    """On a CPU, of prompts that are computed alike: what a token gets depends neither on siblings nor on the batch."""
+    params = {**GREEDY, "logprobs": 2, "ignore_eos": True}
+    plain, drafted = (
+        make_engine(tree, dtype=dtype, attention_backend="native").generate(
+            input_ids=demo_prompts[:12], sampling_params=params
+        )
+        for tree in (None, shape)
+    )
+    for one, other in zip(plain, drafted, strict=True):
+        assert one["output_ids"] == other["output_ids"]
+        assert one["meta_info"]["output_token_logprobs"] == other["meta_info"]["output_token_logprobs"]

@@ -1,7 +1,8 @@
 // Attention from Q rows of B sequences to paged prefixes and a window of new rows. See attention.py.
 //
 // A task is one sequence and one key-value head: all rows of all its query heads read the same keys and values.
-// What a row gets does not depend on the others.
+// What a row gets does not depend on the others, nor on columns that it is not shown: a node of a tree gets to the bit
+// what its token gets at the end of a sequence.
 
 #include <omp.h>
 
@@ -37,8 +38,7 @@ class Task {
     keys.resize(s.D * WIDTH);
     const X* head = kv + g * s.D;
     for (long c = 0; c < num_columns(); c += WIDTH) score(head, c);
-    hide(prefix_len, s.mask + b * s.Q * s.W);
-    for (long r = 0; r < rows; r++) softmax(&weight[r * stride]);
+    for (long r = 0; r < rows; r++) softmax(&weight[r * stride], prefix_len, s.mask + (b * s.Q + r / heads()) * s.W);
     sum_values(head + s.G * s.D);
     give(b, g, y);
   }
@@ -50,7 +50,8 @@ class Task {
   std::vector<float> q, out;
   std::vector<float> weight;     // [rows, stride]: scores, then what a row takes of each column
   std::vector<float> keys;       // [D, 16], of the columns at hand
-  std::vector<int64_t> columns;  // slots
+  std::vector<float> side_by_side;  // what a row takes of the columns behind the prefix's whole 16s
+  std::vector<int64_t> columns;     // slots
 
   long heads() const { return s.H / s.G; }
   long num_columns() const { return columns.size(); }
@@ -87,18 +88,10 @@ class Task {
     for (long i = 0; i < count; i++) store(&weight[(r + i) * stride + c], acc[i]);
   }
 
-  // What the mask does not show, and what fills the last 16.
-  void hide(long prefix_len, const bool* mask) {
-    for (long r = 0; r < rows; r++) {
-      float* row = &weight[r * stride];
-      const bool* shown = mask + r / heads() * s.W;
-      for (long w = 0; w < s.W; w++)
-        if (!shown[w]) row[prefix_len + w] = -INFINITY;
-      std::fill(row + num_columns(), row + stride, -INFINITY);
-    }
-  }
-
-  void softmax(float* row) {
+  void softmax(float* row, long prefix_len, const bool* shown) {
+    for (long w = 0; w < s.W; w++)
+      if (!shown[w]) row[prefix_len + w] = -INFINITY;
+    std::fill(row + num_columns(), row + stride, -INFINITY);
     Vec largest = load(row);
     for (long c = WIDTH; c < stride; c += WIDTH) {
       Vec v = load(row + c);
@@ -106,14 +99,22 @@ class Task {
     }
     float most = largest[0];
     for (int i = 1; i < WIDTH; i++) most = std::max(most, largest[i]);
-    Vec total = {};
-    for (long c = 0; c < stride; c += WIDTH) {
-      Vec e = exponential(load(row + c) - most);
-      store(row + c, e);
-      total += e;
-    }
-    const float inverse = 1 / sum(total);
+    for (long c = 0; c < stride; c += WIDTH) store(row + c, exponential(load(row + c) - most));
+    const float inverse = 1 / total(row, prefix_len, shown);
     for (long c = 0; c < stride; c += WIDTH) store(row + c, load(row + c) * inverse);
+  }
+
+  // Of what a row is shown, as if it lay side by side: each lane adds up the same, wherever hidden columns are.
+  float total(const float* row, long prefix_len, const bool* shown) {
+    const long whole = prefix_len / WIDTH * WIDTH;
+    Vec lanes = {};
+    for (long c = 0; c < whole; c += WIDTH) lanes += load(row + c);
+    side_by_side.assign(stride - whole, 0);
+    float* end = std::copy(row + whole, row + prefix_len, side_by_side.data());
+    for (long w = 0; w < s.W; w++)
+      if (shown[w]) *end++ = row[prefix_len + w];
+    for (long i = 0; i < stride - whole; i += WIDTH) lanes += load(&side_by_side[i]);
+    return sum(lanes);
   }
 
   void sum_values(const X* head) {

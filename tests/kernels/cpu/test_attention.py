@@ -6,6 +6,7 @@ import torch
 from specbackend.attention.native import MOST_ROWS, NativeAttention, NativePlan
 from specbackend.attention.registry import attention_backend
 from specbackend.attention.torch_sdpa import TorchAttention, TorchPlan
+from specbackend.batch import ForwardBatch
 from specbackend.errors import ConfigError
 from specbackend.kernels import cpu
 from tests.attention.batches import NUM_SLOTS, chunks, draft_level, level_mask, trees
@@ -92,6 +93,27 @@ def test_a_row_does_not_depend_on_other_sequences(generator):
     for b in range(2):
         alone = type(batch)(**{name: value[b : b + 1] for name, value in parts.items()})
         assert torch.equal(NativePlan(alone).run(q_BQHD[b : b + 1], kv_S2GD), both[b : b + 1])
+
+
+@pytest.mark.parametrize("prefix_len", [1, 9, 16, 30])
+def test_a_node_gets_what_its_token_gets_in_a_sequence(prefix_len, dtype, generator):
+    """To the bit: the siblings that it is not shown do not even change how it is rounded."""
+    batch = trees([prefix_len], 40, generator)
+    q_BQHD, kv_S2GD = tensors(batch, HEADS[1], dtype, generator)
+    nodes = NativePlan(batch).run(q_BQHD, kv_S2GD)
+    for node, shown in enumerate(batch.window_mask_BQW[0]):
+        *path, own = batch.window_slot_BW[0, shown].tolist()
+        prefix = torch.cat([batch.prefix_slot_BL[0], torch.tensor(path, dtype=torch.int64)])
+        sequence = ForwardBatch(
+            token_BQ=batch.token_BQ[:, :1],
+            position_BQ=batch.position_BQ[:, :1],
+            slot_BQ=torch.tensor([[own]]),
+            prefix_slot_BL=prefix[None],
+            prefix_len_B=torch.tensor([len(prefix)]),
+            window_slot_BW=torch.tensor([[own]]),
+            window_mask_BQW=torch.ones(1, 1, 1, dtype=torch.bool),
+        )
+        assert torch.equal(NativePlan(sequence).run(q_BQHD[:, node : node + 1], kv_S2GD)[0, 0], nodes[0, node])
 
 
 def test_prompts_are_left_to_torch(generator):
