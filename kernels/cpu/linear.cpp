@@ -39,15 +39,25 @@ constexpr int panels_at_once(int rows) { return std::clamp(ACCUMULATORS / rows, 
 
 // The weights of two inputs, 16 outputs each.
 struct Two {
-  Vec first, second;
+  Part first[PARTS], second[PARTS];
 };
 template <class W>
 INLINE Two load_two(const W* p) {
-  return {load(p), load(p + WIDTH)};
+  Two two;
+  for (int i = 0; i < PARTS; i++) {
+    two.first[i] = load_part(p + i * LANES);
+    two.second[i] = load_part(p + WIDTH + i * LANES);
+  }
+  return two;
 }
 INLINE Two load_two(const bfloat16* p) {  // in pairs of inputs, as dot products of the hardware want them
-  Bits pairs = read<Bits>(p);
-  return {(Vec)(pairs << 16), (Vec)(pairs & 0xffff0000u)};
+  Two two;
+  for (int i = 0; i < PARTS; i++) {
+    PartBits pairs = read<PartBits>(p + 2 * i * LANES);
+    two.first[i] = (Part)(pairs << 16);
+    two.second[i] = (Part)(pairs & 0xffff0000u);
+  }
+  return two;
 }
 
 // While all rows go through P panels at once: fetches what each of them has a little ahead, and at its end what the one
@@ -78,10 +88,11 @@ INLINE void fetch_next(const W* next, long D, long block, long d) {
 // Adds the products of M rows, x [inputs, M], and P panels of D inputs to sums [M, P * 16].
 template <class W, int SHARE, int M, int P>
 void multiply(const W* weight, long D, const float* x, long inputs, const W* next, long block, float* sums) {
-  Vec acc[M][P];
+  Part acc[M][P][PARTS];
 #pragma GCC unroll 28  // or it stays in memory
   for (int m = 0; m < M; m++)
-    for (int p = 0; p < P; p++) acc[m][p] = load(sums + (m * P + p) * WIDTH);
+    for (int p = 0; p < P; p++)
+      for (int i = 0; i < PARTS; i++) acc[m][p][i] = load_part(sums + (m * P + p) * WIDTH + i * LANES);
   long d = 0;
   do {
     if (SHARE == 1) fetch_ahead<W, P>(weight, D, d);
@@ -90,14 +101,16 @@ void multiply(const W* weight, long D, const float* x, long inputs, const W* nex
     for (int p = 0; p < P; p++) w[p] = load_two(weight + (p * D + d) * WIDTH);
 #pragma GCC unroll 28
     for (int m = 0; m < M; m++)
-      for (int p = 0; p < P; p++) {
-        acc[m][p] += x[d * M + m] * w[p].first;
-        acc[m][p] += x[d * M + M + m] * w[p].second;
-      }
+      for (int p = 0; p < P; p++)
+        for (int i = 0; i < PARTS; i++) {
+          acc[m][p][i] += x[d * M + m] * w[p].first[i];
+          acc[m][p][i] += x[d * M + M + m] * w[p].second[i];
+        }
   } while ((d += 2) < inputs);
 #pragma GCC unroll 28
   for (int m = 0; m < M; m++)
-    for (int p = 0; p < P; p++) store(sums + (m * P + p) * WIDTH, acc[m][p]);
+    for (int p = 0; p < P; p++)
+      for (int i = 0; i < PARTS; i++) memcpy(sums + (m * P + p) * WIDTH + i * LANES, &acc[m][p][i], sizeof(Part));
 }
 
 template <class W>
@@ -298,8 +311,8 @@ void multiply_row(const bfloat16* weight, long D, const float* x, long inputs, c
       fetch_ahead<bfloat16, P>(weight, D, d);
       for (int p = 0; p < P; p++) {
         Two w = load_two(weight + (p * D + d) * WIDTH);
-        even[p] += x[d] * w.first;
-        odd[p] += x[d + 1] * w.second;
+        even[p] += x[d] * w.first[0];
+        odd[p] += x[d + 1] * w.second[0];
       }
     }
     for (int p = 0; p < P; p++) store(sums + p * WIDTH, load(sums + p * WIDTH) + (even[p] + odd[p]));

@@ -15,12 +15,25 @@ typedef float Vec __attribute__((vector_size(64)));
 typedef uint32_t Bits __attribute__((vector_size(64)));
 typedef int32_t Ints __attribute__((vector_size(64)));
 typedef uint16_t Halves __attribute__((vector_size(32)));
-typedef int16_t Shorts __attribute__((vector_size(32)));
-typedef int8_t Bytes __attribute__((vector_size(16)));
 
 struct bfloat16 {
   uint16_t bits;
 };
+
+// What one register holds of a Vec. Where that is a part, a Vec lives in memory: too slow for the innermost loops.
+#if defined(__AVX512F__)
+constexpr int LANES = 16;
+#elif defined(__AVX__)
+constexpr int LANES = 8;
+#else
+constexpr int LANES = 4;
+#endif
+constexpr int PARTS = WIDTH / LANES;
+typedef float Part __attribute__((vector_size(4 * LANES)));
+typedef uint32_t PartBits __attribute__((vector_size(4 * LANES)));
+typedef int32_t PartInts __attribute__((vector_size(4 * LANES)));
+typedef int16_t PartShorts __attribute__((vector_size(2 * LANES)));
+typedef int8_t PartBytes __attribute__((vector_size(LANES)));
 
 template <class V>
 INLINE V read(const void* p) {
@@ -31,11 +44,14 @@ INLINE V read(const void* p) {
 
 INLINE Vec load(const float* p) { return read<Vec>(p); }
 INLINE Vec load(const bfloat16* p) { return (Vec)(__builtin_convertvector(read<Halves>(p), Bits) << 16); }
-INLINE Vec load(const int8_t* p) {
+
+INLINE Part load_part(const float* p) { return read<Part>(p); }
+INLINE Part load_part(const int8_t* p) {
 #ifdef __AVX512F__
-  return (Vec)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)p)));
+  return (Part)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)p)));
 #else  // step by step, or GCC 12 goes element by element
-  return __builtin_convertvector(__builtin_convertvector(__builtin_convertvector(read<Bytes>(p), Shorts), Ints), Vec);
+  return __builtin_convertvector(
+      __builtin_convertvector(__builtin_convertvector(read<PartBytes>(p), PartShorts), PartInts), Part);
 #endif
 }
 

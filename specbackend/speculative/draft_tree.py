@@ -72,14 +72,13 @@ def build_tree(root_token_B: torch.Tensor, candidates: Candidates, num_nodes_B: 
     A child never scores above its parent and never comes before it, so with ties broken by index (a stable sort) the
     kept set is closed under ancestors. Source: EAGLE-2's reranking, SafeAILab/EAGLE `topK_genrate`.
     """
+    inputs = (root_token_B, candidates.score_BC, candidates.token_BC, candidates.parent_BC, num_nodes_B, most)
     if kernels.run_on(root_token_B.device) and most <= MOST_NODES_OF_KERNEL:
         from specbackend.kernels.build_tree import build_tree
 
-        found = (candidates.score_BC, candidates.token_BC, candidates.parent_BC)
-        return DraftTree(**vars(build_tree(root_token_B, *found, num_nodes_B, most)))
+        return DraftTree(**vars(build_tree(*inputs)))
     if cpu.serves(candidates.score_BC.dtype, root_token_B.device):
-        found = (candidates.score_BC, candidates.token_BC, candidates.parent_BC)
-        return DraftTree(*trees.build_tree(root_token_B, *found, num_nodes_B, most))
+        return DraftTree(*trees.build_tree(*inputs))
     kept, rank = _best(candidates, most - 1)
     drafted = (rank < num_nodes_B[:, None] - 1) & (candidates.score_BC.gather(1, kept) > -torch.inf)
     parent_candidate = candidates.parent_BC.gather(1, kept)
