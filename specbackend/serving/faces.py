@@ -45,6 +45,14 @@ class Face:
     def output(self) -> dict[str, Output]:
         return {spec.name: spec for spec in self.outputs}
 
+    @cached_property
+    def layout(self) -> dict[str, tuple[str, int]]:
+        """Each output's dtype and number of dimensions."""
+        return {
+            spec.name: (spec.dtype, len(spec.dims) + (self.has_batch_dimension and spec.has_batch_dimension))
+            for spec in self.outputs
+        }
+
 
 def complete_tensorrt_llm(params: Mapping[str, Any]) -> dict[str, Any]:
     """0 is all tokens for top_k and top_p, and without a temperature these two decide whether to sample."""

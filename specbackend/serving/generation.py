@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
+from typing import NamedTuple
 
 from specbackend.request import FinishReason, TokenLogprob, Update
 from specbackend.sampling_params import SamplingParams
@@ -35,6 +36,14 @@ class Unsent:
         self.text += piece.text
         self.token_ids += piece.token_ids
         self.num_updates += 1
+
+
+class Maker(NamedTuple):
+    """How an output comes about; looked up once, as there may be a response for every token."""
+
+    name: str
+    make: "Callable[[Answer, Unsent], object] | None"  # None: with the last outputs only
+    until_end: object  # its value before, and where there is none; None: it is left out
 
 
 class TokenTexts:
@@ -95,6 +104,7 @@ class Answer:
         self._server = server
         self._text = TextStream(server.decode, self.params, call.input_ids if call.echo else ())
         self._unsent = Unsent(text=call.echo, first=True)
+        self._makers = [self._maker(name) for name in call.outputs]
         self._update = Update("", [], prompt_tokens=len(call.input_ids))
         self._prompt_logprobs: list[TokenLogprob] = []  # of all but the first
         self._cum_logprob = 0.0
@@ -149,19 +159,24 @@ class Answer:
         """Its place in a response that is about another answer."""
         return self._outputs(Unsent())
 
+    def _maker(self, name: str) -> Maker:
+        spec = self._server.face.output[name]
+        make = make_null if name in self._call.nulls else NEWS.get(name)
+        return Maker(name, make, spec.until_end)
+
     def _outputs(self, unsent: Unsent) -> Outputs:
-        values = {name: NEWS[name](self, unsent) for name in self._call.outputs if name in NEWS}
-        if self.finish_reason:
-            reasons = {"finish_reason": self.finish_reason.value, "stop_reason": self._stop_reason()}
-            values |= {**reasons, **self._perf_metrics()}
-        values |= dict.fromkeys(self._call.nulls, NULL)
+        at_end = self._at_end() if self.finish_reason else {}
         outputs = {}
-        for name in self._call.outputs:
-            value = values.get(name)
-            value = self._server.face.output[name].until_end if value is None else value
+        for name, make, until_end in self._makers:
+            value = make(self, unsent) if make else at_end.get(name)
+            value = until_end if value is None else value
             if value is not None:
                 outputs[name] = value
         return outputs
+
+    def _at_end(self) -> Outputs:
+        reasons = {"finish_reason": self.finish_reason.value, "stop_reason": self._stop_reason()}
+        return {**reasons, **self._perf_metrics()}
 
     def num_prompt_tokens(self, unsent: Unsent) -> int:
         return len(self._call.input_ids)
@@ -210,6 +225,10 @@ class Answer:
             "first_token_time_ns": self._first_token_ns,
             "last_token_time_ns": self._last_token_ns,
         }
+
+
+def make_null(answer: Answer, unsent: Unsent) -> str:
+    return NULL
 
 
 # Outputs that may be in every response. Only those that are asked for are made: a response costs some 100 us in all.

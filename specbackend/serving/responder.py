@@ -22,7 +22,9 @@ from specbackend.serving.protocol import Cancel, Message, Ready, Rejected, Step,
 from specbackend.serving.supervisor import EngineDown, EngineSupervisor, wait_readable
 from specbackend.serving.triton_io import Sender, log_bug
 
-SWEEP_INTERVAL_S = 0.1  # between two looks at cancellations and deadlines: 64 requests cost 2 ms
+SWEEP_INTERVAL_S = 0.1  # between two looks at cancellations and deadlines
+MOST_SWEPT = 32  # streams at a time, while Triton is asked about each for 30 us; but all of them within
+SWEEPS_OF_ALL = 10
 QUEUE_FULL = "Exceeds maximum queue size"  # Triton's own words, here and below
 TIMEOUT = "Request timeout expired"
 
@@ -51,8 +53,8 @@ class Stream:
 class Responder:
     """Owns the engine supervisor and all open streams. Only `put` and `close` are for other threads.
 
-    What is done for one client is done under its sender's `guard`: a bug there becomes the client's final answer and
-    touches nobody else. The stream that is left behind is dropped by the next sweep.
+    What is done for one client is done `with` its sender: a bug there becomes the client's final answer and touches
+    nobody else. The stream that is left behind is dropped by a later sweep.
     """
 
     def __init__(
@@ -72,6 +74,7 @@ class Responder:
         self._engine_pid = supervisor.pid
         self._streams: dict[str, Stream] = {}  # by our own id
         self._ids = itertools.count()
+        self._unswept: list[Stream] = []  # of this round
         self._next_sweep = self._last_publish = 0.0
         self._inbox: queue.SimpleQueue[Arrival] = queue.SimpleQueue()
         self._wake_fd = os.eventfd(0, os.EFD_NONBLOCK)
@@ -131,7 +134,7 @@ class Responder:
     def _take_arrivals(self) -> None:
         while not self._inbox.empty():
             arrival = self._inbox.get()
-            with arrival.sender.guard():
+            with arrival.sender:
                 self._take_arrival(arrival)
 
     def _take_arrival(self, arrival: Arrival) -> None:
@@ -166,7 +169,7 @@ class Responder:
 
     def _cancel(self, client_id: str) -> None:
         for stream in [stream for stream in self._streams.values() if stream.call.client_id == client_id]:
-            with stream.sender.guard():
+            with stream.sender:
                 self._drop(stream)
                 *others, last = stream.generation.abort()
                 for outputs in others:
@@ -190,7 +193,7 @@ class Responder:
                     self._traffic.engine_restarts += self._supervisor.pid != self._engine_pid  # else it was found anew
                     self._engine_pid = self._supervisor.pid
                     for stream in self._streams.values():
-                        with stream.sender.guard():
+                        with stream.sender:
                             self._submit(stream)
                 case EngineDown(reason, was_ready):
                     self._fail_streams(f"the engine is lost and will be found or started anew: {reason}", was_ready)
@@ -201,14 +204,14 @@ class Responder:
         for stream, update in found:
             self._advance(stream, update)
         for stream, _ in found:
-            with stream.sender.guard():
+            with stream.sender:
                 stream.sender.flush()
 
     def _advance(self, stream: Stream, update: Update) -> None:
         """Take an update and make the response that it gives, if it gives one."""
         if stream.sender.is_done:  # about to be dropped
             return
-        with stream.sender.guard():
+        with stream.sender:
             if update.failure:
                 self._drop(stream)
                 stream.sender.fail(stream.call.refusal(update.failure.field, update.failure.message))
@@ -236,7 +239,7 @@ class Responder:
         stream = self._stream_of(rejected.request_id)
         if stream is None:
             return
-        with stream.sender.guard():
+        with stream.sender:
             self._drop(stream)
             queue_full = rejected.field is None
             error = Unavailable(QUEUE_FULL) if queue_full else stream.call.refusal(rejected.field, rejected.message)
@@ -250,16 +253,22 @@ class Responder:
     def _fail_streams(self, reason: str, only_submitted: bool = False) -> None:
         """Answer UNAVAILABLE. Those not submitted can wait for the next engine, unless it fails to start."""
         for stream in [s for s in self._streams.values() if s.submitted or not only_submitted]:
-            with stream.sender.guard():
+            with stream.sender:
                 self._drop(stream, tell_engine=False)
                 stream.sender.fail(Unavailable(reason))
 
     # ---- by time
 
     def _sweep(self, now: float) -> None:
-        """End the streams whose client went away or whose time is over, and drop those that a bug has ended."""
-        for stream in list(self._streams.values()):
-            with stream.sender.guard():
+        """End the streams whose client went away or whose time is over, and drop those that a bug has ended: of all
+        streams some, and others the next time."""
+        self._unswept = self._unswept or list(self._streams.values())
+        count = max(MOST_SWEPT, len(self._streams) // SWEEPS_OF_ALL)
+        swept, self._unswept = self._unswept[:count], self._unswept[count:]
+        for stream in swept:
+            if stream.generation.call_id not in self._streams:
+                continue
+            with stream.sender:
                 if stream.sender.is_done:
                     self._drop(stream)
                 elif reason := self._reason_to_end(stream, now):

@@ -25,6 +25,8 @@ log = logging.getLogger(__name__)
 class Sender:
     """Where the answer to one request goes. For the response thread only.
 
+    What is done for this request is done `with` it: a bug in it is this request's answer, and no other's business.
+
     With the final response it forgets Triton's object: to ask that then whether it is cancelled ends tritonserver.
     What is sent after that is dropped.
     """
@@ -43,9 +45,15 @@ class Sender:
     def is_cancelled(self) -> bool:
         return self._sender is not None and self._sender.is_cancelled()
 
-    def guard(self) -> "Guard":
-        """For what is done for this request: a bug in it is this request's answer, and no other's business."""
-        return Guard(self)
+    def __enter__(self) -> "Sender":
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, traceback: object) -> bool:
+        if not isinstance(error, Exception):
+            return False
+        log_bug(error)
+        self.fail(error)
+        return True
 
     def put(self, outputs: Mapping[str, object], final: bool) -> None:
         """Make a response of values by output name, see `make_tensor`; `flush` sends it."""
@@ -80,31 +88,13 @@ class Sender:
             log.error("an answer is lost: %s", lost)  # without the traceback, which would show `error` too
 
 
-class Guard:
-    """A sender's. It is entered twice a response, and contextlib's would take three times as long."""
-
-    def __init__(self, sender: Sender):
-        self._sender = sender
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind: type | None, error: BaseException | None, traceback: object) -> bool:
-        if not isinstance(error, Exception):
-            return False
-        log_bug(error)
-        self._sender.fail(error)
-        return True
-
-
 def make_tensor(pb_utils: Any, face: Face, name: str, value: object) -> Any:
     """A tensor [n] from a list, [1] from a single value; behind as many dimensions of size 1 as the face has more."""
     values = value if isinstance(value, list) else [value]
-    spec = face.output[name]
-    if spec.dtype == "STRING":
+    dtype, ndim = face.layout[name]
+    if dtype == "STRING":
         values = [text.encode() for text in values]
-    ndim = len(spec.dims) + (face.has_batch_dimension and spec.has_batch_dimension)
-    return pb_utils.Tensor(name, np.array(values, dtype=NUMPY_TYPES[spec.dtype], ndmin=ndim))
+    return pb_utils.Tensor(name, np.array(values, dtype=NUMPY_TYPES[dtype], ndmin=ndim))
 
 
 def log_bug(error: Exception) -> None:

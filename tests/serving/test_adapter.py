@@ -471,6 +471,30 @@ def test_a_stream_that_breaks_the_sweep_fails_alone(start_adapter):
     check_use(*requests)
 
 
+def test_many_streams_are_looked_at_in_turns(start_adapter, monkeypatch):
+    """To ask Triton about all of them at once would hold up every answer."""
+    adapter = start_adapter(SLOW_ENGINE)
+    requests = [FakeRequest(text_input="abc", max_tokens=400, stream=True) for _ in range(100)]
+    asked, sweep = [], adapter._responder._sweep
+
+    def counted(now: float) -> None:
+        asked.append([])
+        sweep(now)
+
+    for request in requests:
+        request.sender.is_cancelled = lambda sender=request.sender: (asked and asked[-1].append(sender)) or False
+    monkeypatch.setattr(adapter._responder, "_sweep", counted)
+    execute(adapter, *requests)
+    wait_until(lambda: len(asked) > 8)
+    first = [sender for looks in asked[:8] for sender in looks]
+    assert max(map(len, asked[:8])) == 32
+    assert {id(sender) for sender in first} == {id(request.sender) for request in requests}
+    for request in requests:
+        request.sender.is_cancelled = lambda: True
+    assert {request.sender.error().code for request in requests} == {FakeError.CANCELLED}
+    check_use(*requests)
+
+
 def test_finalize_ends_the_engine_and_answers_the_rest(triton_args):
     adapter = Adapter(FakePbUtils, triton_args(), SLOW_ENGINE)
     engine, request = pid(adapter), execute(adapter, max_tokens=400)
