@@ -171,7 +171,7 @@ class Engine:
             cache_rule,
             partial(self._tier.bring, self.slots) if self._tier else None,
         )
-        self.shadows = ShadowRuns(config.shadow_fraction, self.scheduler, self._queue)
+        self.shadows = ShadowRuns(config.shadow_fraction, self.scheduler)
         ranks.least(0, self.device)  # wait for the last
 
     def _record(self, runner: TargetRunner, drafter: Drafter | None, record: Recorder) -> None:
@@ -244,7 +244,7 @@ class Engine:
 
     def _step(self) -> list[Update]:
         start = time.perf_counter()
-        self.shadows.start()
+        self.shadows.start(self._queue)
         step = self._begun_ahead() or self._begin()
         if step is None:
             return []

@@ -98,10 +98,11 @@ class ForwardGraphs:
 
     def _record_one(self, inputs: Inputs) -> Forward:
         outputs: list[torch.Tensor] = []
+        forward = self._forward  # and not `self`: a recording that held its owner would outlive the engine
 
         def compute() -> None:
             hidden_TD = None if inputs.hidden_BQD is None else inputs.hidden_BQD.flatten(0, 1)
-            outputs[:] = self._forward(inputs.batch, hidden_TD)
+            outputs[:] = forward(inputs.batch, hidden_TD)
 
         return Forward(inputs, self._record_compute(compute), outputs)
 

@@ -1,5 +1,6 @@
 """Lays requests out as forward batches and runs the target over them."""
 
+from dataclasses import dataclass
 from itertools import chain
 
 import torch
@@ -17,39 +18,48 @@ from specbackend.request import Request
 MOST_FULL = 0.9  # of a batch's rows: a fuller one is computed with its padding
 
 
+@dataclass(frozen=True)
+class TargetForward:
+    """The target over its KV pool."""
+
+    model: LlamaModel
+    kv_pool: KVPool
+    attention: AttentionBackend
+
+    def __call__(self, batch: ForwardBatch, _: None) -> tuple[torch.Tensor, ...]:
+        return run_unpadded(self._network, batch, None, self.attention.plan(batch, self.model.lm_head.dtype))
+
+    def _network(self, batch: ForwardBatch, _: None, plan: AttentionPlan) -> tuple[torch.Tensor, torch.Tensor]:
+        output = self.model.forward(batch, plan, self.kv_pool)
+        return output.hidden_TD, output.feature_TF
+
+
 class TargetRunner:
     """The target network with its KV pool and the request table that drafts share."""
 
     def __init__(self, model: LlamaModel, kv_pool: KVPool, table: RequestTable, attention: AttentionBackend):
-        self.model, self.kv_pool, self.table, self.attention = model, kv_pool, table, attention
+        self.model, self.kv_pool, self.table = model, kv_pool, table
         self.dtype = model.lm_head.dtype
         self.device = model.lm_head.device
-        self._run: Forwards = self._run_eagerly
+        self._forward: Forwards = TargetForward(model, kv_pool, attention)
         self._prompt_widths: tuple[int, ...] = ()
 
     def forward(self, batch: ForwardBatch) -> TargetOutput:
-        return TargetOutput(*self._run(batch, None))
+        return TargetOutput(*self._forward(batch, None))
 
     def record_forwards(self, record: Recorder, batch_sizes: list[int], widths: set[int]) -> None:
         """From now on replay forwards of so many rows per sequence, which are the window too, and of lone prompts."""
-        graphs = ForwardGraphs(self._run_eagerly, self.table.slots.shape[1], None, self.dtype, self.device, record)
+        graphs = ForwardGraphs(self._forward, self.table.slots.shape[1], None, self.dtype, self.device, record)
         for width in widths:
             graphs.record(batch_sizes, width, width)
         graphs.record_prompts()
-        self._run, self._prompt_widths = graphs, PROMPT_WIDTHS
+        self._forward, self._prompt_widths = graphs, PROMPT_WIDTHS
 
     def prompt_width(self, chunk_lens: list[int]) -> int:
         """How many rows per sequence to lay out for prompt chunks: the longest, and for a lone one what is recorded."""
         longest = max(chunk_lens)
         recorded = self._prompt_widths if len(chunk_lens) == 1 else ()
         return next((width for width in recorded if width >= longest), longest)
-
-    def _run_eagerly(self, batch: ForwardBatch, _: None) -> tuple[torch.Tensor, ...]:
-        return run_unpadded(self._network, batch, None, self.attention.plan(batch, self.dtype))
-
-    def _network(self, batch: ForwardBatch, _: None, plan: AttentionPlan) -> tuple[torch.Tensor, torch.Tensor]:
-        output = self.model.forward(batch, plan, self.kv_pool)
-        return output.hidden_TD, output.feature_TF
 
     def sequences(self, requests: list[Request]) -> Sequences:
         row_B = self.rows(requests)

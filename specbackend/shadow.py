@@ -40,11 +40,11 @@ class ShadowTotals:
 
 
 class ShadowRuns:
-    """Chooses, runs and compares. `submit` is the engine's; a shadow is a request as any other to all below."""
+    """Chooses, runs and compares. A shadow is a request as any other to all below."""
 
-    def __init__(self, fraction: float, scheduler: Scheduler, submit: Callable[[Request], None]):
+    def __init__(self, fraction: float, scheduler: Scheduler):
         self.totals = ShadowTotals()
-        self._fraction, self._scheduler, self._submit = fraction, scheduler, submit
+        self._fraction, self._scheduler = fraction, scheduler
         self._num_offered = 0
         self._pending: deque[Shadowed] = deque()
         self._runs: dict[Request, Shadowed] = {}
@@ -72,14 +72,14 @@ class ShadowRuns:
         if is_due and len(self._pending) < MOST_PENDING:
             self._pending.append(Shadowed(request.input_ids, plain_params(request), list(request.output_ids)))
 
-    def start(self) -> None:
+    def start(self, submit: Callable[[Request], None]) -> None:
         """One more, if there is room and nobody waits. To be called before the scheduler chooses a batch."""
         if self._pending and len(self._runs) < MOST_AT_ONCE and self._is_worth_a_step() and self._has_room():
             shadowed = self._pending.popleft()
             params = replace(shadowed.params, priority=self._scheduler.least_priority)
             request = Request(f"shadow {next(self._numbers)}", shadowed.input_ids, params)
             self._runs[request] = shadowed
-            self._submit(request)
+            submit(request)
 
     def take(self, requests: list[Request], updates: list[Update]) -> list[Update]:
         """Look at what a step did: compare the shadows that have ended; return the updates of live requests."""

@@ -183,15 +183,16 @@ class RecordedDecoder:
         self.num_nodes, self.extend = decoder.num_nodes, decoder.extend
         self._decoder, self._tree, self._batch_sizes = decoder, tree, batch_sizes
         self._table, device = decoder.runner.table, decoder.runner.device
-        self._shapes = {B: TreeShapes.of([tree] * B, device) if tree else None for B in batch_sizes}
         self._buffers: dict[int, StepBuffers] = {}
         self._replays: dict[tuple[int, Sampling], Compute] = {}
         longest_path, padding_row = tree.longest_path if tree else 1, self._table.padding_row
         for B in reversed(batch_sizes):  # the largest first: the others fit into its memory
             self._buffers[B] = StepBuffers(B, longest_path, padding_row, device)
             self._buffers[B].upload([], self._table)
+            shapes = TreeShapes.of([tree] * B, device) if tree else None
             for most in Sampling:
-                self._replays[B, most] = record(partial(self._run, B, most))
+                step = partial(_run_step, decoder, shapes, self._buffers[B], self._table, most)
+                self._replays[B, most] = record(step)
 
     def begin(self, batch: DecodeBatch) -> Step:
         """The results last until the second step from here."""
@@ -215,11 +216,16 @@ class RecordedDecoder:
         others = any(self._tree not in (None, each.tree) or each.params.logprobs is not None for each in requests)
         return not others and not traced_rows(requests) and not processors_of(BEFORE_TEMPERATURE, requests, "cpu")
 
-    def _run(self, B: int, most: Sampling) -> None:
-        buffers = self._buffers[B]
-        self._table.put(buffers.write_3M)
-        at, sampling = buffers.sequences(self._table.slots), buffers.sampling(most)
-        buffers.keep(self._decoder.step(at, sampling, self._shapes[B]))
+
+def _run_step(
+    decoder: PlainDecoder | TreeDecoder,
+    shapes: TreeShapes | None,
+    buffers: StepBuffers,
+    table: RequestTable,
+    most: Sampling,
+) -> None:
+    table.put(buffers.write_3M)
+    buffers.keep(decoder.step(buffers.sequences(table.slots), buffers.sampling(most), shapes))
 
 
 def _most(requests: list[Request]) -> Sampling:

@@ -1,7 +1,5 @@
-import gc
 import json
 import os
-import resource
 from pathlib import Path
 
 import pytest
@@ -11,7 +9,6 @@ ROOT = Path(__file__).parents[1]
 DEMOS = ROOT / "tools" / "demo_checkpoints"
 DEMO_TARGET, DEMO_EAGLE3 = DEMOS / "llama-gsm8k", DEMOS / "llama-gsm8k-eagle3"
 NEW_TOKENS = 64  # of the answers in `expected`
-MOST_BYTES = 3 << 30  # of a worker, before it looks for garbage
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported, which torch does not do by itself
@@ -23,16 +20,6 @@ def pytest_addoption(parser):
 
 def pytest_configure():
     torch.set_num_threads(1)  # two threads beside another busy process are many times slower than one
-
-
-@pytest.fixture(autouse=True)
-def _free_engines():
-    """An engine that is left is freed by the garbage collector, which counts objects and not their bytes: 20 GB of KV
-    pools were waiting for it once, in two workers."""
-    yield
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
-    if pages * resource.getpagesize() > MOST_BYTES:
-        gc.collect()
 
 
 @pytest.fixture(scope="session")

@@ -1,5 +1,7 @@
 """Every algorithm on every family of targets says what Hugging Face's generate says, cold, warm and short of slots."""
 
+import gc
+import weakref
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -95,3 +97,20 @@ def test_seeded_sampling_is_that_of_plain_decoding(algorithm, family, checkpoint
         make_engine(folder, name).generate(input_ids=PROMPTS, sampling_params=params) for name in ("plain", algorithm)
     )
     assert [a["output_ids"] for a in plain] == [a["output_ids"] for a in drafted]
+
+
+@pytest.mark.parametrize("speculative_adaptive", [False, True], ids=["", "adaptive"])
+@pytest.mark.parametrize("algorithm, family", [*PAIRS[:6], *PAIRS[-2:]])
+def test_an_engine_that_is_let_go_is_freed(algorithm, family, speculative_adaptive, checkpoints):
+    """At once: its KV pool is too large to wait for the garbage collector."""
+    engine = make_engine(
+        checkpoints(family)[0], algorithm, speculative_adaptive=speculative_adaptive and algorithm != "plain"
+    )
+    outputs(engine, PROMPTS)
+    kept = weakref.ref(engine.decoder)
+    gc.disable()
+    try:
+        del engine
+        assert kept() is None
+    finally:
+        gc.enable()

@@ -50,6 +50,28 @@ def num_scratch_slots(num_steps: int, topk: int) -> int:
     return (num_steps - 1) * topk
 
 
+@dataclass(frozen=True)
+class DraftForward:
+    """A draft model over its KV pool."""
+
+    model: DraftModel
+    kv_pool: KVPool
+    attention: AttentionBackend
+
+    def __call__(self, batch: ForwardBatch, hidden_TD: torch.Tensor | None) -> tuple[torch.Tensor, ...]:
+        return self.run(batch, hidden_TD, self.plan(batch))
+
+    def plan(self, batch: ForwardBatch) -> AttentionPlan:
+        return self.attention.plan(batch, self.model.vocabulary.lm_head.dtype)
+
+    def run(self, batch: ForwardBatch, hidden_TD: torch.Tensor | None, plan: AttentionPlan) -> tuple[torch.Tensor, ...]:
+        """`plan` is of a batch of the same places."""
+        return run_unpadded(self._network, batch, hidden_TD, plan)
+
+    def _network(self, batch: ForwardBatch, hidden_TD: torch.Tensor | None, plan: AttentionPlan) -> tuple[torch.Tensor]:
+        return (self.model.forward(batch, hidden_TD, plan, self.kv_pool),)
+
+
 class TreeGrower:
     """A draft model and its KV pool. Scratch slots of table row r start at first_scratch_slot + r * W."""
 
@@ -63,17 +85,18 @@ class TreeGrower:
         num_steps: int,
         topk: int,
     ):
-        self.model, self.kv_pool, self.attention = model, kv_pool, attention
+        self.model, self.kv_pool = model, kv_pool
         self.num_rows, self.num_steps, self.topk = num_rows, num_steps, topk
         self.dtype, self.device = model.vocabulary.lm_head.dtype, model.vocabulary.lm_head.device
         W = num_scratch_slots(num_steps, topk)
         self._scratch_RW = first_scratch_slot + torch.arange(num_rows * W, device=self.device).view(num_rows, W)
+        self._eager = DraftForward(model, kv_pool, attention)
         self._graphs: ForwardGraphs | None = None
         self._own_LKW = torch.eye(W, dtype=torch.bool, device=self.device).view(num_steps - 1, topk, W)
 
     def feed(self, batch: ForwardBatch, hidden_TD: torch.Tensor | None, last_B: torch.Tensor) -> torch.Tensor:
         """Compute true tokens. Returns hidden_BD at row last_B[b] of each sequence, after which growth may begin."""
-        hidden_BQD = self._forward(batch, hidden_TD, self.attention.plan(batch, self.dtype))
+        hidden_BQD = self._forward(batch, hidden_TD, self._eager.plan(batch))
         return hidden_BQD[torch.arange(len(last_B), device=self.device), last_B]
 
     def grow(self, at: Sequences, prefix: DraftPrefix, sampling: SamplingBatch, shapes: TreeShapes) -> Candidates:
@@ -86,7 +109,7 @@ class TreeGrower:
         for level in range(1, shapes.most_steps):
             batch = self._level_batch(level, beam, at, prefix)
             if plan is None:
-                plan = self.attention.plan(batch, self.dtype)
+                plan = self._eager.plan(batch)
             else:
                 plan.set_window_mask(batch.window_mask_BQW)
             hidden_BKD = self._forward(batch, beam.hidden_BKD.flatten(0, 1), plan)
@@ -152,24 +175,18 @@ class TreeGrower:
     def record_forwards(self, record: Recorder, batch_sizes: list[int], num_columns: int, feed_width: int) -> None:
         """From now on replay feeds of so many tokens per sequence and of lone prompts, and the levels of growth."""
         hidden_size = self.model.config.hidden_size if self.model.is_head else None
-        graphs = ForwardGraphs(self._run_eagerly, num_columns, hidden_size, self.dtype, self.device, record)
+        graphs = ForwardGraphs(self._eager, num_columns, hidden_size, self.dtype, self.device, record)
         graphs.record(batch_sizes, feed_width, feed_width)
         if self.num_steps > 1:
             graphs.record(batch_sizes, self.topk, self._scratch_RW.shape[1])
         graphs.record_prompts()
         self._graphs = graphs
 
-    def _run_eagerly(self, batch: ForwardBatch, hidden_TD: torch.Tensor | None) -> tuple[torch.Tensor, ...]:
-        return run_unpadded(self._network, batch, hidden_TD, self.attention.plan(batch, self.dtype))
-
-    def _network(self, batch: ForwardBatch, hidden_TD: torch.Tensor | None, plan: AttentionPlan) -> tuple[torch.Tensor]:
-        return (self.model.forward(batch, hidden_TD, plan, self.kv_pool),)
-
     def _forward(self, batch: ForwardBatch, hidden_TD: torch.Tensor | None, plan: AttentionPlan) -> torch.Tensor:
         if self._graphs:
             (hidden_TD,) = self._graphs(batch, hidden_TD)
         else:
-            (hidden_TD,) = run_unpadded(self._network, batch, hidden_TD, plan)
+            (hidden_TD,) = self._eager.run(batch, hidden_TD, plan)
         return hidden_TD.view(*batch.token_BQ.shape, -1)
 
 

@@ -29,7 +29,7 @@ def assert_kernels_equal_torch(engine_params: dict, sampling_params: list[dict],
     expected = engine.generate(input_ids=PROMPTS, sampling_params=sampling_params)
     request.getfixturevalue("on_kernels")
     engine = Engine(**engine_params)
-    assert isinstance(engine.plain.runner.attention, TritonAttention)
+    assert isinstance(engine.plain.runner._forward.attention, TritonAttention)
     answers = engine.generate(input_ids=PROMPTS, sampling_params=sampling_params)
     assert [a["output_ids"] for a in answers] == [a["output_ids"] for a in expected]
     steps = [[a["meta_info"]["spec_verify_ct"] for a in each] for each in (answers, expected)]
