@@ -320,19 +320,20 @@ void multiply_row(const bfloat16* weight, long D, const float* x, long inputs, c
 }
 
 void tiles(const Product<bfloat16>& product, int threads) {
-  const long T = product.T, D = product.D, blocks = (T + 15) / 16;
+  const long T = product.T, D = product.D;
+  const Blocks blocks(T, 16);
   share_panels(product.E, threads, [&](long panel, long end) {
     std::vector<float> sums;
     int configured = 0;
     for (; panel < end; panel += MOST_PANELS) {
       int count = std::min<long>(MOST_PANELS, end - panel);
       sums.resize(T * count * WIDTH);
-      for (long block = 0, t = 0; block < blocks; block++) {
-        int rows = T * (block + 1) / blocks - t;
+      for (long i = 0; i < blocks.count; i++) {
+        const long t = blocks.begin(i);
+        const int rows = blocks.size(i);
         if (rows != configured) configure_tiles(configured = rows);
         multiply_tiles((const bfloat16*)product.weight + panel * D * WIDTH, D * WIDTH, count, product.x + t * D, D,
                        &sums[t * count * WIDTH]);
-        t += rows;
       }
       product.finish(panel, count, sums.data());
     }
