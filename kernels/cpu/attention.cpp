@@ -20,6 +20,7 @@ struct Shape : Columns {
 };
 
 constexpr int MOST_ROWS = 6;  // accumulators of the weighted sum of values
+constexpr int MOST_SCORED = LANES == WIDTH ? 8 : 4;
 
 template <class X>
 class Task {
@@ -37,8 +38,10 @@ class Task {
     weight.resize(rows * stride);
     keys.resize(s.D * WIDTH);
     const X* head = kv + g * s.D;
+    ends.resize(rows);
+    for (long r = 0; r < rows; r++) ends[r] = prefix_len + last_shown(shown(b, r));
     for (long c = 0; c < num_columns(); c += WIDTH) score(head, c);
-    for (long r = 0; r < rows; r++) softmax(&weight[r * stride], prefix_len, s.mask + (b * s.Q + r / heads()) * s.W);
+    for (long r = 0; r < rows; r++) softmax(&weight[r * stride], prefix_len, shown(b, r), ends[r]);
     sum_values(head + s.G * s.D);
     give(b, g, y);
   }
@@ -52,9 +55,17 @@ class Task {
   std::vector<float> keys;       // [D, 16], of the columns at hand
   std::vector<float> side_by_side;  // what a row takes of the columns behind the prefix's whole 16s
   std::vector<int64_t> columns;     // slots
+  std::vector<long> ends;           // columns from there on no row r is shown: they are not looked at
 
   long heads() const { return s.H / s.G; }
   long num_columns() const { return columns.size(); }
+  const bool* shown(long b, long r) const { return s.mask + (b * s.Q + r / heads()) * s.W; }
+  long last_shown(const bool* shown) const {
+    long w = s.W;
+    while (w && !shown[w - 1]) w--;
+    return w;
+  }
+  long end_of(long r, long count) const { return *std::max_element(&ends[r], &ends[r] + count); }
   const X* at(const X* base, long column) const { return base + columns[column] * 2 * s.G * s.D; }
 
   void take_queries(long b, long g, const X* all_q) {
@@ -74,46 +85,52 @@ class Task {
       transpose(square);
       for (long i = 0; i < WIDTH; i++) store(&keys[(d + i) * WIDTH], square[i]);
     }
-    for (long r = 0; r < rows; r += 4) score_rows(r, std::min(4L, rows - r), c);
+    for (long r = 0; r < rows; r += MOST_SCORED) {
+      const long count = std::min<long>(MOST_SCORED, rows - r);
+      if (end_of(r, count) > c) count > 4 ? score_rows<MOST_SCORED>(r, count, c) : score_rows<4>(r, count, c);
+    }
   }
 
+  template <int R>
   void score_rows(long r, long count, long c) {
-    const float* of[4];
-    for (long i = 0; i < 4; i++) of[i] = &q[(r + std::min(i, count - 1)) * s.D];
-    Vec acc[4] = {};
+    const float* of[R];
+    for (long i = 0; i < R; i++) of[i] = &q[(r + std::min(i, count - 1)) * s.D];
+    Vec acc[R] = {};
     for (long d = 0; d < s.D; d++) {
       Vec key = load(&keys[d * WIDTH]);
-      for (int i = 0; i < 4; i++) acc[i] += of[i][d] * key;
+      for (int i = 0; i < R; i++) acc[i] += of[i][d] * key;
     }
     for (long i = 0; i < count; i++) store(&weight[(r + i) * stride + c], acc[i]);
   }
 
-  void softmax(float* row, long prefix_len, const bool* shown) {
-    for (long w = 0; w < s.W; w++)
-      if (!shown[w]) row[prefix_len + w] = -INFINITY;
-    std::fill(row + num_columns(), row + stride, -INFINITY);
+  void softmax(float* row, long prefix_len, const bool* shown, long end) {
+    const long whole = (end + WIDTH - 1) / WIDTH * WIDTH;
+    for (long c = prefix_len; c < end; c++)
+      if (!shown[c - prefix_len]) row[c] = -INFINITY;
+    std::fill(row + end, row + whole, -INFINITY);
+    std::fill(row + whole, row + stride, 0);
     Vec largest = load(row);
-    for (long c = WIDTH; c < stride; c += WIDTH) {
+    for (long c = WIDTH; c < whole; c += WIDTH) {
       Vec v = load(row + c);
       largest = v > largest ? v : largest;
     }
     float most = largest[0];
     for (int i = 1; i < WIDTH; i++) most = std::max(most, largest[i]);
-    for (long c = 0; c < stride; c += WIDTH) store(row + c, exponential(load(row + c) - most));
-    const float inverse = 1 / total(row, prefix_len, shown);
-    for (long c = 0; c < stride; c += WIDTH) store(row + c, load(row + c) * inverse);
+    for (long c = 0; c < whole; c += WIDTH) store(row + c, exponential(load(row + c) - most));
+    const float inverse = 1 / total(row, prefix_len, shown, end);
+    for (long c = 0; c < whole; c += WIDTH) store(row + c, load(row + c) * inverse);
   }
 
   // Of what a row is shown, as if it lay side by side: each lane adds up the same, wherever hidden columns are.
-  float total(const float* row, long prefix_len, const bool* shown) {
+  float total(const float* row, long prefix_len, const bool* shown, long end) {
     const long whole = prefix_len / WIDTH * WIDTH;
     Vec lanes = {};
     for (long c = 0; c < whole; c += WIDTH) lanes += load(row + c);
-    side_by_side.assign(stride - whole, 0);
-    float* end = std::copy(row + whole, row + prefix_len, side_by_side.data());
-    for (long w = 0; w < s.W; w++)
-      if (shown[w]) *end++ = row[prefix_len + w];
-    for (long i = 0; i < stride - whole; i += WIDTH) lanes += load(&side_by_side[i]);
+    side_by_side.assign((end - whole + WIDTH - 1) / WIDTH * WIDTH, 0);
+    float* to = std::copy(row + whole, row + prefix_len, side_by_side.data());
+    for (long c = prefix_len; c < end; c++)
+      if (shown[c - prefix_len]) *to++ = row[c];
+    for (size_t i = 0; i < side_by_side.size(); i += WIDTH) lanes += load(&side_by_side[i]);
     return sum(lanes);
   }
 
@@ -143,7 +160,7 @@ class Task {
   template <int V, int R>
   void sum_block(const X* head, long r, long d) {
     Vec acc[R][V] = {};
-    for (long c = 0; c < num_columns(); c++) {
+    for (long c = 0, end = end_of(r, R); c < end; c++) {
       const X* value = at(head, c) + d;
       for (int v = 0; v < V; v++) {
         Vec part = load(value + v * WIDTH);

@@ -110,7 +110,7 @@ void multiply(const W* weight, long D, const float* x, long inputs, const W* nex
 #pragma GCC unroll 28
   for (int m = 0; m < M; m++)
     for (int p = 0; p < P; p++)
-      for (int i = 0; i < PARTS; i++) memcpy(sums + (m * P + p) * WIDTH + i * LANES, &acc[m][p][i], sizeof(Part));
+      for (int i = 0; i < PARTS; i++) write(sums + (m * P + p) * WIDTH + i * LANES, acc[m][p][i]);
 }
 
 template <class W>
@@ -155,6 +155,12 @@ struct Product {
   const X* residual;      // [T, E] or null
   X* y;                   // [T, E]
   long T, D, E;
+
+  // Where `finish` will write rows t to `end` of `count` panels from `first` on.
+  void fetch_output(long first, int count, long t, long end) const {
+    for (; t < end; t++)
+      for (int p = 0; p < count; p++) __builtin_prefetch(y + t * E + (first + p) * WIDTH, 1, 2);
+  }
 
   // Of `count` panels from `first` on; sums [T, count * 16].
   void finish(long first, int count, const float* sums) const {
@@ -229,6 +235,7 @@ void vectors(const Product<X>& product, const Blocks& blocks, const Instances<W>
         for (long block = 0; block < blocks.count; block++) {
           const long t = blocks.begin(block), rows = blocks.size(block);
           const float* block_x = &x[t * D + block * WIDTH + d * rows];
+          if (blocks.count > 1 && d + chunk >= D) product.fetch_output(panel, count, t, t + rows);
           multiply_by[count - 1][rows - 1](weight + d * WIDTH, D, block_x, std::min(chunk, D - d), next, block,
                                            &sums[t * count * WIDTH]);
         }

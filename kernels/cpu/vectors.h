@@ -42,6 +42,13 @@ INLINE V read(const void* p) {
   return v;
 }
 
+// By memcpy GCC 12 leaves the registers for the stack first, half of each at a time.
+template <class V>
+INLINE void write(void* p, V v) {
+  typedef V Unaligned __attribute__((aligned(1), may_alias));
+  *(Unaligned*)p = v;
+}
+
 INLINE Vec load(const float* p) { return read<Vec>(p); }
 INLINE Vec load(const bfloat16* p) { return (Vec)(__builtin_convertvector(read<Halves>(p), Bits) << 16); }
 
@@ -55,11 +62,11 @@ INLINE Part load_part(const int8_t* p) {
 #endif
 }
 
-INLINE void store(float* p, Vec v) { memcpy(p, &v, sizeof v); }
+INLINE void store(float* p, Vec v) { write(p, v); }
 INLINE void store(bfloat16* p, Vec v) {  // to the nearest, ties to even
   Bits bits = (Bits)v;
   Halves rounded = __builtin_convertvector((bits + 0x7fff + ((bits >> 16) & 1)) >> 16, Halves);
-  memcpy(p, &rounded, sizeof rounded);
+  write(p, rounded);
 }
 
 INLINE float as_float(float x) { return x; }

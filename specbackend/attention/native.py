@@ -6,7 +6,8 @@ from specbackend.attention.torch_sdpa import TorchPlan
 from specbackend.batch import ForwardBatch
 from specbackend.kernels.cpu.attention import Columns, attention
 
-MOST_ROWS = 64  # of a sequence; with more, as prompts have, torch's products of matrices are faster
+# Of a sequence; with more, as prompts have, torch's products of matrices are faster.
+MOST_ROWS = {torch.float32: 256, torch.bfloat16: 64}
 
 
 class NativePlan:
@@ -24,4 +25,4 @@ class NativeAttention:
     is_on_device = True
 
     def plan(self, batch: ForwardBatch, dtype: torch.dtype) -> NativePlan | TorchPlan:
-        return NativePlan(batch) if batch.token_BQ.shape[1] <= MOST_ROWS else TorchPlan(batch, dtype)
+        return NativePlan(batch) if batch.token_BQ.shape[1] <= MOST_ROWS[dtype] else TorchPlan(batch, dtype)

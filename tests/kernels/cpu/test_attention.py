@@ -29,6 +29,8 @@ def batches(generator):
     yield chunks([0], [5], generator)
     yield chunks([3, 17, 0], [4, 1, 7], generator)
     yield chunks([40], [1], generator)
+    yield chunks([30], [150], generator)
+    yield chunks([7, 0], [60, 41], generator)
     yield chunks([3, 17, 0], [1, 1, 1], generator)
     yield trees([9, 30], 13, generator)
     yield draft_level([5, 12], 4, 3, generator)
@@ -116,10 +118,10 @@ def test_a_node_gets_what_its_token_gets_in_a_sequence(prefix_len, dtype, genera
         assert torch.equal(NativePlan(sequence).run(q_BQHD[:, node : node + 1], kv_S2GD)[0, 0], nodes[0, node])
 
 
-def test_prompts_are_left_to_torch(generator):
-    backend = NativeAttention()
-    assert isinstance(backend.plan(chunks([0], [MOST_ROWS], generator), torch.float32), NativePlan)
-    assert isinstance(backend.plan(chunks([0], [MOST_ROWS + 1], generator), torch.float32), TorchPlan)
+def test_long_prompts_are_left_to_torch(dtype, generator):
+    backend, most = NativeAttention(), MOST_ROWS[dtype]
+    assert isinstance(backend.plan(chunks([0], [most], generator), dtype), NativePlan)
+    assert isinstance(backend.plan(chunks([0], [most + 1], generator), dtype), TorchPlan)
 
 
 def test_where_it_serves(monkeypatch):
