@@ -1,4 +1,4 @@
-// Attention from Q rows of B sequences to paged prefixes and a window of new rows. See attention.py.
+// Attention from up to Q rows of each of B sequences to paged prefixes and a window of new rows. See attention.py.
 //
 // A task is one sequence and one key-value head: all rows of all its query heads read the same keys and values.
 // What a row gets does not depend on the others, nor on columns that it is not shown: a node of a tree gets to the bit
@@ -25,10 +25,11 @@ constexpr int MOST_SCORED = LANES == WIDTH ? 8 : 4;
 template <class X>
 class Task {
  public:
-  Task(const Shape& shape) : s(shape), rows(shape.Q * (shape.H / shape.G)), q(rows * shape.D), out(rows * shape.D) {}
+  Task(const Shape& shape) : s(shape), q(shape.Q * heads() * shape.D), out(q.size()) {}
 
-  // q [B, Q, H, D], kv [S, 2, G, D]; y [B, Q, H, D]
+  // q [T, H, D], kv [S, 2, G, D]; y [T, H, D]
   void run(long b, long g, const X* all_q, const X* kv, X* y) {
+    rows = (s.first_row(b + 1) - s.first_row(b)) * heads();
     take_queries(b, g, all_q);
     const int64_t *prefix = s.prefix + b * s.L, *window = s.window + b * s.W;
     const long prefix_len = s.prefix_len[b];
@@ -48,8 +49,7 @@ class Task {
 
  private:
   const Shape& s;
-  const long rows;  // row r is query r / (H / G), head r % (H / G) of the group
-  long stride;
+  long rows, stride;  // row r is query r / (H / G), head r % (H / G) of the group
   std::vector<float> q, out;
   std::vector<float> weight;     // [rows, stride]: scores, then what a row takes of each column
   std::vector<float> keys;       // [D, 16], of the columns at hand
@@ -71,7 +71,7 @@ class Task {
   void take_queries(long b, long g, const X* all_q) {
     const float scale = 1 / std::sqrt((float)s.D);
     for (long r = 0; r < rows; r++) {
-      const X* from = all_q + (b * s.Q + r / heads()) * s.q_stride + (g * heads() + r % heads()) * s.D;
+      const X* from = all_q + (s.first_row(b) + r / heads()) * s.q_stride + (g * heads() + r % heads()) * s.D;
       for (long d = 0; d < s.D; d += WIDTH) store(&q[r * s.D + d], load(from + d) * scale);
     }
   }
@@ -173,7 +173,7 @@ class Task {
 
   void give(long b, long g, X* y) const {
     for (long r = 0; r < rows; r++) {
-      X* to = y + ((b * s.Q + r / heads()) * s.H + g * heads() + r % heads()) * s.D;
+      X* to = y + ((s.first_row(b) + r / heads()) * s.H + g * heads() + r % heads()) * s.D;
       for (long d = 0; d < s.D; d += WIDTH) store(to + d, load(&out[r * s.D + d]));
     }
   }

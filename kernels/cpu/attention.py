@@ -13,7 +13,7 @@ WIDTH = 16  # head_dim is a multiple of it
 class Columns(Structure):
     """What the rows of a forward attend to, as the kernels read it: pointers to tensors, which it keeps."""
 
-    _fields_ = [(name, c_void_p) for name in ("_prefix", "_prefix_len", "_window", "_mask")] + [
+    _fields_ = [(name, c_void_p) for name in ("_prefix", "_prefix_len", "_window", "_mask", "_first")] + [
         (name, c_long) for name in ("B", "Q", "L", "W")
     ]
 
@@ -23,20 +23,25 @@ class Columns(Structure):
         prefix_len_B: torch.Tensor,
         window_slot_BW: torch.Tensor,
         window_mask_BQW: torch.Tensor,
+        row_T: torch.Tensor | None = None,
     ):
-        """All as in ForwardBatch."""
+        """All as in ForwardBatch. row_T: the forward has these rows, side by side; None: all B * Q."""
         self._kept = [tensor.contiguous() for tensor in (prefix_slot_BL, prefix_len_B, window_slot_BW)]
         B, Q, W = window_mask_BQW.shape
-        super().__init__(*[tensor.data_ptr() for tensor in self._kept], 0, B, Q, prefix_slot_BL.shape[1], W)
+        super().__init__(*[tensor.data_ptr() for tensor in self._kept], 0, 0, B, Q, prefix_slot_BL.shape[1], W)
         self.set_mask(window_mask_BQW)
+        if row_T is not None:
+            self._kept_first = torch.searchsorted(row_T, torch.arange(B + 1) * Q)
+            self._first = self._kept_first.data_ptr()
 
     def set_mask(self, window_mask_BQW: torch.Tensor) -> None:
         self._kept_mask = window_mask_BQW.contiguous()
         self._mask = self._kept_mask.data_ptr()
 
 
+
 def attention(q_BQHD: torch.Tensor, kv_S2GD: torch.Tensor, columns: Columns) -> torch.Tensor:
-    """[B, Q, H * D], scaled by 1/sqrt(D). All contiguous but for the rows of q."""
+    """[B, Q, H * D], scaled by 1/sqrt(D). All contiguous but for the rows of q. Rows that stand side by side are [1, T]."""
     B, Q, H, D = q_BQHD.shape
     q_THD = q_BQHD.flatten(0, 1)  # its rows' stride is not stride(1) if Q is 1
     y_BQE = q_BQHD.new_empty(B, Q, H * D)

@@ -7,7 +7,10 @@
 struct Columns {
   const int64_t *prefix, *prefix_len, *window;
   const bool* mask;
-  long B, Q, L, W;  // L columns of prefix slots, W of window slots
+  const int64_t* first;  // row of each sequence, and their number in all; null: each has Q
+  long B, Q, L, W;       // L columns of prefix slots, W of window slots
+
+  long first_row(long b) const { return first ? first[b] : b * Q; }
 };
 
 template <class X>

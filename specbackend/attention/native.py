@@ -11,8 +11,10 @@ MOST_ROWS = {torch.float32: 256, torch.bfloat16: 64}
 
 
 class NativePlan:
-    def __init__(self, batch: ForwardBatch):
-        self.columns = Columns(batch.prefix_slot_BL, batch.prefix_len_B, batch.window_slot_BW, batch.window_mask_BQW)
+    def __init__(self, batch: ForwardBatch, row_T: torch.Tensor | None = None):
+        """row_T: the rows are [1, T], these of the batch's."""
+        columns = batch.prefix_slot_BL, batch.prefix_len_B, batch.window_slot_BW, batch.window_mask_BQW
+        self.columns = Columns(*columns, row_T)
 
     def set_window_mask(self, window_mask_BQW: torch.Tensor) -> None:
         self.columns.set_mask(window_mask_BQW)

@@ -6,6 +6,7 @@ from dataclasses import replace
 import torch
 
 from specbackend.attention.base import AttentionPlan
+from specbackend.attention.native import NativePlan
 from specbackend.batch import ForwardBatch
 
 Network = Callable[[ForwardBatch, torch.Tensor | None, AttentionPlan], tuple[torch.Tensor, ...]]
@@ -36,8 +37,12 @@ def run_unpadded(
     )
     rows = replace(batch, token_BQ=token_1T, position_BQ=position_1T, slot_BQ=slot_1T, row_T=None)
     fed_TD = hidden_TD if hidden_TD is None else hidden_TD[batch.row_T]
-    outputs = network(rows, fed_TD, UnpaddedPlan(plan, batch))
+    outputs = network(rows, fed_TD, _plan_of_rows(plan, batch))
     return tuple(spread(output, batch.row_T, batch.token_BQ.numel()) for output in outputs)
+
+
+def _plan_of_rows(plan: AttentionPlan, batch: ForwardBatch) -> AttentionPlan:
+    return NativePlan(batch, batch.row_T) if isinstance(plan, NativePlan) else UnpaddedPlan(plan, batch)
 
 
 def spread(x: torch.Tensor, row_T: torch.Tensor, num_rows: int) -> torch.Tensor:

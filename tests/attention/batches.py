@@ -9,7 +9,7 @@ from specbackend.cache.slots import DUMMY_SLOT
 from specbackend.runner import causal_mask
 from specbackend.speculative.draft_tree import DraftTree
 
-NUM_SLOTS = 400
+NUM_SLOTS = 500
 
 
 def chunks(prefix_lens: list[int], chunk_lens: list[int], generator) -> ForwardBatch:

@@ -42,6 +42,7 @@ def batches():
     generator = torch.Generator().manual_seed(0)
     yield chunks([40], [1], generator)
     yield chunks([3, 17, 0], [4, 1, 7], generator)
+    yield chunks([0, 3, 0, 0, 5], [60, 3, 60, 60, 58], generator)  # more rows than an MLP takes at once
     yield trees([9, 30], 13, generator)
     yield draft_level([5, 12], 4, 3, generator)
     yield chunks([3, 17, 0], [1, 1, 1], generator)  # fewer rows than before: scratch is larger than needed
