@@ -1,3 +1,4 @@
+import gc
 import json
 import os
 from pathlib import Path
@@ -73,6 +74,13 @@ def offline():
     from tests.e2e.conftest import ENGINE_PARAMS
 
     return Engine(**ENGINE_PARAMS)
+
+
+@pytest.fixture
+def no_garbage_collection():
+    gc.disable()
+    yield
+    gc.enable()
 
 
 @pytest.fixture

@@ -19,8 +19,8 @@ struct Shape : Columns {
   long q_stride;  // from row to row
 };
 
-constexpr int MOST_ROWS = 6;  // accumulators of the weighted sum of values
-constexpr int MOST_SCORED = LANES == WIDTH ? 8 : 4;
+// Rows at once: with four accumulators each where values are summed, with one where columns are scored.
+constexpr int MOST_ROWS = 6, MOST_SCORED = LANES == WIDTH ? 8 : 4;
 
 template <class X>
 class Task {
