@@ -40,7 +40,7 @@ class Task {
     keys.resize(s.D * WIDTH);
     const X* head = kv + g * s.D;
     ends.resize(rows);
-    for (long r = 0; r < rows; r++) ends[r] = prefix_len + last_shown(shown(b, r));
+    for (long r = 0; r < rows; r++) ends[r] = prefix_len + end_of_shown(shown(b, r));
     for (long c = 0; c < num_columns(); c += WIDTH) score(head, c);
     for (long r = 0; r < rows; r++) softmax(&weight[r * stride], prefix_len, shown(b, r), ends[r]);
     sum_values(head + s.G * s.D);
@@ -60,7 +60,7 @@ class Task {
   long heads() const { return s.H / s.G; }
   long num_columns() const { return columns.size(); }
   const bool* shown(long b, long r) const { return s.mask + (b * s.Q + r / heads()) * s.W; }
-  long last_shown(const bool* shown) const {
+  long end_of_shown(const bool* shown) const {
     long w = s.W;
     while (w && !shown[w - 1]) w--;
     return w;
@@ -104,21 +104,21 @@ class Task {
   }
 
   void softmax(float* row, long prefix_len, const bool* shown, long end) {
-    const long whole = (end + WIDTH - 1) / WIDTH * WIDTH;
+    const long padded = (end + WIDTH - 1) / WIDTH * WIDTH;
     for (long c = prefix_len; c < end; c++)
       if (!shown[c - prefix_len]) row[c] = -INFINITY;
-    std::fill(row + end, row + whole, -INFINITY);
-    std::fill(row + whole, row + stride, 0);
+    std::fill(row + end, row + padded, -INFINITY);
+    std::fill(row + padded, row + stride, 0);
     Vec largest = load(row);
-    for (long c = WIDTH; c < whole; c += WIDTH) {
+    for (long c = WIDTH; c < padded; c += WIDTH) {
       Vec v = load(row + c);
       largest = v > largest ? v : largest;
     }
     float most = largest[0];
     for (int i = 1; i < WIDTH; i++) most = std::max(most, largest[i]);
-    for (long c = 0; c < whole; c += WIDTH) store(row + c, exponential(load(row + c) - most));
+    for (long c = 0; c < padded; c += WIDTH) store(row + c, exponential(load(row + c) - most));
     const float inverse = 1 / total(row, prefix_len, shown, end);
-    for (long c = 0; c < whole; c += WIDTH) store(row + c, load(row + c) * inverse);
+    for (long c = 0; c < padded; c += WIDTH) store(row + c, load(row + c) * inverse);
   }
 
   // Of what a row is shown, as if it lay side by side: each lane adds up the same, wherever hidden columns are.

@@ -37,15 +37,15 @@ void decoder_layer(const Layer& layer, const Columns& columns, const X* x, const
                    X* kv, X* y, int threads) {
   using K = Kernels<X>;
   const long T = columns.first_row(columns.B), width = layer.out.E, heads = layer.H + layer.G;
-  const long attended = layer.out.D, inner = layer.down.D;
+  const long attended = layer.out.D, inner = layer.down.D, at_once = std::min(T, MLP_ROWS);
   static thread_local std::vector<X> scratch;
-  const size_t needed = T * (layer.qkv.D + layer.qkv.E + attended) + std::min(T, MLP_ROWS) * 3 * inner;
+  const size_t needed = T * (layer.qkv.D + layer.qkv.E + attended) + at_once * 3 * inner;
   if (scratch.size() < needed) scratch.resize(needed);
   X* const normed = scratch.data();  // x for the attention, then for the MLP: qkv.D is `width` or more
   X* const qkv = normed + T * layer.qkv.D;
   X* const values = qkv + T * layer.qkv.E;
   X* const gate_up = values + T * attended;
-  X* const gated = gate_up + std::min(T, MLP_ROWS) * 2 * inner;
+  X* const gated = gate_up + at_once * 2 * inner;
 
   if (layer.input_norm) {
     K::rms_norm(x, (const X*)layer.input_norm, normed, T, width, 1, layer.eps, threads);
