@@ -39,9 +39,11 @@ class Columns(Structure):
         self._mask = self._kept_mask.data_ptr()
 
 
-
 def attention(q_BQHD: torch.Tensor, kv_S2GD: torch.Tensor, columns: Columns) -> torch.Tensor:
-    """[B, Q, H * D], scaled by 1/sqrt(D). All contiguous but for the rows of q. Rows that stand side by side are [1, T]."""
+    """[B, Q, H * D], scaled by 1/sqrt(D). All contiguous but for the rows of q.
+
+    Of rows that stand side by side, B is 1 and Q their number.
+    """
     B, Q, H, D = q_BQHD.shape
     q_THD = q_BQHD.flatten(0, 1)  # its rows' stride is not stride(1) if Q is 1
     y_BQE = q_BQHD.new_empty(B, Q, H * D)
