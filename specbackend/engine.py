@@ -43,7 +43,7 @@ from specbackend.models.compiled import compile_steps
 from specbackend.models.draft import DraftModel
 from specbackend.models.llama import LlamaModel
 from specbackend.models.model_config import ModelConfig
-from specbackend.models.native_layer import use_native_layers
+from specbackend.models.native import native_draft, native_target
 from specbackend.models.quantization import quantize, quantize_draft
 from specbackend.models.registry import load_draft
 from specbackend.offline import OfflineAnswer, Question, read_questions
@@ -134,7 +134,7 @@ class Engine:
         if config.enable_torch_compile:
             _compile_steps(config, model, draft, self.device)
         else:
-            use_native_layers(model, draft)
+            model, draft = native_target(model), draft and native_draft(draft)
         num_slots = _num_slots(config, model, draft, context, num_nodes)
         table = RequestTable(config.max_running_requests, context + num_nodes, self.device)
         head_dims = {each.config.head_dim for each in (model, draft) if each}

@@ -9,20 +9,6 @@ namespace {
 
 constexpr long MLP_ROWS = 256;  // at once: of a prompt's, what is between its products would fill much memory
 
-// One product; the weight is int8 if it has scales.
-struct Linear {
-  const void* weight;
-  const float *scale, *bias;  // or null
-  long D, E;
-};
-
-struct Layer {
-  Linear qkv, out, gate_up, down;
-  const void *input_norm, *head_norm, *post_attention_norm;  // the first two or null
-  float eps;
-  long H, G, D;
-};
-
 template <class X>
 void multiply(const Linear& by, const X* x, const X* residual, X* y, long T, int threads) {
   if (by.scale)

@@ -13,6 +13,20 @@ struct Columns {
   long first_row(long b) const { return first ? first[b] : b * Q; }
 };
 
+// One product; the weight is int8 if it has scales.
+struct Linear {
+  const void* weight;
+  const float *scale, *bias;  // or null
+  long D, E;
+};
+
+struct Layer {
+  Linear qkv, out, gate_up, down;
+  const void *input_norm, *head_norm, *post_attention_norm;  // the first two or null
+  float eps;
+  long H, G, D;
+};
+
 template <class X>
 struct Kernels;
 
@@ -28,6 +42,8 @@ struct Kernels;
   void silu_mul_##NAME(const X* gate_up, X* y, long T, long I, int threads);                                      \
   void attention_##NAME(const X* q, const X* kv, const Columns* columns, X* y, long H, long G, long D,            \
                         long q_stride, int threads);                                                              \
+  void decoder_layer_##NAME(const Layer* layer, const Columns* columns, const X* x, const float* rope,            \
+                            const int64_t* slots, X* kv, X* y, int threads);                                      \
   }                                                                                                               \
   template <>                                                                                                     \
   struct Kernels<X> {                                                                                             \
@@ -37,6 +53,7 @@ struct Kernels;
     static constexpr auto rope_kv_write = rope_kv_write_##NAME;                                                   \
     static constexpr auto silu_mul = silu_mul_##NAME;                                                             \
     static constexpr auto attention = attention_##NAME;                                                           \
+    static constexpr auto decoder_layer = decoder_layer_##NAME;                                                   \
   };
 
 KERNELS(float32, float)

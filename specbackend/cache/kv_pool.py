@@ -10,34 +10,34 @@ class KVPool:
 
     def __init__(self, num_layers: int, num_slots: int, num_kv_heads: int, head_dim: int, dtype, device):
         # zeros, not empty: masked columns still enter 0 * V, and 0 * NaN is NaN
-        self._kv = torch.zeros(num_layers, num_slots, 2, num_kv_heads, head_dim, dtype=dtype, device=device)
-        self._layers = list(self._kv.unbind(0))
+        self.kv_LS2GD = torch.zeros(num_layers, num_slots, 2, num_kv_heads, head_dim, dtype=dtype, device=device)
+        self._layers = list(self.kv_LS2GD.unbind(0))
 
     def layer(self, index: int) -> torch.Tensor:
         return self._layers[index]
 
     def layout(self) -> list[int | str]:
         """What a slot's payload depends on, for two pools to understand each other."""
-        num_layers, _, *shape = self._kv.shape
-        return [num_layers, *shape, str(self._kv.dtype)]
+        num_layers, _, *shape = self.kv_LS2GD.shape
+        return [num_layers, *shape, str(self.kv_LS2GD.dtype)]
 
     @property
     def device(self) -> torch.device:
-        return self._kv.device
+        return self.kv_LS2GD.device
 
     @property
     def slot_bytes(self) -> int:
-        return self._kv[:, 0].nbytes
+        return self.kv_LS2GD[:, 0].nbytes
 
     def payload(self, slot_N: torch.Tensor) -> torch.Tensor:
         """A copy of these slots' K and V in all layers, uint8 [N, slot_bytes]."""
-        return self._kv[:, slot_N].transpose(0, 1).flatten(1).view(torch.uint8)
+        return self.kv_LS2GD[:, slot_N].transpose(0, 1).flatten(1).view(torch.uint8)
 
     def write(self, slot_N: torch.Tensor, payload_NB: torch.Tensor) -> None:
         """The inverse of `payload`."""
-        num_layers, _, *shape = self._kv.shape
-        kv_NL = payload_NB.view(self._kv.dtype).unflatten(1, (num_layers, *shape))
-        self._kv[:, slot_N] = kv_NL.transpose(0, 1)
+        num_layers, _, *shape = self.kv_LS2GD.shape
+        kv_NL = payload_NB.view(self.kv_LS2GD.dtype).unflatten(1, (num_layers, *shape))
+        self.kv_LS2GD[:, slot_N] = kv_NL.transpose(0, 1)
 
     @staticmethod
     def bytes_per_slot(num_layers: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype) -> int:
