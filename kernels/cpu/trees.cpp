@@ -15,9 +15,51 @@ constexpr long MIN_SHARED = 1 << 16;  // elements from which on threads share th
 constexpr float NEVER = -INFINITY;
 
 INLINE bool any(Ints v) {
+#ifdef __AVX512F__
+  return _mm512_test_epi32_mask((__m512i)v, (__m512i)v);
+#else
   int found = 0;
   for (int i = 0; i < WIDTH; i++) found |= v[i];
   return found;
+#endif
+}
+
+INLINE Vec larger(Vec a, Vec b) { return a > b ? a : b; }
+
+constexpr long BLOCK = 8 * WIDTH;  // columns that are looked at together
+
+// The largest of each lane of a block.
+template <class X>
+INLINE Vec largest_of_block(const X* row) {
+  Vec lanes[4];
+  for (int i = 0; i < 4; i++) lanes[i] = larger(load(row + i * WIDTH), load(row + (i + 4) * WIDTH));
+  return larger(larger(lanes[0], lanes[1]), larger(lanes[2], lanes[3]));
+}
+
+template <class X>
+long first_best(const X* row, long V) {
+  const long whole = V / BLOCK * BLOCK;
+  float best = NEVER;
+  long block = 0;  // the first that has it
+  for (long v = 0; v < whole; v += BLOCK) {
+    Vec lanes = largest_of_block(row + v);
+    if (!any(lanes > best)) continue;
+    for (int i = 0; i < WIDTH; i++) best = std::max(best, lanes[i]);
+    block = v;
+  }
+  const long end = std::min(block + BLOCK, whole);
+  long found = block;
+  while (found < end && as_float(row[found]) != best) found++;
+  if (found == end) found = 0;  // there is no whole block, or none of its values is a number
+  for (long v = whole; v < V; v++)
+    if (as_float(row[v]) > best) best = as_float(row[found = v]);
+  return found;
+}
+
+template <class X>
+void argmax(const X* logits, int64_t* index, long R, long V, int threads) {
+#pragma omp parallel for num_threads(threads) if (R * V > MIN_SHARED)
+  for (long r = 0; r < R; r++) index[r] = first_best(logits + r * V, V);
 }
 
 // The k best of what it is shown, in falling order; of equals the first.
@@ -40,19 +82,20 @@ struct Best {
 };
 
 template <class X>
-void topk_logprob(const X* logits, float scale, float* logprob, int64_t* index, long R, long W, long k, long stride,
-                  int threads) {
+void topk_logprob(const X* logits, const int64_t* tokens, float* logprob, int64_t* token, float scale, long R, long W,
+                  long k, long stride, int threads) {
 #pragma omp parallel for num_threads(threads) if (R * W > MIN_SHARED)
   for (long r = 0; r < R; r++) {
     const X* row = logits + r * stride;
-    const long whole = W / WIDTH * WIDTH;
-    Best best{logprob + r * k, index + r * k, k};
-    for (long w = 0; w < whole; w += WIDTH) {
-      Vec v = load(row + w);
-      if (best.count == k && !any(v > best.value[k - 1])) continue;
-      for (int i = 0; i < WIDTH; i++) best.show(v[i], w + i);
+    const long whole = W / WIDTH * WIDTH, blocks = W / BLOCK * BLOCK;
+    Best best{logprob + r * k, token + r * k, k};
+    for (long w = 0; w < blocks; w += BLOCK) {
+      if (best.count == k && !any(largest_of_block(row + w) > best.value[k - 1])) continue;
+      for (long v = w; v < w + BLOCK; v += WIDTH)
+        if (best.count < k || any(load(row + v) > best.value[k - 1]))
+          for (long i = v; i < v + WIDTH; i++) best.show(as_float(row[i]), i);
     }
-    for (long w = whole; w < W; w++) best.show(as_float(row[w]), w);
+    for (long w = blocks; w < W; w++) best.show(as_float(row[w]), w);
     const float highest = best.value[0];
     Vec sums = {};
     for (long w = 0; w < whole; w += WIDTH) sums += exponential((load(row + w) - highest) * scale);
@@ -61,6 +104,7 @@ void topk_logprob(const X* logits, float scale, float* logprob, int64_t* index, 
     for (long j = 0; j < k; j++) {
       float& v = best.value[j];
       v = v == NEVER ? NEVER : (v - highest) * scale - std::log(total);
+      best.index[j] = tokens[best.index[j]];
     }
   }
 }
@@ -69,14 +113,51 @@ void topk_logprob(const X* logits, float scale, float* logprob, int64_t* index, 
 
 extern "C" {
 
-void topk_logprob_float32(const float* logits, float scale, float* logprob, int64_t* index, long R, long W, long k,
-                          long stride, int threads) {
-  topk_logprob(logits, scale, logprob, index, R, W, k, stride, threads);
+#define OF_ROWS(NAME, X)                                                                                           \
+  void argmax_##NAME(const X* logits, int64_t* index, long R, long V, int threads) {                               \
+    argmax(logits, index, R, V, threads);                                                                          \
+  }                                                                                                                \
+  void topk_logprob_##NAME(const X* logits, const int64_t* tokens, float* logprob, int64_t* token, float scale,    \
+                           long R, long W, long k, long stride, int threads) {                                     \
+    topk_logprob(logits, tokens, logprob, token, scale, R, W, k, stride, threads);                                 \
+  }
+
+OF_ROWS(float32, float)
+OF_ROWS(bfloat16, bfloat16)
+
+// The children of P nodes, K each, and the K best of these, of equals the first. `own` and all of the best may be null.
+void next_level(const float* score, const int64_t* candidate, const bool* seen, const char* hidden, const float* logprob,
+                const int64_t* token, const int64_t* topk, const int64_t* num_steps, const bool* own,
+                float* child_score, int64_t* child_parent, float* best_score, int64_t* best_token,
+                int64_t* best_candidate, char* best_hidden, bool* best_seen, long B, long P, long K, long W,
+                long row_bytes, long level, long first) {
+  const long M = P * K;
+  std::vector<float> value(K);
+  std::vector<int64_t> index(K);
+  for (long b = 0; b < B; b++, child_score += M, child_parent += M, token += M, logprob += M) {
+    const long width = level < num_steps[b] ? topk[b] : 0;  // of this request's own tree
+    for (long m = 0; m < M; m++) {
+      child_score[m] = m % K < width ? score[b * P + m / K] + logprob[m] : NEVER;
+      child_parent[m] = candidate[b * P + m / K];
+    }
+    if (!own) continue;
+    Best best{value.data(), index.data(), K};
+    for (long m = 0; m < M; m++) best.show(child_score[m], m);
+    for (long k = 0; k < K; k++) {
+      const long m = index[k], at = b * K + k, above = b * P + m / K;
+      best_score[at] = k < width ? value[k] : NEVER;
+      best_token[at] = token[m];
+      best_candidate[at] = first + m;
+      memcpy(best_hidden + at * row_bytes, hidden + above * row_bytes, row_bytes);
+      for (long w = 0; w < W; w++) best_seen[at * W + w] = seen[above * W + w] | own[k * W + w];
+    }
+  }
 }
 
-void topk_logprob_bfloat16(const bfloat16* logits, float scale, float* logprob, int64_t* index, long R, long W, long k,
-                           long stride, int threads) {
-  topk_logprob(logits, scale, logprob, index, R, W, k, stride, threads);
+void permute_windows(int64_t* table, const int64_t* row, const int64_t* first, const int64_t* slot,
+                     const int64_t* order, long stride, long B, long N) {
+  for (long b = 0; b < B; b++)
+    for (long n = 0; n < N; n++) table[row[b] * stride + first[b] + n] = slot[b * N + order[b * N + n]];
 }
 
 // N nodes of each tree; mask [B, N, N] is of zeros.

@@ -11,19 +11,65 @@ import torch
 from specbackend.kernels import cpu
 
 
-def topk_logprob(logits_RW: torch.Tensor, scale: float, k: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """log_softmax(logits * scale) of the k best of each row, in falling order: float32 and int64 [R, k].
+def argmax(logits_BNV: torch.Tensor) -> torch.Tensor:
+    """int64 [B, N]: the best of each row, of equals the first."""
+    V = logits_BNV.shape[-1]
+    logits_RV = logits_BNV.reshape(-1, V).contiguous()
+    index_BN = torch.empty(logits_BNV.shape[:-1], dtype=torch.int64)
+    _argmax(logits_RV.dtype)(logits_RV.data_ptr(), index_BN.data_ptr(), len(logits_RV), V, torch.get_num_threads())
+    return index_BN
 
-    Ties go to the lower index. A logit of -inf has that log-probability, too.
+
+def topk_logprob(
+    logits_BNW: torch.Tensor, scale: float, k: int, token_W: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """log_softmax(logits * scale) of the k best of each row, in falling order, and their tokens: [B, N, k].
+
+    float32 and int64. Ties go to the lower index. A logit of -inf has that log-probability, too.
     """
-    R, W = logits_RW.shape
+    B, N, W = logits_BNW.shape
     assert 1 <= k <= W, f"the {k} best of {W}"
+    logits_RW = logits_BNW.reshape(B * N, W)
     logits_RW = logits_RW if logits_RW.stride(1) == 1 else logits_RW.contiguous()
-    logprob_RK = torch.empty(R, k)
-    index_RK = torch.empty(R, k, dtype=torch.int64)
-    outputs, sizes = (logprob_RK.data_ptr(), index_RK.data_ptr()), (R, W, k, logits_RW.stride(0))
-    _topk_logprob(logits_RW.dtype)(logits_RW.data_ptr(), scale, *outputs, *sizes, torch.get_num_threads())
-    return logprob_RK, index_RK
+    logprob_BNK = torch.empty(B, N, k)
+    token_BNK = torch.empty(B, N, k, dtype=torch.int64)
+    pointers = (logits_RW.data_ptr(), token_W.data_ptr(), logprob_BNK.data_ptr(), token_BNK.data_ptr())
+    sizes = (B * N, W, k, logits_RW.stride(0))
+    _topk_logprob(logits_RW.dtype)(*pointers, scale, *sizes, torch.get_num_threads())
+    return logprob_BNK, token_BNK
+
+
+def next_level(
+    score_BP: torch.Tensor,
+    candidate_BP: torch.Tensor,
+    seen_BPW: torch.Tensor,
+    hidden_BPD: torch.Tensor,
+    logprob_BPK: torch.Tensor,
+    token_BPK: torch.Tensor,
+    topk_B: torch.Tensor,
+    num_steps_B: torch.Tensor,
+    level: int,
+    own_KW: torch.Tensor | None,
+    first: int,
+) -> tuple[torch.Tensor, ...]:
+    """The fields of the Candidates of a level, and those of the next Beam if own_KW is given: see `beam.next_level`.
+
+    first: index of the level's first candidate among all.
+    """
+    inputs = (score_BP, candidate_BP, seen_BPW, hidden_BPD, logprob_BPK, token_BPK, topk_B, num_steps_B)
+    inputs = [each.contiguous() for each in inputs]
+    (B, P, K), W, D = token_BPK.shape, seen_BPW.shape[2], hidden_BPD.shape[2]
+    child_score_BC, child_parent_BC = torch.empty(B, P * K), torch.empty(B, P * K, dtype=torch.int64)
+    children = (child_score_BC, inputs[5].view(B, P * K), child_parent_BC)
+    beam = ()
+    if own_KW is not None:
+        score_BK, (token_BK, candidate_BK) = torch.empty(B, K), torch.empty(2, B, K, dtype=torch.int64).unbind()
+        beam = (score_BK, token_BK, candidate_BK, hidden_BPD.new_empty(B, K, D), seen_BPW.new_empty(B, K, W))
+    sizes = (B, P, K, W, D * hidden_BPD.element_size(), level, first)
+    outputs = [each.data_ptr() for each in (child_score_BC, child_parent_BC, *beam)] + [None] * (5 - len(beam))
+    own = None if own_KW is None else own_KW.data_ptr()
+    _next_level()(*(each.data_ptr() for each in inputs), own, *outputs, *sizes)
+    return *children, *beam
 
 
 def build_tree(
@@ -56,9 +102,33 @@ def accept_path(
     return order_BN, count_B
 
 
+def permute_windows_(
+    slots_RC: torch.Tensor, row_B: torch.Tensor, first_B: torch.Tensor, slot_BN: torch.Tensor, order_BN: torch.Tensor
+) -> None:
+    """slots_RC[row_B[b], first_B[b] + n] becomes slot_BN[b, order_BN[b, n]]."""
+    inputs = [each.contiguous() for each in (row_B, first_B, slot_BN, order_BN)]
+    B, N = order_BN.shape
+    _permute_windows()(slots_RC.data_ptr(), *(each.data_ptr() for each in inputs), slots_RC.stride(0), B, N)
+
+
+@functools.cache
+def _argmax(dtype: torch.dtype):
+    return cpu.function(f"argmax_{cpu.NAMES[dtype]}", *[c_void_p] * 2, *[c_long] * 2, c_int)
+
+
 @functools.cache
 def _topk_logprob(dtype: torch.dtype):
-    return cpu.function(f"topk_logprob_{cpu.NAMES[dtype]}", c_void_p, c_float, *[c_void_p] * 2, *[c_long] * 4, c_int)
+    return cpu.function(f"topk_logprob_{cpu.NAMES[dtype]}", *[c_void_p] * 4, c_float, *[c_long] * 4, c_int)
+
+
+@functools.cache
+def _next_level():
+    return cpu.function("next_level", *[c_void_p] * 16, *[c_long] * 7)
+
+
+@functools.cache
+def _permute_windows():
+    return cpu.function("permute_windows", *[c_void_p] * 5, *[c_long] * 3)
 
 
 @functools.cache

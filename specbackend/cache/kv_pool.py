@@ -3,6 +3,8 @@
 import torch
 
 from specbackend.cache.slots import DUMMY_SLOT
+from specbackend.kernels import cpu
+from specbackend.kernels.cpu import trees
 
 
 class KVPool:
@@ -94,6 +96,16 @@ class RequestTable:
     def put(self, write_3M: torch.Tensor) -> None:
         """Set slots write_3M[2] at rows write_3M[0] and columns write_3M[1]."""
         self._slots[write_3M[0], write_3M[1]] = write_3M[2]
+
+    def permute_windows(
+        self, row_B: torch.Tensor, first_B: torch.Tensor, slot_BN: torch.Tensor, order_BN: torch.Tensor
+    ) -> None:
+        """From column first_B[b] on stand the slots slot_BN[b]. Put them there in another order."""
+        if cpu.serves(torch.float32, slot_BN.device):
+            trees.permute_windows_(self.slots, row_B, first_B, slot_BN, order_BN)
+            return
+        column_BN = first_B[:, None] + torch.arange(order_BN.shape[1], device=order_BN.device)
+        self.slots[row_B[:, None], column_BN] = slot_BN.gather(1, order_BN)
 
     def read(self, row: int, length: int) -> list[int]:
         """The slots of a request's first `length` tokens. Waits for the device, so it is for starts and ends only."""

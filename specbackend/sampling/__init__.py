@@ -3,6 +3,7 @@
 from specbackend.sampling.logprobs import note_prompt_logprobs
 from specbackend.sampling.nodes import Nodes
 from specbackend.sampling.pick import (
+    Likeliest,
     SamplingBatch,
     forecast,
     likeliest,
@@ -13,6 +14,7 @@ from specbackend.sampling.pick import (
 )
 
 __all__ = [
+    "Likeliest",
     "Nodes",
     "SamplingBatch",
     "forecast",

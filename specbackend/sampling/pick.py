@@ -88,7 +88,7 @@ def pick_from(logits_BNV: torch.Tensor, nodes: Nodes, sampling: SamplingBatch) -
         token_V = torch.arange(logits_BNV.shape[-1], device=logits_BNV.device)
         noise_BNV = gumbel_noise(sampling.seed_B, nodes.position_BN, token_V)
         logits_BNV = logits_BNV.where(sampling.greedy_B11, scaled(logits_BNV, sampling.temperature_B) + noise_BNV)
-    return logits_BNV.argmax(dim=-1)
+    return trees.argmax(logits_BNV) if cpu.serves(logits_BNV.dtype, logits_BNV.device) else logits_BNV.argmax(dim=-1)
 
 
 def _pick_by_kernel(logits_BNV: torch.Tensor, nodes: Nodes, sampling: SamplingBatch) -> torch.Tensor:
@@ -116,7 +116,7 @@ class Likeliest:
     """The best of a forecast, in falling order."""
 
     logprob_BNK: torch.Tensor  # float32
-    index_BNK: torch.Tensor  # int64, into the draft's vocabulary
+    token_BNK: torch.Tensor  # int64, the target's ids
 
 
 def likeliest(
@@ -127,15 +127,14 @@ def likeliest(
     nodes: Nodes,
     sampling: SamplingBatch,
 ) -> Likeliest:
-    """The K best of `forecast`."""
+    """The K best of `forecast`. token_W: the draft's tokens."""
     if K <= MOST_OF_TOPK_KERNEL and kernels.run_on(draft_logits_BNW.device):
         known_BNW = _known_logits(draft_logits_BNW, token_W, vocab_size, nodes, sampling)
         return _likeliest_by_kernel(K, known_BNW, token_W, nodes, sampling)
     if sampling.takes_logits_as_they_are and cpu.serves(draft_logits_BNW.dtype, draft_logits_BNW.device):
-        best = trees.topk_logprob(draft_logits_BNW.flatten(0, 1), 1 / LOWEST_FORECAST_TEMPERATURE, K)
-        return Likeliest(*(each.view(*nodes.position_BN.shape, K) for each in best))
-    logprob_BNW = forecast(draft_logits_BNW, token_W, vocab_size, nodes, sampling)
-    return Likeliest(*logprob_BNW.topk(K, dim=-1))
+        return Likeliest(*trees.topk_logprob(draft_logits_BNW, 1 / LOWEST_FORECAST_TEMPERATURE, K, token_W))
+    best = forecast(draft_logits_BNW, token_W, vocab_size, nodes, sampling).topk(K, dim=-1)
+    return Likeliest(best.values, token_W[best.indices])
 
 
 def _likeliest_by_kernel(
@@ -151,7 +150,7 @@ def _likeliest_by_kernel(
     else:
         best = topk_logprob(logits_RW, divisor_B.reciprocal(), K)
     shape_BNK = (*nodes.position_BN.shape, K)
-    return Likeliest(best.logprob_RK.view(shape_BNK), best.index_RK.view(shape_BNK))
+    return Likeliest(best.logprob_RK.view(shape_BNK), token_W[best.index_RK].view(shape_BNK))
 
 
 def forecast(

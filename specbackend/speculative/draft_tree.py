@@ -47,6 +47,11 @@ class Candidates:
     token_BC: torch.Tensor  # int64
     parent_BC: torch.Tensor  # int64, index of the parent candidate; -1 below the root
 
+    @classmethod
+    def of_levels(cls, levels: list["Candidates"]) -> "Candidates":
+        fields = zip(*(vars(level).values() for level in levels), strict=True)
+        return cls(*(torch.cat(of_levels, dim=1) for of_levels in fields))
+
 
 @dataclass(frozen=True)
 class Proposal:

@@ -13,7 +13,7 @@ from specbackend.speculative.drafter import Drafter, Verified
 from specbackend.speculative.plain import pick_after_prompt
 from specbackend.speculative.tracer import NOBODY, Observer, Tracer
 from specbackend.speculative.tree_shapes import TreeShapes
-from specbackend.speculative.verifier import AcceptedPath, accept_path
+from specbackend.speculative.verifier import accept_path
 
 
 class TreeDecoder(EagerDecoder):
@@ -56,7 +56,7 @@ class TreeDecoder(EagerDecoder):
         logits_BNV = target_logits(logits_BNV, nodes, sampling)
         pick_BN = pick_from(logits_BNV, nodes, sampling)
         path = accept_path(tree, pick_BN)
-        self._keep_path(path, verify, at)
+        self.runner.table.permute_windows(at.row_B, at.length_B, verify.slot_BQ, path.order_BN)
         node_BP = path.order_BN[:, : shapes.longest_path]
         token_BP = pick_BN.gather(1, node_BP)
         logprobs = picked_logprobs(logits_BNV, node_BP, token_BP, sampling)
@@ -78,7 +78,3 @@ class TreeDecoder(EagerDecoder):
             window_slot_BW=slot_BN,
             window_mask_BQW=tree.mask_BNN,
         )
-
-    def _keep_path(self, path: AcceptedPath, verify: ForwardBatch, at: Sequences) -> None:
-        column_BN = at.length_B[:, None] + self._node_N[: path.order_BN.shape[1]]
-        self.runner.table.slots[at.row_B[:, None], column_BN] = verify.slot_BQ.gather(1, path.order_BN)

@@ -1,6 +1,6 @@
 """Growing a draft tree with a network, level by level.
 
-K = topk, S = num_steps, W = (S - 1) * K drafted rows, M = K * K candidates of a level, R = rows of the request table.
+K = topk, S = num_steps, P = rows of a level, W = (S - 1) * K drafted rows, R = rows of the request table.
 Each level but the first runs K rows of the draft model, which see the prefix and their own ancestors among the drafted
 rows, nothing else. Drafted K and V live in scratch slots and are never kept.
 
@@ -20,7 +20,8 @@ from specbackend.cache.kv_pool import KVPool
 from specbackend.cuda_graphs import Recorder
 from specbackend.forward_graphs import ForwardGraphs
 from specbackend.models.draft import DraftModel
-from specbackend.sampling import Nodes, SamplingBatch, likeliest
+from specbackend.sampling import Likeliest, Nodes, SamplingBatch, likeliest
+from specbackend.speculative.beam import Beam, next_level
 from specbackend.speculative.draft_tree import Candidates
 from specbackend.speculative.tree_shapes import TreeShapes
 
@@ -35,14 +36,13 @@ class DraftPrefix:
 
 
 @dataclass(frozen=True)
-class Beam:
-    """The K nodes of a level that are continued, and what is known of the rows above them."""
+class Places:
+    """Where the drafted rows go: level l has K of them, but for level 0, which is the root."""
 
-    score_BK: torch.Tensor
-    token_BK: torch.Tensor
-    candidate_BK: torch.Tensor  # each node's index among all candidates
-    hidden_BKD: torch.Tensor  # the draft's hidden state at the node's parent
-    ancestor_BKW: torch.Tensor  # bool: the drafted rows above the node
+    prefix: DraftPrefix
+    slot_BW: torch.Tensor
+    position_BLK: torch.Tensor
+    picked_BLK: torch.Tensor  # the positions of what is picked after them
 
 
 def num_scratch_slots(num_steps: int, topk: int) -> int:
@@ -92,6 +92,7 @@ class TreeGrower:
         self._scratch_RW = first_scratch_slot + torch.arange(num_rows * W, device=self.device).view(num_rows, W)
         self._eager = DraftForward(model, kv_pool, attention)
         self._graphs: ForwardGraphs | None = None
+        self._level_L = torch.arange(num_steps, device=self.device)
         self._own_LKW = torch.eye(W, dtype=torch.bool, device=self.device).view(num_steps - 1, topk, W)
 
     def feed(self, batch: ForwardBatch, hidden_TD: torch.Tensor | None, last_B: torch.Tensor) -> torch.Tensor:
@@ -101,75 +102,53 @@ class TreeGrower:
 
     def grow(self, at: Sequences, prefix: DraftPrefix, sampling: SamplingBatch, shapes: TreeShapes) -> Candidates:
         """Draft K + (S - 1) * K^2 candidates per request. Those beyond a request's own tree score -inf."""
-        nodes = Nodes.roots(at.root_B, at.length_B + 1)
-        logprob_B1K, token_B1K = self._children(prefix.hidden_BD[:, None], nodes, sampling)
-        beam, plan = self._first_beam(shapes.within(0, logprob_B1K)[:, 0], token_B1K[:, 0], prefix.hidden_BD), None
-        path_tokens = [at.root_B[:, None]]
-        scores, tokens, parents = [beam.score_BK], [beam.token_BK], [torch.full_like(beam.token_BK, -1)]
-        for level in range(1, shapes.most_steps):
-            batch = self._level_batch(level, beam, at, prefix)
-            if plan is None:
-                plan = self._eager.plan(batch)
-            else:
-                plan.set_window_mask(batch.window_mask_BQW)
-            hidden_BKD = self._forward(batch, beam.hidden_BKD.flatten(0, 1), plan)
-            path_tokens.append(beam.token_BK)
-            nodes = Nodes.positions((at.length_B[:, None] + (level + 1)).expand_as(beam.token_BK))
-            if sampling.before_temperature:
-                nodes = _with_texts(nodes, path_tokens, batch.window_mask_BQW)
-            logprob_BKK, token_BKK = self._children(hidden_BKD, nodes, sampling)
-            logprob_BKK = shapes.within(level, logprob_BKK)
-            score_BM, token_BM = (beam.score_BK[:, :, None] + logprob_BKK).flatten(1), token_BKK.flatten(1)
-            scores.append(score_BM)
-            tokens.append(token_BM)
-            parents.append(beam.candidate_BK[:, :, None].expand_as(token_BKK).flatten(1))
-            if level < shapes.most_steps - 1:
-                beam = self._next_beam(level, score_BM, token_BM, hidden_BKD, batch.window_mask_BQW, shapes)
-        return Candidates(torch.cat(scores, dim=1), torch.cat(tokens, dim=1), torch.cat(parents, dim=1))
+        beam, hidden_BPD = Beam.root(at.root_B, self._scratch_RW.shape[1]), prefix.hidden_BD[:, None]
+        nodes, places, plan = Nodes.roots(at.root_B, at.length_B + 1), self._places(at, prefix), None
+        levels, path_tokens = [], [beam.token_BP]
+        for level in range(shapes.most_steps):
+            if level:
+                batch = self._level_batch(level, beam, places)
+                if plan is None:
+                    plan = self._eager.plan(batch)
+                else:
+                    plan.set_window_mask(batch.window_mask_BQW)
+                hidden_BPD = self._forward(batch, beam.hidden_BPD.flatten(0, 1), plan)
+                path_tokens.append(beam.token_BP)
+                nodes = Nodes.positions(places.picked_BLK[:, level])
+                if sampling.before_temperature:
+                    nodes = _with_texts(nodes, path_tokens, batch.window_mask_BQW)
+            likely = self._likeliest(hidden_BPD, nodes, sampling)
+            own_KW = self._own_LKW[level] if level + 1 < shapes.most_steps else None
+            children, beam = next_level(level, beam, likely, hidden_BPD, shapes, own_KW)
+            levels.append(children)
+        return Candidates.of_levels(levels)
 
-    def _children(
-        self, hidden_BQD: torch.Tensor, nodes: Nodes, sampling: SamplingBatch
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The likeliest tokens after each row: log-probabilities float32, target ids, both [B, Q, K]."""
-        token_W = self.model.vocabulary.target_id_W
-        logits_BQW = self.model.logits(hidden_BQD)
-        likely = likeliest(self.topk, logits_BQW, token_W, self.model.config.vocab_size, nodes, sampling)
-        return likely.logprob_BNK, token_W[likely.index_BNK]
+    def _likeliest(self, hidden_BPD: torch.Tensor, nodes: Nodes, sampling: SamplingBatch) -> Likeliest:
+        """The topk tokens after each row."""
+        logits_BPW, vocabulary = self.model.logits(hidden_BPD), self.model.vocabulary
+        return likeliest(self.topk, logits_BPW, vocabulary.target_id_W, self.model.config.vocab_size, nodes, sampling)
 
-    def _first_beam(self, score_BK: torch.Tensor, token_BK: torch.Tensor, hidden_BD: torch.Tensor) -> Beam:
-        (B, K), W = token_BK.shape, self._scratch_RW.shape[1]
-        return Beam(
-            score_BK,
-            token_BK,
-            candidate_BK=torch.arange(K, device=self.device).expand(B, K),
-            hidden_BKD=hidden_BD[:, None].expand(B, K, -1),
-            ancestor_BKW=torch.zeros(B, K, W, dtype=torch.bool, device=self.device),
+    def _places(self, at: Sequences, prefix: DraftPrefix) -> Places:
+        S, K = self.num_steps, self.topk
+        offset_L1 = self._level_L[:, None]
+        return Places(
+            prefix,
+            self._scratch_RW[at.row_B],
+            position_BLK=(prefix.length_B[:, None, None] + (offset_L1 - 1)).expand(-1, S, K),
+            picked_BLK=(at.length_B[:, None, None] + (offset_L1 + 1)).expand(-1, S, K),
         )
 
-    def _next_beam(self, level: int, score_BM, token_BM, hidden_BKD, seen_BKW, shapes: TreeShapes) -> Beam:
-        """The best of a level's candidates, each with its parent's hidden state and everything its parent saw."""
-        K = self.topk
-        score_BK, chosen_BK = score_BM.topk(K, dim=1)
-        parent_BK1 = chosen_BK.div(K, rounding_mode="floor")[:, :, None]
-        return Beam(
-            score_BK=shapes.within(level, score_BK[:, None])[:, 0],
-            token_BK=token_BM.gather(1, chosen_BK),
-            candidate_BK=chosen_BK + (K + (level - 1) * K * K),
-            hidden_BKD=hidden_BKD.gather(1, parent_BK1.expand_as(hidden_BKD)),
-            ancestor_BKW=seen_BKW.gather(1, parent_BK1.expand_as(seen_BKW)),
-        )
-
-    def _level_batch(self, level: int, beam: Beam, at: Sequences, prefix: DraftPrefix) -> ForwardBatch:
+    def _level_batch(self, level: int, beam: Beam, places: Places) -> ForwardBatch:
         """The beam's tokens as rows; all of a level sit at the same position."""
-        scratch_BW = self._scratch_RW[at.row_B]
+        prefix = places.prefix
         return ForwardBatch(
-            token_BQ=beam.token_BK,
-            position_BQ=(prefix.length_B + (level - 1))[:, None].expand_as(beam.token_BK),
-            slot_BQ=scratch_BW[:, (level - 1) * self.topk : level * self.topk],
+            token_BQ=beam.token_BP,
+            position_BQ=places.position_BLK[:, level],
+            slot_BQ=places.slot_BW[:, (level - 1) * self.topk : level * self.topk],
             prefix_slot_BL=prefix.slot_BL,
             prefix_len_B=prefix.length_B,
-            window_slot_BW=scratch_BW,
-            window_mask_BQW=beam.ancestor_BKW | self._own_LKW[level - 1],
+            window_slot_BW=places.slot_BW,
+            window_mask_BQW=beam.seen_BPW,
         )
 
     def record_forwards(self, record: Recorder, batch_sizes: list[int], num_columns: int, feed_width: int) -> None:

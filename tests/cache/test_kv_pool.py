@@ -1,7 +1,9 @@
+import pytest
 import torch
 
 from specbackend.cache.kv_pool import KVPool, RequestTable
 from specbackend.cache.slots import DUMMY_SLOT
+from specbackend.kernels import cpu
 
 
 def test_writes_are_there_when_somebody_looks():
@@ -28,6 +30,20 @@ def test_the_padding_row_is_no_requests_row():
     assert {table.take_row(), table.take_row()} == {0, 1}
     assert table.num_free_rows == 0
     assert table.padding_row == 2 < len(table.slots)
+
+
+@pytest.mark.parametrize("is_native", [True, False])
+def test_a_window_in_another_order(is_native, monkeypatch):
+    if not is_native:
+        monkeypatch.setattr(cpu, "serves", lambda *_: False)
+    table = RequestTable(num_rows=3, num_columns=6, device="cpu")
+    table.write([0] * 6 + [2] * 6, [*range(6)] * 2, [*range(10, 16), *range(20, 26)])
+    slot_BN = torch.tensor([[21, 22, 23], [13, 14, 15]])
+    order_BN = torch.tensor([[2, 0, 1], [0, 2, 1]])
+    table.permute_windows(torch.tensor([2, 0]), torch.tensor([1, 3]), slot_BN, order_BN)
+    assert table.read(0, 6) == [10, 11, 12, 13, 15, 14]
+    assert table.read(1, 6) == [DUMMY_SLOT] * 6
+    assert table.read(2, 6) == [20, 23, 21, 22, 24, 25]
 
 
 def test_slots_go_from_pool_to_pool_as_bytes():
