@@ -59,6 +59,8 @@ from specbackend.speculative.adaptive_decoder import AdaptiveDecoder
 from specbackend.speculative.decoder import Decoder, Step, part
 from specbackend.speculative.drafter import CacheRule, Drafter
 from specbackend.speculative.head_drafter import HeadDrafter
+from specbackend.speculative.native_growth import NativeGrower
+from specbackend.speculative.native_step import NativeTreeDecoder
 from specbackend.speculative.ngram import NgramDrafter
 from specbackend.speculative.plain import PlainDecoder
 from specbackend.speculative.standalone import StandaloneDrafter
@@ -145,7 +147,7 @@ class Engine:
             drafter = _drafter(config, model, draft, table, attention, num_slots)
             cache_rule = drafter.cache_rule
         self.plain: Decoder = PlainDecoder(runner, drafter if config.speculative_adaptive else None)
-        self.decoder = TreeDecoder(runner, drafter, num_nodes) if drafter else self.plain
+        self.decoder = _tree_decoder(runner, drafter, num_nodes) if drafter else self.plain
         if attention.is_on_device and (record := graph_recorder(self.device)):
             self._record(runner, drafter, record)
         if config.speculative_adaptive:
@@ -551,6 +553,11 @@ def _graph_batch_sizes(config: EngineConfig) -> list[int]:
     return graph_batch_sizes(most) if most else []
 
 
+def _tree_decoder(runner: TargetRunner, drafter: Drafter, num_nodes: int) -> TreeDecoder:
+    kind = NativeTreeDecoder if NativeTreeDecoder.serves(runner, drafter, num_nodes) else TreeDecoder
+    return kind(runner, drafter, num_nodes)
+
+
 def _drafter(
     config: EngineConfig, target: LlamaModel, draft: DraftModel | None, table: RequestTable, attention, num_slots: int
 ) -> Drafter:
@@ -567,7 +574,8 @@ def _drafter(
     first_scratch = num_slots + 1  # slot numbers are shared with the target, scratch slots are the draft's own
     num_draft_slots = first_scratch + rows * num_scratch_slots(steps, topk)
     pool = _kv_pool(draft, num_draft_slots, lm_head.dtype, lm_head.device)
-    grower = TreeGrower(draft, pool, attention, rows, first_scratch, steps, topk)
+    kind = NativeGrower if NativeGrower.serves(draft, attention) else TreeGrower
+    grower = kind(draft, pool, attention, rows, first_scratch, steps, topk)
     if config.speculative_algorithm == "STANDALONE":
         return StandaloneDrafter(grower, table)
     return HeadDrafter(draft, grower, target.feature_size)

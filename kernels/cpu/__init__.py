@@ -1,9 +1,9 @@
 """Kernels in C++ for CPUs, compiled for the machine at hand when the first is used.
 
-Each has its launcher beside it: `linear`, `operators`, `attention`; `decoder_layer`, which is all of them in one call,
-and `network`, all layers of a target; `trees`. Their references in torch are what the engine runs where there is no
-compiler: `models.linear.Linear`, `models.operators.TorchOperators`, `attention.torch_sdpa.TorchPlan`; of a layer
-`models.layers.DecoderLayer`, of a network `models.llama.LlamaModel`.
+Each has its launcher beside it: `linear`, `operators`, `attention`, `trees`; and what calls these one after the other:
+`network`, a target or a draft head, and `growth`, all levels of a draft tree. Their references in torch are what the
+engine runs where there is no compiler: `models.linear.Linear`, `models.operators.TorchOperators`,
+`attention.torch_sdpa.TorchPlan`, the networks in `models`, `speculative.tree_growth.TreeGrower`.
 """
 
 import ctypes

@@ -1,4 +1,4 @@
-// A decoder layer in one call: the kernels of a layer one after the other, in scratch that stays. See decoder_layer.py.
+// A decoder layer in one call: the kernels of a layer one after the other, in scratch that stays. See network.py.
 
 #include <algorithm>
 #include <vector>
@@ -8,14 +8,6 @@
 namespace {
 
 constexpr long MLP_ROWS = 256;  // at once: of a prompt's, what is between its products would fill much memory
-
-template <class X>
-void multiply(const Linear& by, const X* x, const X* residual, X* y, long T, int threads) {
-  if (by.scale)
-    Kernels<X>::linear_int8(x, (const int8_t*)by.weight, by.scale, by.bias, residual, y, T, by.D, by.E, threads);
-  else
-    Kernels<X>::linear(x, (const X*)by.weight, nullptr, by.bias, residual, y, T, by.D, by.E, threads);
-}
 
 // y, which holds the residual, becomes what the layer makes of x and it. x may be y.
 template <class X>

@@ -27,6 +27,32 @@ struct Layer {
   long H, G, D;
 };
 
+// A target, a draft head, and how trees grow with it: as in network.py and growth.py.
+struct Network {
+  const Layer* layers;
+  const void *embedding, *norm;
+  const float* rope;        // [positions, D]
+  const int64_t* captured;  // the layers whose inputs are features, in rising order
+  long num_layers, num_captured;
+};
+
+struct Head {
+  Layer layer;
+  Linear projection;                                               // its weight may be null, as may all norms
+  const void *embedding, *token_norm, *hidden_norm, *output_norm;
+  const float* rope;  // [positions, D]
+  long hidden_first, normed_residual, first_is_blank;
+};
+
+struct Growth {
+  Head head;
+  Linear lm_head;
+  const void* logits_norm;  // or null
+  const int64_t* tokens;    // the target's, which the LM head's outputs stand for
+  float scale;              // of logits
+  long K, W;                // nodes of a level, drafted rows of all levels
+};
+
 template <class X>
 struct Kernels;
 
@@ -44,6 +70,16 @@ struct Kernels;
                         long q_stride, int threads);                                                              \
   void decoder_layer_##NAME(const Layer* layer, const Columns* columns, const X* x, const float* rope,            \
                             const int64_t* slots, X* kv, X* y, int threads);                                      \
+  void head_##NAME(const Head* head, const Columns* columns, const int64_t* tokens, const int64_t* positions,     \
+                   const int64_t* slots, X* kv, const X* fed, X* y, int threads);                                 \
+  void network_##NAME(const Network* net, const Columns* columns, const int64_t* tokens, const int64_t* positions, \
+                      const int64_t* slots, X* kv, X* features, X* hidden, long kv_stride, int threads);          \
+  void grow_##NAME(const Growth* growth, const int64_t* prefix, const int64_t* prefix_len, const int64_t* scratch, \
+                   const int64_t* topk, const int64_t* num_steps, const X* last, X* kv, float* score,             \
+                   int64_t* token, int64_t* parent, long B, long L, long most_steps, int threads);                \
+  void argmax_##NAME(const X* logits, int64_t* index, long R, long V, int threads);                               \
+  void topk_logprob_##NAME(const X* logits, const int64_t* tokens, float* logprob, int64_t* token, float scale,   \
+                           long R, long W, long k, long stride, int threads);                                     \
   }                                                                                                               \
   template <>                                                                                                     \
   struct Kernels<X> {                                                                                             \
@@ -54,8 +90,31 @@ struct Kernels;
     static constexpr auto silu_mul = silu_mul_##NAME;                                                             \
     static constexpr auto attention = attention_##NAME;                                                           \
     static constexpr auto decoder_layer = decoder_layer_##NAME;                                                   \
+    static constexpr auto head = head_##NAME;                                                                     \
+    static constexpr auto network = network_##NAME;                                                               \
+    static constexpr auto grow = grow_##NAME;                                                                     \
+    static constexpr auto argmax = argmax_##NAME;                                                                 \
+    static constexpr auto topk_logprob = topk_logprob_##NAME;                                                     \
   };
 
 KERNELS(float32, float)
 KERNELS(bfloat16, bfloat16)
 #undef KERNELS
+
+extern "C" {
+void build_tree(const int64_t* root, const float* scores, const int64_t* tokens, const int64_t* parents,
+                const int64_t* num_nodes, int64_t* token, int64_t* parent, bool* mask, int64_t* depth, bool* drafted,
+                long B, long C, long N);
+void accept_path(const int64_t* token, const int64_t* parent, const bool* drafted, const int64_t* pick, int64_t* order,
+                 int64_t* count, long B, long N);
+void permute_windows(int64_t* table, const int64_t* row, const int64_t* first, const int64_t* slot,
+                     const int64_t* order, long stride, long B, long N);
+}
+
+template <class X>
+INLINE void multiply(const Linear& by, const X* x, const X* residual, X* y, long T, int threads) {
+  if (by.scale)
+    Kernels<X>::linear_int8(x, (const int8_t*)by.weight, by.scale, by.bias, residual, y, T, by.D, by.E, threads);
+  else
+    Kernels<X>::linear(x, (const X*)by.weight, nullptr, by.bias, residual, y, T, by.D, by.E, threads);
+}

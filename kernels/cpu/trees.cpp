@@ -7,12 +7,12 @@
 #include <numeric>
 #include <vector>
 
+#include "best.h"
 #include "kernels.h"
 
 namespace {
 
 constexpr long MIN_SHARED = 1 << 16;  // elements from which on threads share the rows
-constexpr float NEVER = -INFINITY;
 
 INLINE bool any(Ints v) {
 #ifdef __AVX512F__
@@ -62,25 +62,6 @@ void argmax(const X* logits, int64_t* index, long R, long V, int threads) {
   for (long r = 0; r < R; r++) index[r] = first_best(logits + r * V, V);
 }
 
-// The k best of what it is shown, in falling order; of equals the first.
-struct Best {
-  float* value;
-  int64_t* index;
-  long k, count = 0;
-
-  bool takes(float v) const { return count < k || v > value[k - 1]; }
-  void show(float v, int64_t i) {
-    if (!takes(v)) return;
-    long place = count < k ? count++ : k - 1;
-    for (; place > 0 && v > value[place - 1]; place--) {
-      value[place] = value[place - 1];
-      index[place] = index[place - 1];
-    }
-    value[place] = v;
-    index[place] = i;
-  }
-};
-
 template <class X>
 void topk_logprob(const X* logits, const int64_t* tokens, float* logprob, int64_t* token, float scale, long R, long W,
                   long k, long stride, int threads) {
@@ -124,35 +105,6 @@ extern "C" {
 
 OF_ROWS(float32, float)
 OF_ROWS(bfloat16, bfloat16)
-
-// The children of P nodes, K each, and the K best of these, of equals the first. `own` and all of the best may be null.
-void next_level(const float* score, const int64_t* candidate, const bool* seen, const char* hidden, const float* logprob,
-                const int64_t* token, const int64_t* topk, const int64_t* num_steps, const bool* own,
-                float* child_score, int64_t* child_parent, float* best_score, int64_t* best_token,
-                int64_t* best_candidate, char* best_hidden, bool* best_seen, long B, long P, long K, long W,
-                long row_bytes, long level, long first) {
-  const long M = P * K;
-  std::vector<float> value(K);
-  std::vector<int64_t> index(K);
-  for (long b = 0; b < B; b++, child_score += M, child_parent += M, token += M, logprob += M) {
-    const long width = level < num_steps[b] ? topk[b] : 0;  // of this request's own tree
-    for (long m = 0; m < M; m++) {
-      child_score[m] = m % K < width ? score[b * P + m / K] + logprob[m] : NEVER;
-      child_parent[m] = candidate[b * P + m / K];
-    }
-    if (!own) continue;
-    Best best{value.data(), index.data(), K};
-    for (long m = 0; m < M; m++) best.show(child_score[m], m);
-    for (long k = 0; k < K; k++) {
-      const long m = index[k], at = b * K + k, above = b * P + m / K;
-      best_score[at] = k < width ? value[k] : NEVER;
-      best_token[at] = token[m];
-      best_candidate[at] = first + m;
-      memcpy(best_hidden + at * row_bytes, hidden + above * row_bytes, row_bytes);
-      for (long w = 0; w < W; w++) best_seen[at * W + w] = seen[above * W + w] | own[k * W + w];
-    }
-  }
-}
 
 void permute_windows(int64_t* table, const int64_t* row, const int64_t* first, const int64_t* slot,
                      const int64_t* order, long stride, long B, long N) {

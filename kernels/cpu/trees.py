@@ -39,39 +39,6 @@ def topk_logprob(
     return logprob_BNK, token_BNK
 
 
-def next_level(
-    score_BP: torch.Tensor,
-    candidate_BP: torch.Tensor,
-    seen_BPW: torch.Tensor,
-    hidden_BPD: torch.Tensor,
-    logprob_BPK: torch.Tensor,
-    token_BPK: torch.Tensor,
-    topk_B: torch.Tensor,
-    num_steps_B: torch.Tensor,
-    level: int,
-    own_KW: torch.Tensor | None,
-    first: int,
-) -> tuple[torch.Tensor, ...]:
-    """The fields of the Candidates of a level, and those of the next Beam if own_KW is given: see `beam.next_level`.
-
-    first: index of the level's first candidate among all.
-    """
-    inputs = (score_BP, candidate_BP, seen_BPW, hidden_BPD, logprob_BPK, token_BPK, topk_B, num_steps_B)
-    inputs = [each.contiguous() for each in inputs]
-    (B, P, K), W, D = token_BPK.shape, seen_BPW.shape[2], hidden_BPD.shape[2]
-    child_score_BC, child_parent_BC = torch.empty(B, P * K), torch.empty(B, P * K, dtype=torch.int64)
-    children = (child_score_BC, inputs[5].view(B, P * K), child_parent_BC)
-    beam = ()
-    if own_KW is not None:
-        score_BK, (token_BK, candidate_BK) = torch.empty(B, K), torch.empty(2, B, K, dtype=torch.int64).unbind()
-        beam = (score_BK, token_BK, candidate_BK, hidden_BPD.new_empty(B, K, D), seen_BPW.new_empty(B, K, W))
-    sizes = (B, P, K, W, D * hidden_BPD.element_size(), level, first)
-    outputs = [each.data_ptr() for each in (child_score_BC, child_parent_BC, *beam)] + [None] * (5 - len(beam))
-    own = None if own_KW is None else own_KW.data_ptr()
-    _next_level()(*(each.data_ptr() for each in inputs), own, *outputs, *sizes)
-    return *children, *beam
-
-
 def build_tree(
     root_token_B: torch.Tensor,
     score_BC: torch.Tensor,
@@ -119,11 +86,6 @@ def _argmax(dtype: torch.dtype):
 @functools.cache
 def _topk_logprob(dtype: torch.dtype):
     return cpu.function(f"topk_logprob_{cpu.NAMES[dtype]}", *[c_void_p] * 4, c_float, *[c_long] * 4, c_int)
-
-
-@functools.cache
-def _next_level():
-    return cpu.function("next_level", *[c_void_p] * 16, *[c_long] * 7)
 
 
 @functools.cache

@@ -12,7 +12,6 @@ from specbackend.attention.base import AttentionPlan
 from specbackend.batch import ForwardBatch
 from specbackend.cache.kv_pool import KVPool
 from specbackend.errors import ConfigError
-from specbackend.models.layers import DecoderLayer
 from specbackend.models.linear import Linear
 from specbackend.models.llama import LlamaModel
 from specbackend.models.loader import Weights, read_pickle
@@ -63,8 +62,6 @@ class DraftModel(Protocol):
 
 class HeadModel(DraftModel, Protocol):
     """Row t consumes the target's feature at t and token x_{t+1}, sits at RoPE position t and predicts x_{t+2}."""
-
-    layer: DecoderLayer
 
     def fuse(self, feature_TF: torch.Tensor) -> torch.Tensor:
         """The target's features [T, F] as hidden states [T, D], which `forward` consumes."""

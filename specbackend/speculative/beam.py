@@ -7,8 +7,6 @@ from dataclasses import dataclass
 
 import torch
 
-from specbackend.kernels import cpu
-from specbackend.kernels.cpu import trees
 from specbackend.sampling import Likeliest
 from specbackend.speculative.draft_tree import Candidates
 from specbackend.speculative.tree_shapes import TreeShapes
@@ -48,11 +46,6 @@ def next_level(
     """
     K = likely.token_BNK.shape[2]
     first = K + (level - 1) * K * K if level else 0  # of the level among all candidates
-    if cpu.serves(hidden_BPD.dtype, hidden_BPD.device):
-        nodes = (beam.score_BP, beam.candidate_BP, beam.seen_BPW, hidden_BPD)
-        limits = (shapes.topk_B, shapes.num_steps_B, level)
-        found = trees.next_level(*nodes, likely.logprob_BNK, likely.token_BNK, *limits, own_KW, first)
-        return Candidates(*found[:3]), Beam(*found[3:]) if found[3:] else None
     logprob_BPK = shapes.within(level, likely.logprob_BNK)
     children = Candidates(
         score_BC=(beam.score_BP[:, :, None] + logprob_BPK).flatten(1),

@@ -36,7 +36,7 @@ class HeadDrafter:
         """grower: of the same head."""
         self.head, self.grower, self.device = head, grower, grower.device
         R, D, like = grower.num_rows, head.config.hidden_size, {"dtype": grower.dtype, "device": self.device}
-        self._hidden_RD = torch.zeros(R, D, **like)
+        self.hidden_RD = torch.zeros(R, D, **like)
         self._plain_feature_RUF = torch.zeros(R, MOST_UNFED, feature_size, **like)
         self._causal_PP = causal_mask(grower.num_steps + 1, self.device)
 
@@ -60,7 +60,7 @@ class HeadDrafter:
         self.grower.record_forwards(record, batch_sizes, num_columns, feed_width=tree.longest_path)
 
     def propose(self, at: Sequences, sampling: SamplingBatch, shapes: TreeShapes) -> Proposal:
-        prefix = DraftPrefix(at.length_B, at.prefix_slot_BL, self._hidden_RD[at.row_B])
+        prefix = DraftPrefix(at.length_B, at.prefix_slot_BL, self.hidden_RD[at.row_B])
         candidates = self.grower.grow(at, prefix, sampling, shapes)
         tree = build_tree(at.root_B, candidates, shapes.num_nodes_B, shapes.most_nodes)
         return Proposal(tree, candidates)
@@ -100,4 +100,4 @@ class HeadDrafter:
         self._feed(batch, feature_BQF.flatten(0, 1), last_B, row_B)
 
     def _feed(self, batch: ForwardBatch, feature_TF: torch.Tensor, last_B, row_B) -> None:
-        self._hidden_RD[row_B] = self.grower.feed(batch, self.head.fuse(feature_TF), last_B)
+        self.hidden_RD[row_B] = self.grower.feed(batch, self.head.fuse(feature_TF), last_B)

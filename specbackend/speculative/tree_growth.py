@@ -89,7 +89,7 @@ class TreeGrower:
         self.num_rows, self.num_steps, self.topk = num_rows, num_steps, topk
         self.dtype, self.device = model.vocabulary.lm_head.dtype, model.vocabulary.lm_head.device
         W = num_scratch_slots(num_steps, topk)
-        self._scratch_RW = first_scratch_slot + torch.arange(num_rows * W, device=self.device).view(num_rows, W)
+        self.scratch_RW = first_scratch_slot + torch.arange(num_rows * W, device=self.device).view(num_rows, W)
         self._eager = DraftForward(model, kv_pool, attention)
         self._graphs: ForwardGraphs | None = None
         self._level_L = torch.arange(num_steps, device=self.device)
@@ -102,7 +102,7 @@ class TreeGrower:
 
     def grow(self, at: Sequences, prefix: DraftPrefix, sampling: SamplingBatch, shapes: TreeShapes) -> Candidates:
         """Draft K + (S - 1) * K^2 candidates per request. Those beyond a request's own tree score -inf."""
-        beam, hidden_BPD = Beam.root(at.root_B, self._scratch_RW.shape[1]), prefix.hidden_BD[:, None]
+        beam, hidden_BPD = Beam.root(at.root_B, self.scratch_RW.shape[1]), prefix.hidden_BD[:, None]
         nodes, places, plan = Nodes.roots(at.root_B, at.length_B + 1), self._places(at, prefix), None
         levels, path_tokens = [], [beam.token_BP]
         for level in range(shapes.most_steps):
@@ -133,7 +133,7 @@ class TreeGrower:
         offset_L1 = self._level_L[:, None]
         return Places(
             prefix,
-            self._scratch_RW[at.row_B],
+            self.scratch_RW[at.row_B],
             position_BLK=(prefix.length_B[:, None, None] + (offset_L1 - 1)).expand(-1, S, K),
             picked_BLK=(at.length_B[:, None, None] + (offset_L1 + 1)).expand(-1, S, K),
         )
@@ -157,7 +157,7 @@ class TreeGrower:
         graphs = ForwardGraphs(self._eager, num_columns, hidden_size, self.dtype, self.device, record)
         graphs.record(batch_sizes, feed_width, feed_width)
         if self.num_steps > 1:
-            graphs.record(batch_sizes, self.topk, self._scratch_RW.shape[1])
+            graphs.record(batch_sizes, self.topk, self.scratch_RW.shape[1])
         graphs.record_prompts()
         self._graphs = graphs
 
