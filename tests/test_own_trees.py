@@ -7,6 +7,8 @@ from specbackend.config import TREE, EngineConfig, TreeShape
 from specbackend.errors import InvalidRequest
 from specbackend.request import Request
 from specbackend.sampling_params import SamplingParams
+from specbackend.speculative.native_step import NativeTreeDecoder
+from specbackend.speculative.tree_decoder import TreeDecoder
 from specbackend.speculative.tree_shapes import tree_of
 from tests.conftest import DEMO_EAGLE3, DEMO_TARGET
 from tests.speculative.test_head_drafter import drafted_trees
@@ -68,6 +70,7 @@ def test_an_own_tree_grows_as_on_a_server_of_that_tree(demo_prompts, monkeypatch
 
 def test_a_batch_of_small_trees_verifies_no_more_nodes_than_they_have(demo_prompts, monkeypatch):
     engine = make_engine(*SERVER)
+    monkeypatch.setattr(NativeTreeDecoder, "step", TreeDecoder.step)
     rows, forward = [], engine.decoder.runner.forward
 
     def recording_forward(batch):
@@ -76,8 +79,8 @@ def test_a_batch_of_small_trees_verifies_no_more_nodes_than_they_have(demo_promp
 
     monkeypatch.setattr(engine.decoder.runner, "forward", recording_forward)
     params = {"temperature": 0, "max_new_tokens": 8, **tree_params(2, 2, 3)}
-    engine.generate(input_ids=[[1, 2, 3], [4, 5, 6]], sampling_params=params)
-    assert set(rows) == {3}
+    engine.generate(input_ids=[[1, 2, 3, 4], [4, 5, 6, 7]], sampling_params=params)
+    assert rows[0] == 4 and set(rows[1:]) == {3}
 
 
 def test_ngram_trees_have_their_own_size():

@@ -9,6 +9,8 @@ from specbackend import Engine
 from specbackend.cuda_graphs import graph_batch_sizes
 from specbackend.forward_graphs import Inputs
 from specbackend.scheduler import Scheduler
+from specbackend.speculative.native_growth import NativeGrower
+from specbackend.speculative.native_step import NativeTreeDecoder
 from specbackend.step_graphs import RecordedDecoder, RecordedStep, StepBuffers
 from tests.conftest import DEMO_EAGLE3, DEMO_TARGET, DEMOS
 from tests.speculative.test_adaptive_decoder import Says
@@ -53,6 +55,8 @@ def replays(monkeypatch) -> list[int]:
         compute()
         return compute
 
+    for kind in (NativeGrower, NativeTreeDecoder):  # which no GPU has
+        monkeypatch.setattr(kind, "serves", lambda *_: False)
     monkeypatch.setattr("specbackend.engine.graph_recorder", lambda device: record)
     monkeypatch.setattr(RecordedDecoder, "_replay", noted)
     for module in ("runner", "forward_graphs"):

@@ -8,12 +8,6 @@
 
 namespace {
 
-// Of B requests.
-struct Requests {
-  const int64_t *prefix, *prefix_len, *scratch, *topk, *num_steps;
-  long B, L, most_steps;
-};
-
 struct Candidates {
   float* score;
   int64_t *token, *parent;
@@ -38,7 +32,7 @@ class Grower {
     std::copy(last, last + r.B * width, hidden.data());
     for (long level = 0; level < r.most_steps; level++) {
       if (level) forward(level);
-      judge(r.B * (level ? K : 1));
+      judge(level);
       next(level);
     }
   }
@@ -71,15 +65,17 @@ class Grower {
                      threads);
   }
 
-  void judge(long rows) {
+  void judge(long level) {
+    const long P = level ? K : 1, rows = r.B * P, V = g.lm_head.E;
     const X* x = hidden.data();
     if (g.logits_norm) {
       Kernels<X>::rms_norm(x, (const X*)g.logits_norm, normed.data(), rows, width, 1, g.head.layer.eps, threads);
       x = normed.data();
     }
     multiply(g.lm_head, x, (const X*)nullptr, logits.data(), rows, threads);
-    Kernels<X>::topk_logprob(logits.data(), g.tokens, logprob.data(), child.data(), g.scale, rows, g.lm_head.E, K,
-                             g.lm_head.E, threads);
+    for (long i = 0; i < rows; i++) position[i] = r.length[i / P] + level + 1;  // of what is picked after the node
+    Kernels<X>::topk_logprob(logits.data(), g.tokens, r.temperature, r.seed, position.data(), g.lowest, logprob.data(),
+                             child.data(), r.B, P, V, K, V, threads);
   }
 
   // Writes down all children; the best K of each request, of equals the first, are the nodes of the next level.
@@ -116,12 +112,10 @@ class Grower {
 
 }  // namespace
 
-#define GROW(NAME, X)                                                                                              \
-  void grow_##NAME(const Growth* growth, const int64_t* prefix, const int64_t* prefix_len, const int64_t* scratch, \
-                   const int64_t* topk, const int64_t* num_steps, const X* last, X* kv, float* score,              \
-                   int64_t* token, int64_t* parent, long B, long L, long most_steps, int threads) {                \
-    const Requests requests{prefix, prefix_len, scratch, topk, num_steps, B, L, most_steps};                       \
-    Grower<X>(*growth, requests, kv, Candidates{score, token, parent}, threads).run(last);                         \
+#define GROW(NAME, X)                                                                                             \
+  void grow_##NAME(const Growth* growth, const Requests* requests, const X* last, X* kv, float* score,            \
+                   int64_t* token, int64_t* parent, int threads) {                                                \
+    Grower<X>(*growth, *requests, kv, Candidates{score, token, parent}, threads).run(last);                       \
   }
 
 extern "C" {

@@ -49,8 +49,15 @@ struct Growth {
   Linear lm_head;
   const void* logits_norm;  // or null
   const int64_t* tokens;    // the target's, which the LM head's outputs stand for
-  float scale;              // of logits
+  float lowest;             // temperature of a forecast
   long K, W;                // nodes of a level, drafted rows of all levels
+};
+
+// What is drafted for, B requests. Without temperatures all are greedy.
+struct Requests {
+  const int64_t *prefix, *prefix_len, *scratch, *length, *topk, *num_steps, *seed;
+  const float* temperature;  // or null
+  long B, L, most_steps;
 };
 
 template <class X>
@@ -74,12 +81,13 @@ struct Kernels;
                    const int64_t* slots, X* kv, const X* fed, X* y, int threads);                                 \
   void network_##NAME(const Network* net, const Columns* columns, const int64_t* tokens, const int64_t* positions, \
                       const int64_t* slots, X* kv, X* features, X* hidden, long kv_stride, int threads);          \
-  void grow_##NAME(const Growth* growth, const int64_t* prefix, const int64_t* prefix_len, const int64_t* scratch, \
-                   const int64_t* topk, const int64_t* num_steps, const X* last, X* kv, float* score,             \
-                   int64_t* token, int64_t* parent, long B, long L, long most_steps, int threads);                \
-  void argmax_##NAME(const X* logits, int64_t* index, long R, long V, int threads);                               \
-  void topk_logprob_##NAME(const X* logits, const int64_t* tokens, float* logprob, int64_t* token, float scale,   \
-                           long R, long W, long k, long stride, int threads);                                     \
+  void grow_##NAME(const Growth* growth, const Requests* requests, const X* last, X* kv, float* score,            \
+                   int64_t* token, int64_t* parent, int threads);                                                 \
+  void pick_##NAME(const X* logits, const float* temperatures, const int64_t* seeds, const int64_t* positions,    \
+                   long ahead, int64_t* index, long B, long N, long V, int threads);                              \
+  void topk_logprob_##NAME(const X* logits, const int64_t* tokens, const float* temperatures,                     \
+                           const int64_t* seeds, const int64_t* positions, float lowest, float* logprob,          \
+                           int64_t* token, long B, long N, long W, long k, long stride, int threads);             \
   }                                                                                                               \
   template <>                                                                                                     \
   struct Kernels<X> {                                                                                             \
@@ -93,7 +101,7 @@ struct Kernels;
     static constexpr auto head = head_##NAME;                                                                     \
     static constexpr auto network = network_##NAME;                                                               \
     static constexpr auto grow = grow_##NAME;                                                                     \
-    static constexpr auto argmax = argmax_##NAME;                                                                 \
+    static constexpr auto pick = pick_##NAME;                                                                     \
     static constexpr auto topk_logprob = topk_logprob_##NAME;                                                     \
   };
 

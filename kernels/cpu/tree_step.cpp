@@ -26,7 +26,8 @@ struct State {
 };
 
 struct Batch {
-  const int64_t *row, *length, *root, *prefix, *topk, *num_steps, *num_nodes;
+  const int64_t *row, *length, *root, *prefix, *topk, *num_steps, *num_nodes, *seed;
+  const float* temperature;  // null: all are greedy
   long B, L, most_steps, most_nodes, longest_path;
 };
 
@@ -68,8 +69,10 @@ class Stepper {
       std::copy_n(state.hidden + b.row[i] * width, width, &last[i * width]);
       std::copy_n(state.scratch + b.row[i] * W, W, scratch.data() + i * W);
     }
-    K::grow(&step.growth, b.prefix, b.length, scratch.data(), b.topk, b.num_steps, last.data(), state.draft_kv,
-            scores.data(), tokens.data(), parents.data(), b.B, b.L, b.most_steps, threads);
+    const Requests requests{b.prefix, b.length, scratch.data(), b.length,     b.topk, b.num_steps,
+                            b.seed,   b.temperature, b.B, b.L, b.most_steps};
+    K::grow(&step.growth, &requests, last.data(), state.draft_kv, scores.data(), tokens.data(), parents.data(),
+            threads);
     N = std::min(b.most_nodes, C + 1);
     for (auto* each : {&token, &parent, &depth, &pick, &slot, &position}) each->resize(b.B * N);
     mask.assign(b.B * N * N, 0), drafted.resize(b.B * N);
@@ -89,7 +92,7 @@ class Stepper {
     K::network(&step.target, &columns, token.data(), position.data(), slot.data(), state.target_kv, features.data(),
                hidden.data(), state.kv_stride, threads);
     multiply(step.lm_head, hidden.data(), (const X*)nullptr, logits.data(), b.B * N, threads);
-    K::argmax(logits.data(), pick.data(), b.B * N, step.lm_head.E, threads);
+    K::pick(logits.data(), b.temperature, b.seed, position.data(), 1, pick.data(), b.B, N, step.lm_head.E, threads);
   }
 
   // The head reads the path: row p pairs the feature of its node with the token after it. The width is fixed.

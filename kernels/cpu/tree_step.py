@@ -1,4 +1,6 @@
-"""A speculative decode step of greedy requests with a draft head in one call, from draft to draft.
+"""A speculative decode step with a draft head in one call, from draft to draft.
+
+Of requests that ask for nothing but a temperature.
 
 The reference is `tree_decoder.TreeDecoder.step`.
 """
@@ -42,10 +44,14 @@ class State(Structure):
 
 
 class Batch(Structure):
-    """All int64 [B]: of each request its row, how many tokens are computed, its last token and its tree's sizes."""
+    """Of each request its row, how many tokens are computed, its last token, its tree's sizes and how it picks.
+
+    It keeps its tensors.
+    """
 
     _fields_ = [
         *[(name, c_void_p) for name in ("row", "length", "root", "prefix_slots", "topk", "num_steps", "num_nodes")],
+        *[(name, c_void_p) for name in ("seed", "temperature")],
         *[(name, c_long) for name in ("B", "L", "most_steps", "most_nodes", "longest_path")],
     ]
 
@@ -59,14 +65,19 @@ class Batch(Structure):
         topk_B: torch.Tensor,
         num_steps_B: torch.Tensor,
         num_nodes_B: torch.Tensor,
+        seed_B: torch.Tensor,
+        temperature_B: torch.Tensor | None,
         most_steps: int,
         most_nodes: int,
         longest_path: int,
     ) -> "Batch":
-        tensors = (row_B, length_B, root_B, prefix_slot_BL, topk_B, num_steps_B, num_nodes_B)
-        kept = [each.contiguous() for each in tensors]
-        batch = cls(*map(pointer, kept), *prefix_slot_BL.shape, most_steps, most_nodes, longest_path)
-        batch.kept = kept
+        """temperature_B: float32; None if all are greedy. The others are int64."""
+        integers = (row_B, length_B, root_B, prefix_slot_BL, topk_B, num_steps_B, num_nodes_B, seed_B)
+        kept = [each.contiguous() for each in integers]
+        temperature_B = None if temperature_B is None else temperature_B.contiguous()
+        places = map(pointer, (*kept, temperature_B))
+        batch = cls(*places, *prefix_slot_BL.shape, most_steps, most_nodes, longest_path)
+        batch.kept = kept, temperature_B
         return batch
 
 

@@ -36,6 +36,61 @@ INLINE Vec largest_of_block(const X* row) {
   return larger(larger(lanes[0], lanes[1]), larger(lanes[2], lanes[3]));
 }
 
+// splitmix64's finalizer. Source: Steele, Lea, Flood 2014.
+template <class U>
+INLINE U mix(U x) {
+  x += 0x9E3779B97F4A7C15;
+  x = (x ^ x >> 30) * 0xBF58476D1CE4E5B9;
+  x = (x ^ x >> 27) * 0x94D049BB133111EB;
+  return x ^ x >> 31;
+}
+
+// Of half as many tokens as a Vec has places: 23 bits each.
+typedef uint64_t Longs __attribute__((vector_size(64)));
+typedef float HalfVec __attribute__((vector_size(32)));
+INLINE HalfVec random_bits(uint64_t stream, Longs tokens) {
+  return __builtin_convertvector((mix(tokens + stream) >> 41) & ((1 << 23) - 1), HalfVec);
+}
+
+// Standard Gumbel noise of a place: see sampling.pick.gumbel_noise.
+INLINE Vec gumbel(uint64_t stream, Longs first, Longs second) {
+  HalfVec halves[] = {random_bits(stream, first), random_bits(stream, second)};
+  return -logarithm(-logarithm((read<Vec>(halves) + 0.5f) * 0x1p-23f));
+}
+
+// The noise of a place in a request's text, and how logits go together with it.
+struct Noise {
+  uint64_t stream;
+  float shift, divisor, scale;
+
+  Noise(int64_t seed, int64_t position, float shift, float divisor, float scale)
+      : stream(mix(mix((uint64_t)seed) + position)), shift(shift), divisor(divisor), scale(scale) {}
+
+  // (logits - shift) / divisor + noise * scale. tokens: null if a row is the whole vocabulary.
+  template <class X>
+  const float* add_to(const X* row, const int64_t* tokens, long W, std::vector<float>& room) const {
+    const long whole = W / WIDTH * WIDTH, rest = W - whole;
+    room.resize(whole + WIDTH);
+    const Longs lane = {0, 1, 2, 3, 4, 5, 6, 7};
+    for (long w = 0; w < whole; w += WIDTH) {
+      if (tokens)
+        store(&room[w], noisy(load(row + w), read<Longs>(tokens + w), read<Longs>(tokens + w + WIDTH / 2)));
+      else
+        store(&room[w], noisy(load(row + w), lane + w, lane + w + WIDTH / 2));
+    }
+    X logits[WIDTH] = {};
+    int64_t ids[WIDTH] = {};
+    for (long i = 0; i < rest; i++) logits[i] = row[whole + i], ids[i] = tokens ? tokens[whole + i] : whole + i;
+    store(&room[whole], noisy(load(logits), read<Longs>(ids), read<Longs>(ids + WIDTH / 2)));
+    return room.data();
+  }
+
+ private:
+  Vec noisy(Vec logits, Longs first, Longs second) const {
+    return (logits - shift) / divisor + gumbel(stream, first, second) * scale;
+  }
+};
+
 template <class X>
 long first_best(const X* row, long V) {
   const long whole = V / BLOCK * BLOCK;
@@ -56,37 +111,62 @@ long first_best(const X* row, long V) {
   return found;
 }
 
+// N places of each of B requests; the noise is of the tokens that are picked there, `ahead` of the positions.
 template <class X>
-void argmax(const X* logits, int64_t* index, long R, long V, int threads) {
-#pragma omp parallel for num_threads(threads) if (R * V > MIN_SHARED)
-  for (long r = 0; r < R; r++) index[r] = first_best(logits + r * V, V);
+void pick(const X* logits, const float* temperatures, const int64_t* seeds, const int64_t* positions, long ahead,
+          int64_t* index, long B, long N, long V, int threads) {
+#pragma omp parallel for num_threads(threads) if (B * N * V > MIN_SHARED)
+  for (long r = 0; r < B * N; r++) {
+    const X* row = logits + r * V;
+    index[r] = first_best(row, V);
+    const float temperature = temperatures ? temperatures[r / N] : 0;
+    if (!temperature) continue;
+    static thread_local std::vector<float> room;
+    const Noise noise(seeds[r / N], positions[r] + ahead, as_float(row[index[r]]), temperature, 1);
+    index[r] = first_best(noise.add_to(row, nullptr, V, room), V);
+  }
+}
+
+// log_softmax(row * scale) of the k best.
+template <class X>
+void best_of(const X* row, const int64_t* tokens, float scale, long W, long k, float* logprob, int64_t* token) {
+  const long whole = W / WIDTH * WIDTH, blocks = W / BLOCK * BLOCK;
+  Best best{logprob, token, k};
+  for (long w = 0; w < blocks; w += BLOCK) {
+    if (best.count == k && !any(largest_of_block(row + w) > best.value[k - 1])) continue;
+    for (long v = w; v < w + BLOCK; v += WIDTH)
+      if (best.count < k || any(load(row + v) > best.value[k - 1]))
+        for (long i = v; i < v + WIDTH; i++) best.show(as_float(row[i]), i);
+  }
+  for (long w = blocks; w < W; w++) best.show(as_float(row[w]), w);
+  const float highest = best.value[0];
+  Vec sums = {};
+  for (long w = 0; w < whole; w += WIDTH) sums += exponential((load(row + w) - highest) * scale);
+  float total = sum(sums);
+  for (long w = whole; w < W; w++) total += std::exp((as_float(row[w]) - highest) * scale);
+  for (long j = 0; j < k; j++) {
+    float& v = best.value[j];
+    v = v == NEVER ? NEVER : (v - highest) * scale - std::log(total);
+    best.index[j] = tokens[best.index[j]];
+  }
 }
 
 template <class X>
-void topk_logprob(const X* logits, const int64_t* tokens, float* logprob, int64_t* token, float scale, long R, long W,
+void topk_logprob(const X* logits, const int64_t* tokens, const float* temperatures, const int64_t* seeds,
+                  const int64_t* positions, float lowest, float* logprob, int64_t* token, long B, long N, long W,
                   long k, long stride, int threads) {
-#pragma omp parallel for num_threads(threads) if (R * W > MIN_SHARED)
-  for (long r = 0; r < R; r++) {
+#pragma omp parallel for num_threads(threads) if (B * N * W > MIN_SHARED)
+  for (long r = 0; r < B * N; r++) {
     const X* row = logits + r * stride;
-    const long whole = W / WIDTH * WIDTH, blocks = W / BLOCK * BLOCK;
-    Best best{logprob + r * k, token + r * k, k};
-    for (long w = 0; w < blocks; w += BLOCK) {
-      if (best.count == k && !any(largest_of_block(row + w) > best.value[k - 1])) continue;
-      for (long v = w; v < w + BLOCK; v += WIDTH)
-        if (best.count < k || any(load(row + v) > best.value[k - 1]))
-          for (long i = v; i < v + WIDTH; i++) best.show(as_float(row[i]), i);
+    const float temperature = temperatures ? temperatures[r / N] : 0;
+    if (!temperature) {
+      best_of(row, tokens, 1 / lowest, W, k, logprob + r * k, token + r * k);
+      continue;
     }
-    for (long w = blocks; w < W; w++) best.show(as_float(row[w]), w);
-    const float highest = best.value[0];
-    Vec sums = {};
-    for (long w = 0; w < whole; w += WIDTH) sums += exponential((load(row + w) - highest) * scale);
-    float total = sum(sums);
-    for (long w = whole; w < W; w++) total += std::exp((as_float(row[w]) - highest) * scale);
-    for (long j = 0; j < k; j++) {
-      float& v = best.value[j];
-      v = v == NEVER ? NEVER : (v - highest) * scale - std::log(total);
-      best.index[j] = tokens[best.index[j]];
-    }
+    static thread_local std::vector<float> room;
+    const float divisor = std::max(temperature, lowest);
+    const Noise noise(seeds[r / N], positions[r], 0, divisor, temperature / divisor);
+    best_of(noise.add_to(row, tokens, W, room), tokens, 1, W, k, logprob + r * k, token + r * k);
   }
 }
 
@@ -95,12 +175,15 @@ void topk_logprob(const X* logits, const int64_t* tokens, float* logprob, int64_
 extern "C" {
 
 #define OF_ROWS(NAME, X)                                                                                           \
-  void argmax_##NAME(const X* logits, int64_t* index, long R, long V, int threads) {                               \
-    argmax(logits, index, R, V, threads);                                                                          \
+  void pick_##NAME(const X* logits, const float* temperatures, const int64_t* seeds, const int64_t* positions,     \
+                   long ahead, int64_t* index, long B, long N, long V, int threads) {                              \
+    pick(logits, temperatures, seeds, positions, ahead, index, B, N, V, threads);                                  \
   }                                                                                                                \
-  void topk_logprob_##NAME(const X* logits, const int64_t* tokens, float* logprob, int64_t* token, float scale,    \
-                           long R, long W, long k, long stride, int threads) {                                     \
-    topk_logprob(logits, tokens, logprob, token, scale, R, W, k, stride, threads);                                 \
+  void topk_logprob_##NAME(const X* logits, const int64_t* tokens, const float* temperatures,                      \
+                           const int64_t* seeds, const int64_t* positions, float lowest, float* logprob,           \
+                           int64_t* token, long B, long N, long W, long k, long stride, int threads) {             \
+    topk_logprob(logits, tokens, temperatures, seeds, positions, lowest, logprob, token, B, N, W, k, stride,       \
+                 threads);                                                                                         \
   }
 
 OF_ROWS(float32, float)

@@ -11,31 +11,45 @@ import torch
 from specbackend.kernels import cpu
 
 
-def argmax(logits_BNV: torch.Tensor) -> torch.Tensor:
-    """int64 [B, N]: the best of each row, of equals the first."""
-    V = logits_BNV.shape[-1]
-    logits_RV = logits_BNV.reshape(-1, V).contiguous()
-    index_BN = torch.empty(logits_BNV.shape[:-1], dtype=torch.int64)
-    _argmax(logits_RV.dtype)(logits_RV.data_ptr(), index_BN.data_ptr(), len(logits_RV), V, torch.get_num_threads())
+def pick(
+    logits_BNV: torch.Tensor, seed_B: torch.Tensor, temperature_B: torch.Tensor | None, position_BN: torch.Tensor
+) -> torch.Tensor:
+    """int64 [B, N]: the best of each row once noise is added, of equals the first. See `sampling.pick.pick_from`.
+
+    temperature_B: float32, 0 is greedy; None: all are.
+    """
+    (B, N), V = position_BN.shape, logits_BNV.shape[2]
+    logits_BNV, index_BN = logits_BNV.contiguous(), torch.empty(B, N, dtype=torch.int64)
+    noise = [_contiguous(each) for each in (temperature_B, seed_B, position_BN)]
+    pointers = (logits_BNV.data_ptr(), *map(_pointer, noise))
+    _pick(logits_BNV.dtype)(*pointers, 0, index_BN.data_ptr(), B, N, V, torch.get_num_threads())
     return index_BN
 
 
 def topk_logprob(
-    logits_BNW: torch.Tensor, scale: float, k: int, token_W: torch.Tensor
+    k: int,
+    logits_BNW: torch.Tensor,
+    token_W: torch.Tensor,
+    lowest: float,
+    seed_B: torch.Tensor,
+    temperature_B: torch.Tensor | None,
+    position_BN: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """log_softmax(logits * scale) of the k best of each row, in falling order, and their tokens: [B, N, k].
+    """Log-probabilities of the k best of `sampling.forecast`, in falling order, and their tokens: [B, N, k].
 
-    float32 and int64. Ties go to the lower index. A logit of -inf has that log-probability, too.
+    float32 and int64. Ties go to the lower index. A logit of -inf has that log-probability, too. lowest: temperature of
+    a forecast. temperature_B: as in `pick`.
     """
     B, N, W = logits_BNW.shape
     assert 1 <= k <= W, f"the {k} best of {W}"
     logits_RW = logits_BNW.reshape(B * N, W)
     logits_RW = logits_RW if logits_RW.stride(1) == 1 else logits_RW.contiguous()
+    noise = [_contiguous(each) for each in (temperature_B, seed_B, position_BN)]
     logprob_BNK = torch.empty(B, N, k)
     token_BNK = torch.empty(B, N, k, dtype=torch.int64)
-    pointers = (logits_RW.data_ptr(), token_W.data_ptr(), logprob_BNK.data_ptr(), token_BNK.data_ptr())
-    sizes = (B * N, W, k, logits_RW.stride(0))
-    _topk_logprob(logits_RW.dtype)(*pointers, scale, *sizes, torch.get_num_threads())
+    inputs = (logits_RW.data_ptr(), token_W.data_ptr(), *map(_pointer, noise), lowest)
+    outputs = (logprob_BNK.data_ptr(), token_BNK.data_ptr())
+    _topk_logprob(logits_RW.dtype)(*inputs, *outputs, B, N, W, k, logits_RW.stride(0), torch.get_num_threads())
     return logprob_BNK, token_BNK
 
 
@@ -78,14 +92,24 @@ def permute_windows_(
     _permute_windows()(slots_RC.data_ptr(), *(each.data_ptr() for each in inputs), slots_RC.stride(0), B, N)
 
 
+def _contiguous(tensor: torch.Tensor | None) -> torch.Tensor | None:
+    return None if tensor is None else tensor.contiguous()
+
+
+def _pointer(tensor: torch.Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()
+
+
 @functools.cache
-def _argmax(dtype: torch.dtype):
-    return cpu.function(f"argmax_{cpu.NAMES[dtype]}", *[c_void_p] * 2, *[c_long] * 2, c_int)
+def _pick(dtype: torch.dtype):
+    name = f"pick_{cpu.NAMES[dtype]}"
+    return cpu.function(name, *[c_void_p] * 4, c_long, c_void_p, *[c_long] * 3, c_int)
 
 
 @functools.cache
 def _topk_logprob(dtype: torch.dtype):
-    return cpu.function(f"topk_logprob_{cpu.NAMES[dtype]}", *[c_void_p] * 4, c_float, *[c_long] * 4, c_int)
+    name = f"topk_logprob_{cpu.NAMES[dtype]}"
+    return cpu.function(name, *[c_void_p] * 5, c_float, *[c_void_p] * 2, *[c_long] * 5, c_int)
 
 
 @functools.cache

@@ -102,6 +102,27 @@ INLINE Vec exponential(Vec x) {
   return (Vec)((Ints)(p * power) & in_range);
 }
 
+// ln x of normal numbers above 0, to some 2 units in the last place. The polynomial is that of Cephes' logf.
+INLINE Vec logarithm(Vec x) {
+  Ints bits = (Ints)x;
+  Ints exponent = (bits >> 23) - 126;
+  Vec m = (Vec)((bits & 0x007fffff) | 0x3f000000);  // [0.5, 1)
+  Ints is_small = m < 0.707106781f;
+  exponent += is_small;  // -1 where it is so
+  m = (Vec)(((Ints)m & ~is_small) | ((Ints)(m + m) & is_small)) - 1.0f;
+  Vec e = __builtin_convertvector(exponent, Vec), square = m * m;
+  Vec p = 7.0376836292e-2f * m - 1.1514610310e-1f;
+  p = p * m + 1.1676998740e-1f;
+  p = p * m - 1.2420140846e-1f;
+  p = p * m + 1.4249322787e-1f;
+  p = p * m - 1.6668057665e-1f;
+  p = p * m + 2.0000714765e-1f;
+  p = p * m - 2.4999993993e-1f;
+  p = p * m + 3.3333331174e-1f;
+  Vec y = p * m * square - e * 2.12194440e-4f - square * 0.5f;
+  return (m + y) + e * 0.693359375f;
+}
+
 // Swaps off-diagonal blocks of S x S; after 1, 2, 4 and 8 a square of 16 x 16 is transposed.
 template <int S>
 INLINE void swap_blocks(Vec (&rows)[WIDTH]) {

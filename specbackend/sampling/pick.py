@@ -48,9 +48,14 @@ class SamplingBatch:
     most_logprobs: int = 0  # that any of them asks for
 
     @property
-    def takes_logits_as_they_are(self) -> bool:
-        """Whether all requests are greedy, and nothing else of theirs changes what they take."""
-        return not (self.any_sampled or self.before_temperature or self.after_temperature)
+    def has_processors(self) -> bool:
+        """Whether anything but a temperature stands between logits and picks."""
+        return bool(self.before_temperature or self.after_temperature)
+
+    @property
+    def noise(self) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Seeds, and temperatures or None if all requests are greedy."""
+        return self.seed_B, self.temperature_B if self.any_sampled else None
 
     @property
     def greedy_B11(self) -> torch.Tensor:
@@ -84,11 +89,13 @@ def pick_from(logits_BNV: torch.Tensor, nodes: Nodes, sampling: SamplingBatch) -
     """The second half of `pick_tokens`: what is picked from target logits."""
     if kernels.run_on(logits_BNV.device):
         return _pick_by_kernel(logits_BNV, nodes, sampling)
+    if cpu.serves(logits_BNV.dtype, logits_BNV.device):
+        return trees.pick(logits_BNV, *sampling.noise, nodes.position_BN)
     if sampling.any_sampled:
         token_V = torch.arange(logits_BNV.shape[-1], device=logits_BNV.device)
         noise_BNV = gumbel_noise(sampling.seed_B, nodes.position_BN, token_V)
         logits_BNV = logits_BNV.where(sampling.greedy_B11, scaled(logits_BNV, sampling.temperature_B) + noise_BNV)
-    return trees.argmax(logits_BNV) if cpu.serves(logits_BNV.dtype, logits_BNV.device) else logits_BNV.argmax(dim=-1)
+    return logits_BNV.argmax(dim=-1)
 
 
 def _pick_by_kernel(logits_BNV: torch.Tensor, nodes: Nodes, sampling: SamplingBatch) -> torch.Tensor:
@@ -131,8 +138,10 @@ def likeliest(
     if K <= MOST_OF_TOPK_KERNEL and kernels.run_on(draft_logits_BNW.device):
         known_BNW = _known_logits(draft_logits_BNW, token_W, vocab_size, nodes, sampling)
         return _likeliest_by_kernel(K, known_BNW, token_W, nodes, sampling)
-    if sampling.takes_logits_as_they_are and cpu.serves(draft_logits_BNW.dtype, draft_logits_BNW.device):
-        return Likeliest(*trees.topk_logprob(draft_logits_BNW, 1 / LOWEST_FORECAST_TEMPERATURE, K, token_W))
+    if cpu.serves(draft_logits_BNW.dtype, draft_logits_BNW.device):
+        known_BNW = _known_logits(draft_logits_BNW, token_W, vocab_size, nodes, sampling)
+        noise = (LOWEST_FORECAST_TEMPERATURE, *sampling.noise, nodes.position_BN)
+        return Likeliest(*trees.topk_logprob(K, known_BNW, token_W, *noise))
     best = forecast(draft_logits_BNW, token_W, vocab_size, nodes, sampling).topk(K, dim=-1)
     return Likeliest(best.values, token_W[best.indices])
 

@@ -1,9 +1,9 @@
-"""Growing trees with a head on a CPU in one call, where nothing changes what the draft says."""
+"""Growing trees with a head on a CPU in one call, of requests that ask for nothing but a temperature."""
 
 from specbackend.attention.base import AttentionBackend
 from specbackend.attention.native import NativeAttention
 from specbackend.batch import Sequences
-from specbackend.kernels.cpu.growth import Growth, grow
+from specbackend.kernels.cpu.growth import Growth, Requests, grow
 from specbackend.kernels.cpu.network import pointer
 from specbackend.models.draft import DraftModel
 from specbackend.models.linear import PanelLinear
@@ -25,7 +25,7 @@ class NativeGrower(TreeGrower):
             linear_pointers(vocabulary.lm_head),
             model.logits_norm and pointer(model.logits_norm.weight),
             pointer(vocabulary.target_id_W),
-            1 / pick.LOWEST_FORECAST_TEMPERATURE,
+            pick.LOWEST_FORECAST_TEMPERATURE,
             self.topk,
             self.scratch_RW.shape[1],
         )
@@ -36,8 +36,8 @@ class NativeGrower(TreeGrower):
         return is_native and isinstance(model.vocabulary.lm_head, PanelLinear)
 
     def grow(self, at: Sequences, prefix: DraftPrefix, sampling: SamplingBatch, shapes: TreeShapes) -> Candidates:
-        if not sampling.takes_logits_as_they_are:
+        if sampling.has_processors:
             return super().grow(at, prefix, sampling, shapes)
-        places = (prefix.slot_BL, prefix.length_B, self.scratch_RW[at.row_B])
-        sizes = (shapes.topk_B, shapes.num_steps_B, shapes.most_steps)
-        return Candidates(*grow(self.growth, *places, *sizes, prefix.hidden_BD, self.kv_pool.layer(0)))
+        places = (prefix.slot_BL, prefix.length_B, self.scratch_RW[at.row_B], at.length_B)
+        requests = Requests.of(*places, shapes.topk_B, shapes.num_steps_B, *sampling.noise, shapes.most_steps)
+        return Candidates(*grow(self.growth, requests, prefix.hidden_BD, self.kv_pool.layer(0)))

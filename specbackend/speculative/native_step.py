@@ -1,4 +1,4 @@
-"""Speculative decode steps on a CPU in one call, for greedy requests that ask for nothing else.
+"""Speculative decode steps on a CPU in one call, of requests that ask for nothing but a temperature.
 
 After a forward a CPU's caches hold weights alone. What stands between the forwards of a step is some hundred small
 operators, each of which then takes several times as long as it should, in all a tenth of a step.
@@ -44,9 +44,9 @@ class NativeTreeDecoder(TreeDecoder):
         return is_native and drafter.head.fuses_natively and num_nodes <= MOST_ROWS[runner.dtype]
 
     def step(self, at: Sequences, sampling: SamplingBatch, shapes: TreeShapes, observer: Observer = NOBODY) -> Accepted:
-        if observer is not NOBODY or sampling.logprob_rows or not sampling.takes_logits_as_they_are:
+        if observer is not NOBODY or sampling.logprob_rows or sampling.has_processors:
             return super().step(at, sampling, shapes, observer)
         places = (at.row_B, at.length_B, at.root_B, at.prefix_slot_BL)
         sizes = (shapes.topk_B, shapes.num_steps_B, shapes.num_nodes_B)
-        batch = Batch.of(*places, *sizes, shapes.most_steps, shapes.most_nodes, shapes.longest_path)
+        batch = Batch.of(*places, *sizes, *sampling.noise, shapes.most_steps, shapes.most_nodes, shapes.longest_path)
         return Accepted(*tree_step(self._step, self._state, batch, self.runner.dtype))

@@ -9,7 +9,7 @@ from specbackend import Engine
 from specbackend.attention.native import NativeAttention
 from specbackend.attention.torch_sdpa import TorchAttention
 from specbackend.attention.unpadded import run_unpadded
-from specbackend.models.llama import LlamaModel
+from specbackend.models.native import NativeLlama
 from specbackend.runner import text_forward_batch
 from tests.attention.batches import NUM_SLOTS, chunks
 from tests.conftest import DEMO_EAGLE3, DEMO_TARGET
@@ -48,9 +48,9 @@ def test_no_network_sees_padding(speculative, demo_prompts, monkeypatch):
     prompts = [prompt[:length] for prompt, length in zip(demo_prompts, (40, 10, 25), strict=False)]
     engine = Engine(model_path=str(DEMO_TARGET), max_total_tokens=4096, disable_radix_cache=True, **speculative)
     alone = [engine.generate(input_ids=prompt, sampling_params=GREEDY)["output_ids"] for prompt in prompts]
-    widths, forward = [], LlamaModel.forward
+    widths, forward = [], NativeLlama.forward
     monkeypatch.setattr(
-        LlamaModel,
+        NativeLlama,
         "forward",
         lambda self, batch, *rest: (widths.append(batch.token_BQ.shape), forward(self, batch, *rest))[1],
     )

@@ -2,7 +2,7 @@
 
 import json
 import queue
-import time
+import threading
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
@@ -19,15 +19,24 @@ GREEDY = {"temperature": 0, "max_new_tokens": 30}
 
 
 def send(
-    server, model: str, tensors: Mapping[str, np.ndarray], outputs: Iterable[str] = (), parameters=None, request_id=""
+    server,
+    model: str,
+    tensors: Mapping[str, np.ndarray],
+    outputs: Iterable[str] = (),
+    parameters=None,
+    request_id="",
+    has_begun: threading.Event | None = None,
 ) -> list[grpc_client.InferResult]:
-    """The responses to a request of these very tensors. Fails if one of them is an error."""
-    results, inputs = queue.SimpleQueue(), []
+    """The responses to a request of these very tensors. Fails if one of them is an error.
+
+    has_begun: is set when the first one arrives.
+    """
+    results, inputs, has_begun = queue.SimpleQueue(), [], has_begun or threading.Event()
     for name, array in tensors.items():
         inputs.append(grpc_client.InferInput(name, list(array.shape), np_to_triton_dtype(array.dtype)))
         inputs[-1].set_data_from_numpy(array)
     with closing(grpc_client.InferenceServerClient(server.grpc_url)) as client:
-        client.start_stream(callback=lambda result, error: results.put((result, error)))
+        client.start_stream(callback=lambda result, error: (results.put((result, error)), has_begun.set()))
         requested = [grpc_client.InferRequestedOutput(name) for name in outputs] or None
         client.async_stream_infer(model, inputs, outputs=requested, parameters=parameters, request_id=request_id)
         client.stop_stream()  # waits for the last response
@@ -258,9 +267,10 @@ def test_inflight_batcher_llm_client_stops_a_request(server, offline):
     stop = {"input_ids": row(10**9, np.int32), "input_lengths": row(0, np.int32)}
     stop |= {"request_output_len": row(0, np.int32), "stop": row(True, bool)}
     sent = {"request_output_len": row(900, np.int32), "end_id": row(-1, np.int32)}
+    has_begun = threading.Event()
     with ThreadPoolExecutor(1) as pool:
-        running = pool.submit(send, server, "llm", token_tensors(offline, **sent), request_id="7")
-        time.sleep(0.5)
+        running = pool.submit(send, server, "llm", token_tensors(offline, **sent), request_id="7", has_begun=has_begun)
+        assert has_begun.wait(20)
         [stopped] = send(server, "llm", stop, parameters={"Streaming": True}, request_id="7")
         assert stopped.as_numpy("output_ids") is None  # how the client knows
         assert 0 < len(ids_of(running.result(20))) < 900

@@ -83,7 +83,7 @@ def test_forecasts(batch, shape, device, request):
     found = likeliest(*args)
     torch.testing.assert_close(found.logprob_BNK, expected.logprob_BNK, rtol=1e-5, atol=1e-5)
     possible_BNK = expected.logprob_BNK > -torch.inf
-    assert torch.equal(found.index_BNK[possible_BNK], expected.index_BNK[possible_BNK])
+    assert torch.equal(found.token_BNK[possible_BNK], expected.token_BNK[possible_BNK])
 
 
 @pytest.mark.parametrize("vocab_size", [1, 77, 96])

@@ -28,7 +28,7 @@ class Target:
 def load_head(target: Target, kind: str, folder: Path, num_positions: int = 128, **params) -> DraftModel:
     paths = {"model_path": str(target.folder), "speculative_draft_model_path": str(folder)}
     config = EngineConfig.from_params({**paths, "speculative_algorithm": kind, **params})
-    return load_draft(config, target.model, torch.float32, CPU, num_positions)
+    return load_draft(config, target.model, target.model.lm_head.dtype, CPU, num_positions)
 
 
 @torch.inference_mode()

@@ -12,6 +12,8 @@ from specbackend.sampling import pick
 from specbackend.sampling.pick import gumbel_noise
 from specbackend.sampling_params import SamplingParams
 from specbackend.speculative import head_drafter
+from specbackend.speculative.native_step import NativeTreeDecoder
+from specbackend.speculative.tree_decoder import TreeDecoder
 from tests.checkpoints import write_head, write_target
 from tests.conftest import DEMO_EAGLE3
 from tests.speculative.reference_heads import ReferenceEagle, ReferenceEagle3, ReferenceMtp, grow_tree
@@ -24,7 +26,10 @@ TREE_NAMES = ("speculative_num_steps", "speculative_eagle_topk", "speculative_nu
 def drafted_trees(
     engine, prompt: list[int], steps: int, monkeypatch, **params
 ) -> list[tuple[list[int], list[int], list[int]]]:
-    """Run a few decode steps; return (all tokens before the step, tree tokens, tree parents) of each."""
+    """Run a few decode steps; return (all tokens before the step, tree tokens, tree parents) of each.
+
+    Of steps that are not one call, in which a tree is seen by nobody.
+    """
     trees, build_tree = [], head_drafter.build_tree
 
     def recording_build_tree(*args):
@@ -32,6 +37,7 @@ def drafted_trees(
         return trees[-1]
 
     monkeypatch.setattr(head_drafter, "build_tree", recording_build_tree)
+    monkeypatch.setattr(NativeTreeDecoder, "step", TreeDecoder.step)
     params = {"max_new_tokens": 200, "temperature": 0.0, "ignore_eos": True, "seed": SEED, **params}
     request = Request("probe", prompt, SamplingParams.from_dict(params))
     engine.submit(request)

@@ -24,7 +24,7 @@ from gpu_checks.bundle import Unpacked, unpack
 from specbackend.serving.tritonserver import SHM, TritonServer, check_runnable, processes_of
 
 CONCURRENCIES = (1, 8, 32)
-LOG, LOG_LINES = "tritonserver.log", 200
+LOG, LOG_LINES = "tritonserver.log", 2000
 READY_S = 180.0
 LOAD_S = 12.0  # per concurrency; then the requests that still run may end
 SETTLE_S = 5.0  # until the metrics show that the last request is over

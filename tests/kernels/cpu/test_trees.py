@@ -5,15 +5,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from specbackend.config import TreeShape
-from specbackend.kernels import cpu
 from specbackend.kernels.accept_path import accept_path_ref
 from specbackend.kernels.build_tree import build_tree_ref
 from specbackend.kernels.cpu import trees
 from specbackend.kernels.topk_logprob import topk_logprob_ref
-from specbackend.sampling import Likeliest
-from specbackend.speculative.beam import Beam, next_level
-from specbackend.speculative.tree_shapes import TreeShapes
+from specbackend.sampling import Nodes, SamplingBatch, forecast
+from specbackend.sampling.pick import LOWEST_FORECAST_TEMPERATURE, gumbel_noise, scaled
 from tests.speculative.random_trees import full_tree, random_candidates
 
 SHAPES = [(1, 1, 2), (1, 5, 6), (4, 1, 2), (4, 3, 8), (4, 5, 8), (4, 3, 25), (3, 8, 32), (8, 4, 64), (10, 12, 128)]
@@ -21,7 +18,8 @@ SHAPES = [(1, 1, 2), (1, 5, 6), (4, 1, 2), (4, 3, 8), (4, 5, 8), (4, 3, 25), (3,
 
 def assert_best_of(logits_RW: torch.Tensor, scale: float, k: int) -> None:
     token_W = 7 + torch.randperm(logits_RW.shape[1], generator=torch.Generator().manual_seed(k))
-    logprob_1RK, token_1RK = trees.topk_logprob(logits_RW[None], scale, k, token_W)
+    places = (torch.zeros(1, dtype=torch.int64), None, torch.zeros(1, len(logits_RW), dtype=torch.int64))
+    logprob_1RK, token_1RK = trees.topk_logprob(k, logits_RW[None], token_W, 1 / scale, *places)
     logprob_RK, token_RK = logprob_1RK[0], token_1RK[0]
     expected = topk_logprob_ref(logits_RW, torch.full((len(logits_RW),), scale), k)
     assert torch.equal(token_RK, token_W[expected.index_RK])
@@ -51,74 +49,94 @@ def test_topk_logprob_of_few_values(W, seed):
     assert_best_of(logits_RW, 2.0, 1 + seed % W)
 
 
+def pick(logits_BNV: torch.Tensor, temperature_B: torch.Tensor | None = None) -> torch.Tensor:
+    """With seeds and positions that are large, negative, and again and again the same."""
+    B, N, _ = logits_BNV.shape
+    seed_B = torch.tensor([0, 1, -5, 2**62, -(2**63)])[torch.arange(B) % 5]
+    position_BN = (torch.arange(B)[:, None] * 1000 + torch.arange(N) // 2).expand(B, N)
+    return trees.pick(logits_BNV, seed_B, temperature_B, position_BN)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("B, N, V", [(1, 1, 1), (2, 3, 127), (3, 1, 128), (2, 2, 257), (4, 8, 8192), (1, 3, 32003)])
-def test_argmax(B, N, V, dtype):
+def test_greedy_picks(B, N, V, dtype):
     generator = torch.Generator().manual_seed(V)
     logits_BNV = torch.randn(B, N, V, generator=generator).to(dtype)  # in bfloat16 many are equal: the first counts
     expected_BN = logits_BNV.float().sort(dim=2, descending=True, stable=True).indices[:, :, 0]
-    assert torch.equal(trees.argmax(logits_BNV), expected_BN)
+    assert torch.equal(pick(logits_BNV), expected_BN)
+    assert torch.equal(pick(logits_BNV, torch.zeros(B)), expected_BN)
     wide = torch.cat([logits_BNV, 9 + logits_BNV], dim=2)
-    assert torch.equal(trees.argmax(wide[:, :, :V]), expected_BN)
-    assert torch.equal(trees.argmax(wide), expected_BN + V)
+    assert torch.equal(pick(wide[:, :, :V]), expected_BN)
+    assert torch.equal(pick(wide), expected_BN + V)
 
 
 @given(st.integers(1, 300), st.integers(0, 2**30))
 @settings(max_examples=60, deadline=None)
-def test_argmax_of_few_values(V, seed):
+def test_greedy_picks_of_few_values(V, seed):
     generator = torch.Generator().manual_seed(seed)
     logits_RV = torch.randint(-2, 1 + seed % 3, (3, V), generator=generator).float()
     logits_RV[torch.rand(3, V, generator=generator) < 0.3] = -torch.inf
     logits_RV[2] = -torch.inf
     expected_R = logits_RV.sort(dim=1, descending=True, stable=True).indices[:, 0]
-    assert torch.equal(trees.argmax(logits_RV[None])[0], expected_R)
+    assert torch.equal(pick(logits_RV[None])[0], expected_R)
 
 
+@pytest.mark.parametrize("temperature", [None, 0.0, 1.0])
+@pytest.mark.parametrize("value", [torch.nan, -torch.inf])
 @pytest.mark.parametrize("V", [5, 128, 300])
-def test_what_is_no_number_has_an_index_nevertheless(V):
-    assert trees.argmax(torch.full((1, 1, V), torch.nan)).item() == 0
+def test_rows_that_have_no_best_give_some_token(V, value, temperature):
+    temperature_B = None if temperature is None else torch.tensor([temperature])
+    assert 0 <= pick(torch.full((1, 1, V), value), temperature_B).item() < V
 
 
-@pytest.mark.parametrize("ties", [False, True], ids=["no-ties", "ties"])
-@pytest.mark.parametrize("K, num_steps, dtype", [(1, 4, torch.float32), (3, 1, torch.float32), (4, 5, torch.bfloat16)])
-def test_levels(K, num_steps, dtype, ties, monkeypatch):
-    """Of requests some of which have smaller trees, level by level, from the root on."""
-    B, D, generator = 6, 5, torch.Generator().manual_seed(K)
-    sizes = [(1 + b % num_steps, 1 + b % K) for b in range(B)]
-    shapes = TreeShapes.of([TreeShape(steps, topk, 2) for steps, topk in sizes], torch.device("cpu"))
-    W = (num_steps - 1) * K
-    own_LKW = torch.eye(W, dtype=torch.bool).view(num_steps - 1, K, W)
-    actual = expected = Beam.root(torch.arange(B), W)
-    for level in range(num_steps):
-        P = actual.token_BP.shape[1]
-        hidden_BPD = torch.randn(B, P, D, generator=generator).to(dtype)
-        likely = Likeliest(*random_children(B, P, K, ties, generator))
-        own_KW = own_LKW[level] if level < num_steps - 1 else None
-        candidates, actual = next_level(level, actual, likely, hidden_BPD, shapes, own_KW)
-        with monkeypatch.context() as patch:
-            patch.setattr(cpu, "serves", lambda *_: False)
-            patch.setattr(torch.Tensor, "topk", stable_topk)
-            expected_candidates, expected = next_level(level, expected, likely, hidden_BPD, shapes, own_KW)
-        assert_same_fields(candidates, expected_candidates)
-        if own_KW is not None:
-            assert_same_fields(actual, expected)
-    assert actual is expected is None
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("B, N, V", [(1, 1, 1), (5, 3, 127), (3, 1, 128), (6, 8, 1000), (2, 3, 32003)])
+def test_sampled_picks(B, N, V, dtype, monkeypatch):
+    """Beside greedy ones, by the noise that torch makes."""
+    generator = torch.Generator().manual_seed(V)
+    logits_BNV = (3 * torch.randn(B, N, V, generator=generator)).to(dtype)
+    logits_BNV[torch.rand(B, N, V, generator=generator) < 0.1] = -torch.inf
+    logits_BNV[:, :, 0] = 1.0
+    temperature_B = torch.tensor([0.7, 1e-4, 0.0, 1.0, 100.0])[torch.arange(B) % 5]
+    actual_BN = pick(logits_BNV, temperature_B)
+    monkeypatch.setattr(trees, "pick", picks_of_torch)
+    assert torch.equal(actual_BN, pick(logits_BNV, temperature_B))
 
 
-def random_children(B: int, P: int, K: int, ties: bool, generator) -> tuple[torch.Tensor, torch.Tensor]:
-    score_BPK = -torch.rand(B, P, K, generator=generator)
-    logprob_BPK = ((4 * score_BPK).round() if ties else score_BPK).sort(dim=2, descending=True).values
-    return logprob_BPK, torch.randint(99, (B, P, K), generator=generator)
+def picks_of_torch(logits_BNV, seed_B, temperature_B, position_BN) -> torch.Tensor:
+    noise_BNV = gumbel_noise(seed_B, position_BN, torch.arange(logits_BNV.shape[2]))
+    noisy_BNV = scaled(logits_BNV, temperature_B) + noise_BNV
+    return logits_BNV.float().where(temperature_B[:, None, None] == 0, noisy_BNV).argmax(dim=2)
 
 
-def stable_topk(x: torch.Tensor, k: int, dim: int) -> tuple[torch.Tensor, torch.Tensor]:
-    best = x.sort(dim=dim, descending=True, stable=True)
-    return best.values.narrow(dim, 0, k), best.indices.narrow(dim, 0, k)
+def test_noise_is_that_of_torch():
+    """To the last bits, at both ends too: the log-probability of the only token but a fixed one tells it."""
+    N, token_W = 100_000, torch.tensor([7, 2**40])
+    seed_B, position_BN = torch.tensor([3]), torch.arange(N)[None]
+    logits_BNW = torch.zeros(1, N, 2)
+    logprob_BNK, token_BNK = trees.topk_logprob(2, logits_BNW, token_W, 0.5, seed_B, torch.ones(1), position_BN)
+    noise_BNW = gumbel_noise(seed_B, position_BN, token_W)
+    expected = noise_BNW.log_softmax(dim=2).sort(dim=2, descending=True, stable=True)
+    assert noise_BNW.min() < -2.4 and noise_BNW.max() > 11
+    torch.testing.assert_close(logprob_BNK, expected.values, rtol=2e-6, atol=3e-6)
+    assert torch.equal(token_BNK, token_W[expected.indices])
 
 
-def assert_same_fields(actual, expected) -> None:
-    for (name, one), other in zip(vars(actual).items(), vars(expected).values(), strict=True):
-        assert torch.equal(one, other), name
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("B, N, W, k", [(1, 1, 1, 1), (5, 4, 130, 4), (6, 1, 8192, 10)], ids=str)
+def test_forecasts_of_sampled_requests(B, N, W, k, dtype):
+    """Some of them greedy, and of a draft that knows some tokens only."""
+    generator = torch.Generator().manual_seed(W)
+    logits_BNW = (3 * torch.randn(B, N, W, generator=generator)).to(dtype)
+    token_W = torch.randperm(2 * W, generator=generator)[:W]
+    temperature_B = torch.tensor([0.7, 0.2, 0.0, 1.0, 5.0])[torch.arange(B) % 5]
+    sampling = SamplingBatch(temperature_B, torch.arange(B) - 2, any_sampled=True)
+    nodes = Nodes.positions(torch.randint(5000, (B, N), generator=generator))
+    best = forecast(logits_BNW, token_W, 2 * W, nodes, sampling).sort(dim=2, descending=True, stable=True)
+    noise = (sampling.seed_B, temperature_B, nodes.position_BN)
+    logprob_BNK, token_BNK = trees.topk_logprob(k, logits_BNW, token_W, LOWEST_FORECAST_TEMPERATURE, *noise)
+    torch.testing.assert_close(logprob_BNK, best.values[:, :, :k], rtol=5e-6, atol=5e-6)
+    assert torch.equal(token_BNK, token_W[best.indices[:, :, :k]])
 
 
 def test_extreme_logits():
