@@ -1,6 +1,7 @@
 // Attention from up to Q rows of each of B sequences to paged prefixes and a window of new rows. See attention.py.
 //
-// A task is one sequence and one key-value head: all rows of all its query heads read the same keys and values.
+// A task is one sequence and one key-value head: all rows of all its query heads read the same keys and values. A thread
+// takes all heads of a sequence, which lie side by side in a slot, unless there are fewer sequences than threads.
 // What a row gets does not depend on the others, nor on columns that it is not shown: a node of a tree gets to the bit
 // what its token gets at the end of a sequence.
 
@@ -76,8 +77,21 @@ class Task {
     }
   }
 
+  // Keys and values of some columns, for later: slots are too small for a CPU to see where reading will go on.
+  void fetch(const X* head, long begin, long end) const {
+    const long bytes = s.D * sizeof(X);
+    for (long c = begin; c < std::min(end, num_columns()); c++) {
+      const char* key = (const char*)at(head, c);
+      for (long i = 0; i < bytes; i += 64) {
+        __builtin_prefetch(key + i, 0, 2);
+        __builtin_prefetch(key + s.G * bytes + i, 0, 2);
+      }
+    }
+  }
+
   // Of all rows with the 16 columns from c on, or what there is of them.
   void score(const X* head, long c) {
+    fetch(head, c + WIDTH, c + 2 * WIDTH);
     const long there = std::min<long>(WIDTH, num_columns() - c);
     for (long d = 0; d < s.D; d += WIDTH) {
       Vec square[WIDTH];
@@ -184,7 +198,7 @@ void attend(const X* q, const X* kv, X* y, const Shape& shape, int threads) {
 #pragma omp parallel num_threads(threads)
   {
     Task<X> task(shape);
-#pragma omp for schedule(dynamic)
+#pragma omp for schedule(dynamic, shape.B >= threads ? shape.G : 1)
     for (long i = 0; i < shape.B * shape.G; i++) task.run(i / shape.G, i % shape.G, q, kv, y);
   }
 }

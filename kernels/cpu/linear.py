@@ -21,7 +21,7 @@ def pack(weight_ED: torch.Tensor) -> torch.Tensor:
     E, D = weight_ED.shape
     padded_ED = F.pad(weight_ED, (0, 0, 0, -E % WIDTH))
     panels = padded_ED.view(-1, WIDTH, D // 2, 2).permute(_order(weight_ED.dtype))
-    return memory.weights.empty(panels.shape, panels.dtype).copy_(panels)
+    return memory.weights.zeros(panels.shape, panels.dtype).copy_(panels)
 
 
 def unpack(packed: torch.Tensor, num_outputs: int) -> torch.Tensor:

@@ -11,13 +11,14 @@ CHUNK = 64 << 20
 class HugePages:
     """Tensors in huge pages, side by side; a chunk of them is returned when the last of its tensors goes.
 
-    Reading weights through pages of 4 KB a core waits for addresses, and its prefetcher stops at the end of each.
+    Reading weights through pages of 4 KB a core waits for addresses, and its prefetcher stops at the end of each. All
+    are zeros: that is what the kernel gives, page by page when somebody writes, and nothing is given out twice.
     """
 
     def __init__(self):
         self._chunk = torch.empty(0, dtype=torch.uint8)
 
-    def empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    def zeros(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
         size = torch.Size(shape).numel() * dtype.itemsize
         padded = -(-size // 64) * 64  # the next one starts at a cache line
         if padded > len(self._chunk):

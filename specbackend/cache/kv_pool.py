@@ -5,14 +5,19 @@ import torch
 from specbackend.cache.slots import DUMMY_SLOT
 from specbackend.kernels import cpu
 from specbackend.kernels.cpu import trees
+from specbackend.kernels.cpu.memory import HugePages
 
 
 class KVPool:
     """K and V of one model. `layer(i)` is [S, 2, H_kv, D]; slot 0 takes the writes of padding rows."""
 
     def __init__(self, num_layers: int, num_slots: int, num_kv_heads: int, head_dim: int, dtype, device):
+        shape = (num_layers, num_slots, 2, num_kv_heads, head_dim)
         # zeros, not empty: masked columns still enter 0 * V, and 0 * NaN is NaN
-        self.kv_LS2GD = torch.zeros(num_layers, num_slots, 2, num_kv_heads, head_dim, dtype=dtype, device=device)
+        if torch.device(device).type == "cpu":
+            self.kv_LS2GD = HugePages().zeros(shape, dtype)
+        else:
+            self.kv_LS2GD = torch.zeros(shape, dtype=dtype, device=device)
         self._layers = list(self.kv_LS2GD.unbind(0))
 
     def layer(self, index: int) -> torch.Tensor:

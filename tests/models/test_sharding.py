@@ -22,7 +22,7 @@ TWO = [Ranks(0, 2), Ranks(1, 2)]
 @pytest.fixture(autouse=True)
 def weights_apart(monkeypatch):
     """Each tensor its own storage, to be counted."""
-    monkeypatch.setattr(memory.weights, "empty", lambda shape, dtype: torch.empty(shape, dtype=dtype))
+    monkeypatch.setattr(memory.weights, "zeros", lambda shape, dtype: torch.empty(shape, dtype=dtype))
 
 
 def load(folder, ranks: Ranks) -> LlamaModel:

@@ -52,10 +52,10 @@ def test_compiles_for_older_cpus(flags, tmp_path):
 
 def test_huge_pages_hold_tensors_apart():
     pages = memory.HugePages()
-    tensors = [pages.empty((size, 3), dtype) for size in (1, 100, 7) for dtype in (torch.float32, torch.bfloat16)]
+    tensors = [pages.zeros((size, 3), dtype) for size in (1, 100, 7) for dtype in (torch.float32, torch.bfloat16)]
     for number, tensor in enumerate(tensors):
         tensor.fill_(number)
     assert all((tensor == number).all() for number, tensor in enumerate(tensors))
     assert all(tensor.data_ptr() % 64 == 0 for tensor in tensors)
-    large = pages.empty((memory.CHUNK + 1,), torch.uint8)
+    large = pages.zeros((memory.CHUNK + 1,), torch.uint8)
     assert large.data_ptr() % memory.HUGE_PAGE == 0 and len(large) == memory.CHUNK + 1

@@ -24,13 +24,14 @@ def mapping_of(address: int) -> dict[str, str]:
 @pytest.mark.skipif(not SETTING.exists() or "[never]" in SETTING.read_text(), reason="the kernel gives no huge pages")
 def test_the_kernel_may_use_huge_pages():
     """A mapping that other processes could share has them by another setting, which is off nearly everywhere."""
-    tensor = HugePages().empty((1024, 1024), torch.float32)
+    tensor = HugePages().zeros((1024, 1024), torch.float32)
     assert mapping_of(tensor.data_ptr())["THPeligible"] == "1"
 
 
 def test_tensors_lie_side_by_side_from_cache_line_to_cache_line():
     pages = HugePages()
-    first, second = pages.empty((3,), torch.int8), pages.empty((5, 7), torch.float32)
+    first, second = pages.zeros((3,), torch.int8), pages.zeros((5, 7), torch.float32)
     assert second.data_ptr() - first.data_ptr() == 64
+    assert not first.any() and not second.any()
     first.fill_(1), second.fill_(2)
     assert first.sum() == 3 and second.sum() == 70
