@@ -113,6 +113,9 @@ class Accepted:
     rounds: Callable[[], dict[int, Round]] | None = None  # of a step with trees some of which are traced, by row
 
     def tolists(self) -> list[list[int]]:
-        """To the host, in one copy."""
+        """To the host: from a device in one copy."""
+        if self.token_BP.device.type == "cpu":
+            pairs = zip(self.token_BP.tolist(), self.count_B.tolist(), strict=True)
+            return [tokens[:count] for tokens, count in pairs]
         packed = torch.cat([self.count_B[:, None], self.token_BP], dim=1).tolist()
         return [row[1 : 1 + row[0]] for row in packed]

@@ -62,9 +62,9 @@ class TargetRunner:
         return next((width for width in recorded if width >= longest), longest)
 
     def sequences(self, requests: list[Request]) -> Sequences:
-        row_B = self.rows(requests)
-        root_B = torch.tensor([request.output_ids[-1] for request in requests], device=self.device)
-        return Sequences(requests, row_B, self.lengths(requests), root_B, self.prefix_slots(requests, row_B))
+        places = [(request.row, request.num_computed, request.output_ids[-1]) for request in requests]
+        row_B, length_B, root_B = torch.tensor(list(zip(*places, strict=True)), device=self.device).unbind()
+        return Sequences(requests, row_B, length_B, root_B, self.prefix_slots(requests, row_B))
 
     def rows(self, requests: list[Request]) -> torch.Tensor:
         return torch.tensor([request.row for request in requests], device=self.device)

@@ -70,7 +70,7 @@ def test_an_own_tree_grows_as_on_a_server_of_that_tree(demo_prompts, monkeypatch
 
 def test_a_batch_of_small_trees_verifies_no_more_nodes_than_they_have(demo_prompts, monkeypatch):
     engine = make_engine(*SERVER)
-    monkeypatch.setattr(NativeTreeDecoder, "step", TreeDecoder.step)
+    monkeypatch.setattr(NativeTreeDecoder, "decode", TreeDecoder.decode)
     rows, forward = [], engine.decoder.runner.forward
 
     def recording_forward(batch):

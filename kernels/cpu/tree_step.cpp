@@ -26,8 +26,8 @@ struct State {
 };
 
 struct Batch {
-  const int64_t *row, *length, *root, *prefix, *topk, *num_steps, *num_nodes, *seed;
-  const float* temperature;  // null: all are greedy
+  const int64_t *row, *length, *root, *topk, *num_steps, *num_nodes, *seed;
+  const float* temperature;
   long B, L, most_steps, most_nodes, longest_path;
 };
 
@@ -35,7 +35,10 @@ template <class X>
 class Stepper {
  public:
   Stepper(const TreeStep& step, const State<X>& state, const Batch& batch, int threads)
-      : step(step), state(state), b(batch), threads(threads) {}
+      : step(step), state(state), b(batch), threads(threads), prefix(b.B * b.L) {
+    for (long i = 0; i < b.B; i++)
+      std::copy_n(state.table + b.row[i] * state.table_stride, b.length[i], &prefix[i * b.L]);
+  }
 
   void run(int64_t* tokens, int64_t* counts) {
     draft();
@@ -55,6 +58,7 @@ class Stepper {
   const long width = step.growth.head.layer.out.E, W = step.growth.W;
   const long target_width = step.target.layers->out.E;
   const long feature_width = std::max(1l, step.target.num_captured) * target_width;
+  std::vector<int64_t> prefix;  // [B, L]
   long N = 0;
   std::vector<int64_t> token, parent, depth, pick, slot, position;  // [B, N]
   std::vector<char> mask, drafted;                                   // [B, N, N], [B, N]
@@ -69,7 +73,7 @@ class Stepper {
       std::copy_n(state.hidden + b.row[i] * width, width, &last[i * width]);
       std::copy_n(state.scratch + b.row[i] * W, W, scratch.data() + i * W);
     }
-    const Requests requests{b.prefix, b.length, scratch.data(), b.length,     b.topk, b.num_steps,
+    const Requests requests{prefix.data(), b.length, scratch.data(), b.length,     b.topk, b.num_steps,
                             b.seed,   b.temperature, b.B, b.L, b.most_steps};
     K::grow(&step.growth, &requests, last.data(), state.draft_kv, scores.data(), tokens.data(), parents.data(),
             threads);
@@ -86,7 +90,7 @@ class Stepper {
         position[i * N + n] = b.length[i] + depth[i * N + n];
         slot[i * N + n] = state.table[b.row[i] * state.table_stride + b.length[i] + n];
       }
-    const Columns columns{b.prefix, b.length, slot.data(), (const bool*)mask.data(), nullptr, b.B, N, b.L, N};
+    const Columns columns{prefix.data(), b.length, slot.data(), (const bool*)mask.data(), nullptr, b.B, N, b.L, N};
     hidden.resize(b.B * N * target_width), features.resize(b.B * N * feature_width);
     logits.resize(b.B * N * step.lm_head.E);
     K::network(&step.target, &columns, token.data(), position.data(), slot.data(), state.target_kv, features.data(),
@@ -111,7 +115,7 @@ class Stepper {
         std::fill_n(&causal[at * P], p + 1, true);
         std::copy_n(known + node * feature_width, feature_width, &of_path[at * feature_width]);
       }
-    const Columns columns{b.prefix, b.length, slots.data(), (const bool*)causal.data(), nullptr, b.B, P, b.L, P};
+    const Columns columns{prefix.data(), b.length, slots.data(), (const bool*)causal.data(), nullptr, b.B, P, b.L, P};
     if (step.fusion.weight) multiply(step.fusion, of_path.data(), (const X*)nullptr, fused.data(), rows, threads);
     K::head(&step.growth.head, &columns, tokens, positions.data(), slots.data(), state.draft_kv,
             step.fusion.weight ? fused.data() : of_path.data(), y.data(), threads);

@@ -6,7 +6,7 @@ The reference is `tree_decoder.TreeDecoder.step`.
 """
 
 import functools
-from ctypes import Structure, byref, c_int, c_long, c_void_p
+from ctypes import Structure, addressof, byref, c_float, c_int, c_long, c_void_p
 
 import torch
 
@@ -46,38 +46,34 @@ class State(Structure):
 class Batch(Structure):
     """Of each request its row, how many tokens are computed, its last token, its tree's sizes and how it picks.
 
-    It keeps its tensors.
+    From lists, as to make a tensor takes longer than all of the step that is neither a product nor attention.
     """
 
     _fields_ = [
-        *[(name, c_void_p) for name in ("row", "length", "root", "prefix_slots", "topk", "num_steps", "num_nodes")],
-        *[(name, c_void_p) for name in ("seed", "temperature")],
+        *[(name, c_void_p) for name in ("row", "length", "root", "topk", "num_steps", "num_nodes", "seed")],
+        ("temperature", c_void_p),
         *[(name, c_long) for name in ("B", "L", "most_steps", "most_nodes", "longest_path")],
     ]
 
     @classmethod
     def of(
         cls,
-        row_B: torch.Tensor,
-        length_B: torch.Tensor,
-        root_B: torch.Tensor,
-        prefix_slot_BL: torch.Tensor,
-        topk_B: torch.Tensor,
-        num_steps_B: torch.Tensor,
-        num_nodes_B: torch.Tensor,
-        seed_B: torch.Tensor,
-        temperature_B: torch.Tensor | None,
-        most_steps: int,
-        most_nodes: int,
+        rows: list[int],
+        lengths: list[int],
+        roots: list[int],
+        topks: list[int],
+        num_steps: list[int],
+        num_nodes: list[int],
         longest_path: int,
+        seeds: list[int],
+        temperatures: list[float],
     ) -> "Batch":
-        """temperature_B: float32; None if all are greedy. The others are int64."""
-        integers = (row_B, length_B, root_B, prefix_slot_BL, topk_B, num_steps_B, num_nodes_B, seed_B)
-        kept = [each.contiguous() for each in integers]
-        temperature_B = None if temperature_B is None else temperature_B.contiguous()
-        places = map(pointer, (*kept, temperature_B))
-        batch = cls(*places, *prefix_slot_BL.shape, most_steps, most_nodes, longest_path)
-        batch.kept = kept, temperature_B
+        """longest_path: of any of the trees. seeds: as int64. A temperature of 0 is greedy."""
+        B = len(rows)
+        kept = [(c_long * B)(*values) for values in (rows, lengths, roots, topks, num_steps, num_nodes, seeds)]
+        kept.append((c_float * B)(*temperatures))
+        batch = cls(*map(addressof, kept), B, max(lengths), max(num_steps), max(num_nodes), longest_path)
+        batch.kept = kept
         return batch
 
 

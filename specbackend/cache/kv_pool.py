@@ -80,9 +80,16 @@ class RequestTable:
         return self._slots
 
     def flush(self) -> None:
-        """Write what waits, in one go."""
-        if self._unwritten:
-            self.put(torch.tensor(self.take_unwritten(), device=self._slots.device).t())
+        """Write what waits, to a device in one go."""
+        if not self._unwritten:
+            return
+        taken = self.take_unwritten()
+        if self._slots.device.type != "cpu":
+            self.put(torch.tensor(taken, device=self._slots.device).t())
+            return
+        slots = self._slots.numpy()
+        for row, column, slot in taken:
+            slots[row, column] = slot
 
     def write(self, rows: list[int], columns: list[int], slots: list[int]) -> None:
         """Set slots[i] at (rows[i], columns[i])."""

@@ -33,6 +33,7 @@ from specbackend.sampling.processors import AFTER_TEMPERATURE, BANNED, BEFORE_TE
 LOWEST_FORECAST_TEMPERATURE = 0.5
 
 MOST_OF_TOPK_KERNEL = 16
+CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True)
@@ -73,6 +74,12 @@ class SamplingBatch:
             before_temperature=processors_of(BEFORE_TEMPERATURE, requests, device),
             after_temperature=processors_of(AFTER_TEMPERATURE, requests, device),
         )
+
+
+def has_processors(requests: list[Request]) -> bool:
+    """Whether anything but a temperature stands between logits and the requests' next picks."""
+    kinds = (*BEFORE_TEMPERATURE, *AFTER_TEMPERATURE)
+    return any(kind.of(requests, CPU) is not None for kind in kinds)
 
 
 def pick_tokens(logits_BNV: torch.Tensor, nodes: Nodes, sampling: SamplingBatch) -> torch.Tensor:

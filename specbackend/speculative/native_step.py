@@ -5,19 +5,18 @@ operators, each of which then takes several times as long as it should, in all a
 """
 
 from specbackend.attention.native import MOST_ROWS
-from specbackend.batch import Accepted, Sequences
+from specbackend.batch import Accepted, DecodeBatch, traced_rows
 from specbackend.kernels.cpu.network import Linear
 from specbackend.kernels.cpu.tree_step import Batch, State, TreeStep, tree_step
 from specbackend.models.linear import PanelLinear
 from specbackend.models.native import NativeLlama, linear_pointers
 from specbackend.runner import TargetRunner
-from specbackend.sampling import SamplingBatch
+from specbackend.sampling import has_processors
+from specbackend.sampling.pick import signed
 from specbackend.speculative.drafter import Drafter
 from specbackend.speculative.head_drafter import HeadDrafter
 from specbackend.speculative.native_growth import NativeGrower
-from specbackend.speculative.tracer import NOBODY, Observer
 from specbackend.speculative.tree_decoder import TreeDecoder
-from specbackend.speculative.tree_shapes import TreeShapes
 
 
 class NativeTreeDecoder(TreeDecoder):
@@ -43,10 +42,21 @@ class NativeTreeDecoder(TreeDecoder):
         is_native = isinstance(drafter.grower, NativeGrower) and isinstance(runner.model.lm_head, PanelLinear)
         return is_native and drafter.head.fuses_natively and num_nodes <= MOST_ROWS[runner.dtype]
 
-    def step(self, at: Sequences, sampling: SamplingBatch, shapes: TreeShapes, observer: Observer = NOBODY) -> Accepted:
-        if observer is not NOBODY or sampling.logprob_rows or sampling.has_processors:
-            return super().step(at, sampling, shapes, observer)
-        places = (at.row_B, at.length_B, at.root_B, at.prefix_slot_BL)
-        sizes = (shapes.topk_B, shapes.num_steps_B, shapes.num_nodes_B)
-        batch = Batch.of(*places, *sizes, *sampling.noise, shapes.most_steps, shapes.most_nodes, shapes.longest_path)
-        return Accepted(*tree_step(self._step, self._state, batch, self.runner.dtype))
+    def decode(self, batch: DecodeBatch) -> Accepted:
+        requests = batch.requests
+        if traced_rows(requests) or has_processors(requests) or any(r.params.logprobs is not None for r in requests):
+            return super().decode(batch)
+        trees = [request.tree for request in requests]
+        self.runner.table.flush()
+        native = Batch.of(
+            rows=[request.row for request in requests],
+            lengths=[request.num_computed for request in requests],
+            roots=[request.output_ids[-1] for request in requests],
+            topks=[tree.topk for tree in trees],
+            num_steps=[tree.num_steps for tree in trees],
+            num_nodes=[tree.num_nodes for tree in trees],
+            longest_path=max(tree.longest_path for tree in trees),
+            seeds=[signed(request.seed) for request in requests],
+            temperatures=[request.params.temperature for request in requests],
+        )
+        return Accepted(*tree_step(self._step, self._state, native, self.runner.dtype))

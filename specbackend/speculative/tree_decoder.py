@@ -12,7 +12,7 @@ from specbackend.speculative.draft_tree import DraftTree
 from specbackend.speculative.drafter import Drafter, Verified
 from specbackend.speculative.plain import pick_after_prompt
 from specbackend.speculative.tracer import NOBODY, Observer, Tracer
-from specbackend.speculative.tree_shapes import TreeShapes
+from specbackend.speculative.tree_shapes import TreeShapes, shapes_of
 from specbackend.speculative.verifier import accept_path
 
 
@@ -37,7 +37,7 @@ class TreeDecoder(EagerDecoder):
 
     def decode(self, batch: DecodeBatch) -> Accepted:
         at, device = self.runner.sequences(batch.requests), self.runner.device
-        shapes = TreeShapes.of([request.tree for request in batch.requests], device)
+        shapes = shapes_of(tuple(request.tree for request in batch.requests), device)
         sampling, rows = SamplingBatch.of(batch.requests, device), traced_rows(batch.requests)
         if not rows:
             return self.step(at, sampling, shapes)

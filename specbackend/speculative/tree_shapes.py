@@ -1,6 +1,8 @@
 """Each request's own draft tree, within the server's."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 
@@ -23,7 +25,7 @@ class TreeShapes:
     longest_path: int  # of any of them
 
     @classmethod
-    def of(cls, trees: list[TreeShape], device) -> "TreeShapes":
+    def of(cls, trees: Sequence[TreeShape], device: torch.device) -> "TreeShapes":
         steps, topks, nodes = zip(*((tree.num_steps, tree.topk, tree.num_nodes) for tree in trees), strict=True)
         size_3B = torch.tensor([steps, topks, nodes], device=device)
         longest_path = max(tree.longest_path for tree in trees)
@@ -36,6 +38,12 @@ class TreeShapes:
         rank_K = torch.arange(score_BQK.shape[2], device=score_BQK.device)
         within_BK = (rank_K < self.topk_B[:, None]) & (level < self.num_steps_B[:, None])
         return score_BQK.masked_fill(~within_BK[:, None], -torch.inf)
+
+
+@lru_cache(maxsize=64)
+def shapes_of(trees: tuple[TreeShape, ...], device: torch.device) -> TreeShapes:
+    """As `TreeShapes.of`, but from step to step the same. Nobody writes to them."""
+    return TreeShapes.of(trees, device)
 
 
 def tree_of(params: SamplingParams, config: EngineConfig) -> TreeShape | None:

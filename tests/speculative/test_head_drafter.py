@@ -37,7 +37,7 @@ def drafted_trees(
         return trees[-1]
 
     monkeypatch.setattr(head_drafter, "build_tree", recording_build_tree)
-    monkeypatch.setattr(NativeTreeDecoder, "step", TreeDecoder.step)
+    monkeypatch.setattr(NativeTreeDecoder, "decode", TreeDecoder.decode)
     params = {"max_new_tokens": 200, "temperature": 0.0, "ignore_eos": True, "seed": SEED, **params}
     request = Request("probe", prompt, SamplingParams.from_dict(params))
     engine.submit(request)
