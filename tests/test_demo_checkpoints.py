@@ -6,7 +6,12 @@ import pytest
 
 from specbackend import Engine
 from specbackend.models import linear
-from specbackend.sampling import pick
+from specbackend.sampling import Likeliest
+from specbackend.speculative import tree_growth
+from specbackend.speculative.native_growth import NativeGrower
+from specbackend.speculative.native_step import NativeTreeDecoder
+from specbackend.speculative.tree_decoder import TreeDecoder
+from specbackend.speculative.tree_growth import TreeGrower
 from tests.conftest import DEMO_EAGLE3, DEMO_TARGET, DEMOS, NEW_TOKENS
 from tests.test_equivalence import mean_accept_length
 
@@ -77,9 +82,10 @@ def test_better_algorithms_accept_more(answers):
     assert length["NGRAM"] > 1.3
 
 
-def blind_forecast(draft_logits_BNW, token_W, vocab_size, nodes, sampling):
+def blindly_likeliest(K, draft_logits_BNW, token_W, vocab_size, nodes, sampling) -> Likeliest:
     """As if nobody could know the noise: candidates by their probability alone."""
-    return (draft_logits_BNW / sampling.temperature_B[:, None, None]).log_softmax(-1)
+    best = (draft_logits_BNW / sampling.temperature_B[:, None, None]).log_softmax(-1).topk(K)
+    return Likeliest(best.values, token_W[best.indices])
 
 
 @pytest.mark.parametrize("shape", [CHAIN, TREE], ids=["chain", "tree"])
@@ -91,7 +97,10 @@ def test_sampled_text_is_drafted_with_the_targets_own_noise(shape, demo_prompts,
         return mean_accept_length(engine.generate(input_ids=demo_prompts[:20], sampling_params=params))
 
     foreseen = accept_length()
-    monkeypatch.setattr(pick, "forecast", blind_forecast)
+    monkeypatch.setattr(NativeTreeDecoder, "decode", TreeDecoder.decode)
+    monkeypatch.setattr(NativeGrower, "grow", TreeGrower.grow)
+    assert accept_length() == foreseen
+    monkeypatch.setattr(tree_growth, "likeliest", blindly_likeliest)
     assert foreseen > 1.2 * accept_length()
 
 

@@ -46,7 +46,7 @@ def measure(
 @torch.inference_mode()
 def read_bandwidth(device: torch.device, size: int = READ_BYTES) -> float:
     """Bytes/s of a sum over a buffer of `size` bytes, or of the product of its halves: CPUs like two streams better."""
-    buffer = HugePages().empty((size // 4,), torch.float32).fill_(1).to(device)
+    buffer = HugePages().zeros((size // 4,), torch.float32).fill_(1).to(device)
     first, second = buffer.chunk(2)
     return buffer.nbytes / min(best_seconds(work, device) for work in (buffer.sum, lambda: first @ second))
 

@@ -38,6 +38,8 @@ class NativeLlama(LlamaModel):
 
 
 class NativeHead:
+    """A HeadModel."""
+
     is_head = True
     num_kv_layers = 1
 
@@ -48,7 +50,7 @@ class NativeHead:
     @property
     def fusion(self) -> Linear | None:
         """What `fuse` multiplies by; None: features are fed as they are."""
-        return getattr(self._model, "fc", None) if isinstance(self._model, Eagle3Model) else None
+        return self._model.fc if isinstance(self._model, Eagle3Model) else None
 
     @property
     def fuses_natively(self) -> bool:
