@@ -73,8 +73,8 @@ class Stepper {
       std::copy_n(state.hidden + b.row[i] * width, width, &last[i * width]);
       std::copy_n(state.scratch + b.row[i] * W, W, scratch.data() + i * W);
     }
-    const Requests requests{prefix.data(), b.length, scratch.data(), b.length,     b.topk, b.num_steps,
-                            b.seed,   b.temperature, b.B, b.L, b.most_steps};
+    const Requests requests{prefix.data(), b.length,      scratch.data(), b.length, b.topk,      b.num_steps,
+                            b.seed,        b.temperature, b.B,            b.L,      b.most_steps};
     K::grow(&step.growth, &requests, last.data(), state.draft_kv, scores.data(), tokens.data(), parents.data(),
             threads);
     N = std::min(b.most_nodes, C + 1);

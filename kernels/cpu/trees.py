@@ -1,6 +1,7 @@
-"""What grows, builds and checks draft trees, on a CPU.
+"""What grows, builds and checks draft trees on a CPU, and picks the tokens after their nodes.
 
-The references are those of the kernels for GPUs: `topk_logprob_ref`, `build_tree_ref`, `accept_path_ref`.
+The references are those of the kernels for GPUs, `topk_logprob_ref`, `build_tree_ref`, `accept_path_ref`, and torch's
+operators in `sampling.pick` and `cache.kv_pool`.
 """
 
 import functools
