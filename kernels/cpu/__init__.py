@@ -1,9 +1,10 @@
 """Kernels in C++ for CPUs, compiled for the machine at hand when the first is used.
 
 Each has its launcher beside it: `linear`, `operators`, `attention`, `trees`; and what calls these one after the other:
-`network`, a target or a draft head, and `growth`, all levels of a draft tree. Their references in torch are what the
-engine runs where there is no compiler: `models.linear.Linear`, `models.operators.TorchOperators`,
-`attention.torch_sdpa.TorchPlan`, the networks in `models`, `speculative.tree_growth.TreeGrower`.
+`network`, a target or a draft head; `growth`, all levels of a draft tree; `tree_step`, a whole step. Their references
+in torch are what the engine runs where there is no compiler: `models.linear.Linear`, `models.operators.TorchOperators`,
+`attention.torch_sdpa.TorchPlan`, the networks in `models`, `speculative.tree_growth.TreeGrower`,
+`speculative.tree_decoder.TreeDecoder`.
 """
 
 import ctypes
@@ -51,6 +52,16 @@ def function(name: str, *argtypes):
     found = getattr(compiled(), name)
     found.argtypes, found.restype = argtypes, None
     return found
+
+
+def pointer(tensor: torch.Tensor | None) -> int | None:
+    """What a kernel is given for a tensor, whose elements lie side by side; null if there is none."""
+    assert tensor is None or tensor.is_contiguous()
+    return None if tensor is None else tensor.data_ptr()
+
+
+def contiguous(tensor: torch.Tensor | None) -> torch.Tensor | None:
+    return None if tensor is None else tensor.contiguous()
 
 
 def _build(compiler: str) -> Path:

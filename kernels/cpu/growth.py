@@ -9,7 +9,7 @@ from ctypes import Structure, byref, c_float, c_int, c_long, c_void_p
 import torch
 
 from specbackend.kernels import cpu
-from specbackend.kernels.cpu.network import Head, Linear, pointer
+from specbackend.kernels.cpu.network import Head, Linear
 
 
 class Growth(Structure):
@@ -55,10 +55,9 @@ class Requests(Structure):
         temperature_B: float32; None if all are greedy. The others are int64.
         """
         integers = (prefix_slot_BL, prefix_len_B, scratch_slot_BW, length_B, topk_B, num_steps_B, seed_B)
-        kept = [each.contiguous() for each in integers]
-        temperature_B = None if temperature_B is None else temperature_B.contiguous()
-        requests = cls(*map(pointer, (*kept, temperature_B)), *prefix_slot_BL.shape, most_steps)
-        requests.kept = kept, temperature_B
+        kept = [cpu.contiguous(each) for each in (*integers, temperature_B)]
+        requests = cls(*map(cpu.pointer, kept), *prefix_slot_BL.shape, most_steps)
+        requests.kept = kept
         return requests
 
 

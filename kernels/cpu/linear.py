@@ -44,10 +44,9 @@ def linear(
     """
     T, D = x_TD.shape
     x_TD, y_TE = x_TD.contiguous(), x_TD.new_empty(T, num_outputs)
-    residual_TE = residual_TE if residual_TE is None else residual_TE.contiguous()
-    pointers = [0 if each is None else each.data_ptr() for each in (x_TD, packed, scale_E, bias_E, residual_TE, y_TE)]
+    tensors = (x_TD, packed, scale_E, bias_E, cpu.contiguous(residual_TE), y_TE)
     if T:
-        _function(x_TD.dtype, packed.dtype)(*pointers, T, D, num_outputs, torch.get_num_threads())
+        _function(x_TD.dtype, packed.dtype)(*map(cpu.pointer, tensors), T, D, num_outputs, torch.get_num_threads())
     return y_TE
 
 

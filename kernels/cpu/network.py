@@ -24,7 +24,7 @@ class Linear(Structure):
         cls, packed: torch.Tensor, scale_E: torch.Tensor | None, bias_E: torch.Tensor | None, shape_ED: Sequence[int]
     ) -> "Linear":
         """The tensors are the caller's to keep, as in all that follows."""
-        return cls(pointer(packed), pointer(scale_E), pointer(bias_E), shape_ED[1], shape_ED[0])
+        return cls(*map(cpu.pointer, (packed, scale_E, bias_E)), shape_ED[1], shape_ED[0])
 
 
 class Layer(Structure):
@@ -55,7 +55,7 @@ class Network(Structure):
         captured: Sequence[int],
     ) -> "Network":
         kept = (Layer * len(layers))(*layers), (c_long * len(captured))(*captured)
-        places = cast(kept[0], c_void_p), *map(pointer, (embedding_VD, norm_D, rope)), cast(kept[1], c_void_p)
+        places = cast(kept[0], c_void_p), *map(cpu.pointer, (embedding_VD, norm_D, rope)), cast(kept[1], c_void_p)
         network = cls(*places, len(layers), len(captured))
         network.kept = kept
         return network
@@ -115,11 +115,6 @@ def head(
     pointers = [each.data_ptr() for each in (*inputs, kv_S2GD, fed_TD, y_TD)]
     _head(fed_TD.dtype)(byref(head), byref(columns), *pointers, torch.get_num_threads())
     return y_TD
-
-
-def pointer(tensor: torch.Tensor | None) -> int | None:
-    assert tensor is None or tensor.is_contiguous()
-    return None if tensor is None else tensor.data_ptr()
 
 
 @functools.cache

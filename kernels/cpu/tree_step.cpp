@@ -7,7 +7,7 @@
 
 namespace {
 
-constexpr int64_t DUMMY_SLOT = 0;
+constexpr int64_t DUMMY_SLOT = 0;  // as in cache/slots.py
 
 struct TreeStep {
   Growth growth;

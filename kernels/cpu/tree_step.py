@@ -1,6 +1,4 @@
-"""A speculative decode step with a draft head in one call, from draft to draft.
-
-Of requests that ask for nothing but a temperature.
+"""A speculative decode step with a draft head in one call, for requests that ask for nothing but a temperature.
 
 The reference is `tree_decoder.TreeDecoder.step`.
 """
@@ -12,7 +10,7 @@ import torch
 
 from specbackend.kernels import cpu
 from specbackend.kernels.cpu.growth import Growth
-from specbackend.kernels.cpu.network import Linear, Network, pointer
+from specbackend.kernels.cpu.network import Linear, Network
 
 
 class TreeStep(Structure):
@@ -40,7 +38,7 @@ class State(Structure):
     ) -> "State":
         """R rows of the request table: its slots, where the last feed left the head, slots of drafted rows."""
         tensors = (table_RC, target_kv_LS2GD, draft_kv_S2GD, hidden_RD, scratch_RW)
-        return cls(*map(pointer, tensors), table_RC.stride(0), target_kv_LS2GD.stride(0))
+        return cls(*map(cpu.pointer, tensors), table_RC.stride(0), target_kv_LS2GD.stride(0))
 
 
 class Batch(Structure):

@@ -21,8 +21,8 @@ def pick(
     """
     (B, N), V = position_BN.shape, logits_BNV.shape[2]
     logits_BNV, index_BN = logits_BNV.contiguous(), torch.empty(B, N, dtype=torch.int64)
-    noise = [_contiguous(each) for each in (temperature_B, seed_B, position_BN)]
-    pointers = (logits_BNV.data_ptr(), *map(_pointer, noise))
+    noise = [cpu.contiguous(each) for each in (temperature_B, seed_B, position_BN)]
+    pointers = (logits_BNV.data_ptr(), *map(cpu.pointer, noise))
     _pick(logits_BNV.dtype)(*pointers, 0, index_BN.data_ptr(), B, N, V, torch.get_num_threads())
     return index_BN
 
@@ -45,10 +45,10 @@ def topk_logprob(
     assert 1 <= k <= W, f"the {k} best of {W}"
     logits_RW = logits_BNW.reshape(B * N, W)
     logits_RW = logits_RW if logits_RW.stride(1) == 1 else logits_RW.contiguous()
-    noise = [_contiguous(each) for each in (temperature_B, seed_B, position_BN)]
+    noise = [cpu.contiguous(each) for each in (temperature_B, seed_B, position_BN)]
     logprob_BNK = torch.empty(B, N, k)
     token_BNK = torch.empty(B, N, k, dtype=torch.int64)
-    inputs = (logits_RW.data_ptr(), token_W.data_ptr(), *map(_pointer, noise), lowest)
+    inputs = (logits_RW.data_ptr(), token_W.data_ptr(), *map(cpu.pointer, noise), lowest)
     outputs = (logprob_BNK.data_ptr(), token_BNK.data_ptr())
     _topk_logprob(logits_RW.dtype)(*inputs, *outputs, B, N, W, k, logits_RW.stride(0), torch.get_num_threads())
     return logprob_BNK, token_BNK
@@ -91,14 +91,6 @@ def permute_windows_(
     inputs = [each.contiguous() for each in (row_B, first_B, slot_BN, order_BN)]
     B, N = order_BN.shape
     _permute_windows()(slots_RC.data_ptr(), *(each.data_ptr() for each in inputs), slots_RC.stride(0), B, N)
-
-
-def _contiguous(tensor: torch.Tensor | None) -> torch.Tensor | None:
-    return None if tensor is None else tensor.contiguous()
-
-
-def _pointer(tensor: torch.Tensor | None) -> int | None:
-    return None if tensor is None else tensor.data_ptr()
 
 
 @functools.cache

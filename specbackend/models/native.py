@@ -10,16 +10,19 @@ from specbackend.attention.base import AttentionPlan
 from specbackend.attention.native import NativePlan
 from specbackend.batch import ForwardBatch
 from specbackend.cache.kv_pool import KVPool
-from specbackend.kernels.cpu.network import Head, Layer, Network, head, network, pointer
+from specbackend.kernels.cpu import pointer
+from specbackend.kernels.cpu.network import Head, Layer, Network, head, network
 from specbackend.kernels.cpu.network import Linear as LinearPointers
 from specbackend.models.causal_draft import CausalDraftModel
-from specbackend.models.draft import DraftModel, HeadModel
+from specbackend.models.draft import DraftModel
 from specbackend.models.eagle import EagleModel
 from specbackend.models.eagle3 import Eagle3Model
 from specbackend.models.layers import DecoderLayer, RMSNorm
 from specbackend.models.linear import Linear, PanelLinear
 from specbackend.models.llama import LlamaModel, TargetOutput
 from specbackend.models.mtp import MtpModel
+
+AnyHead = EagleModel | Eagle3Model | MtpModel
 
 
 class NativeLlama(LlamaModel):
@@ -43,7 +46,7 @@ class NativeHead:
     is_head = True
     num_kv_layers = 1
 
-    def __init__(self, model: HeadModel):
+    def __init__(self, model: AnyHead):
         self._model, self.pointers, self.logits_norm = model, *_head(model)
         self.config, self.vocabulary, self.captured_layers = model.config, model.vocabulary, model.captured_layers
 
@@ -106,7 +109,7 @@ def _layer(layer: DecoderLayer) -> Layer:
     )
 
 
-def _head(model: HeadModel) -> tuple[Head, RMSNorm | None]:
+def _head(model: AnyHead) -> tuple[Head, RMSNorm | None]:
     """And the norm before its LM head, if there is one. All of a head's norms have the same eps."""
     parts = {"layer": _layer(model.layer), "embedding": pointer(model.embed_tokens), "rope": pointer(model.rope)}
     if (projection := _projection(model)) is not None:
@@ -126,7 +129,7 @@ def _head(model: HeadModel) -> tuple[Head, RMSNorm | None]:
     return Head(**parts, **norms, **options), logits_norm
 
 
-def _projection(model: HeadModel) -> Linear | None:
+def _projection(model: AnyHead) -> Linear | None:
     """Of embedding and hidden state."""
     match model:
         case EagleModel():

@@ -3,8 +3,8 @@
 from specbackend.attention.base import AttentionBackend
 from specbackend.attention.native import NativeAttention
 from specbackend.batch import Sequences
+from specbackend.kernels.cpu import pointer
 from specbackend.kernels.cpu.growth import Growth, Requests, grow
-from specbackend.kernels.cpu.network import pointer
 from specbackend.models.draft import DraftModel
 from specbackend.models.linear import PanelLinear
 from specbackend.models.native import NativeHead, linear_pointers
