@@ -34,8 +34,10 @@ def main() -> int:
     except Exception as error:
         if not isinstance(error, ConfigError):  # which the leader meets, too
             traceback.print_exc()
-        with suppress(OSError):
+        try:
             connection.send(f"{type(error).__name__}: {error}")
+        except OSError:
+            guard.join()  # it was a collective that noticed first that the leader is gone
     return 1
 
 
