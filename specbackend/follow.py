@@ -34,10 +34,9 @@ def main() -> int:
     except Exception as error:
         if not isinstance(error, ConfigError):  # which the leader meets, too
             traceback.print_exc()
-        try:
+        with suppress(OSError):
             connection.send(f"{type(error).__name__}: {error}")
-        except OSError:
-            guard.join()  # it was a collective that noticed first that the leader is gone
+        guard.join(timeout=5)  # a collective may notice first that the leader is gone
     return 1
 
 
