@@ -54,6 +54,13 @@ def refused(param: str, message: str) -> ApiError:
     return ApiError(400, f"{param}: {message}", param)
 
 
+def of_text(text: str, names: Mapping[str, str]) -> ApiError:
+    """An error in a stream: llm's begin with their code, as `return_error_code` asks, and Triton's own have none."""
+    name, _, details = text.partition(": ")
+    code = grpc.StatusCode.__members__.get(name)
+    return of_triton(code, details if code else text, names)
+
+
 def of_triton(code: grpc.StatusCode | None, details: str, names: Mapping[str, str]) -> ApiError:
     """What Triton says, in the client's words: `names` are what it calls the names that llm knows."""
     status = STATUSES.get(code, 500)

@@ -11,11 +11,11 @@ import numpy as np
 import tritonclient.grpc.aio as triton
 from tritonclient.utils import InferenceServerException, triton_to_np_dtype
 
-from specbackend.gateway.errors import ApiError, of_triton
+from specbackend.gateway.errors import ApiError, of_text, of_triton
 from specbackend.serving.client import output_values
 
 RADIX_CACHE = "radix_cache"
-TRUE_CODES = {"triton_grpc_error": "true"}  # errors are gRPC's, with their code, and not text in a response
+WITH_CODES = {"return_error_code": True}  # of errors
 READY_TIMEOUT_S = 5.0
 ANSWER_TIMEOUT_S = 10.0  # of all but generating; the model radix_cache waits for engines in the middle of a step
 STREAM_ENDED = "the server ended the stream before the answer was complete"
@@ -64,7 +64,7 @@ class TritonServer:
 
     async def generate(self, question: Question) -> AsyncIterator[dict[str, Any]]:
         """The outputs of each response. Whoever stops before the last one cancels the request."""
-        parameters = dict(question.parameters)
+        parameters = {**question.parameters, **WITH_CODES}
         if question.sampling:
             parameters["sampling_parameters"] = json.dumps(question.sampling)
         request = {
@@ -82,6 +82,7 @@ class TritonServer:
         request = {
             "model_name": self.model,
             "inputs": [_tensor("stop", "BOOL", [True])],
+            "parameters": WITH_CODES,
             "request_id": request_id,
         }
         async for _ in self._responses(request, {}, ANSWER_TIMEOUT_S):
@@ -100,11 +101,11 @@ class TritonServer:
         self, request: dict[str, Any], names: Mapping[str, str], timeout_s: float | None = None
     ) -> AsyncIterator[dict[str, Any]]:
         final = False
-        responses = self._client.stream_infer(_once(request), stream_timeout=timeout_s, headers=TRUE_CODES)
+        responses = self._client.stream_infer(_once(request), stream_timeout=timeout_s)
         try:
             async for result, error in responses:
                 if error is not None:
-                    raise of_triton(None, error.message(), names)
+                    raise of_text(error.message(), names)
                 yield output_values(result)
                 final = result.get_response().parameters["triton_final_response"].bool_param
         except grpc.aio.AioRpcError as error:

@@ -56,7 +56,7 @@ class Adapter:
     def execute(self, requests: Iterable[Any]) -> None:
         """Read the requests and hand them to the response thread, errors too. Does not wait for any answer."""
         for request in requests:
-            sender = Sender(self._pb, request.get_response_sender(), self._face)
+            sender = Sender(self._pb, request, self._face)
             self._responder.put(Arrival(sender, self._read(request)))
 
     def finalize(self) -> None:

@@ -1,4 +1,4 @@
-"""Answers that are not text. `triton_io` maps each class to one of Triton's status codes."""
+"""Answers that are not text."""
 
 from specbackend.errors import InvalidRequest
 
@@ -17,3 +17,13 @@ class Cancelled(RuntimeError):
 
 class EngineError(RuntimeError):
     """The engine process did not start."""
+
+
+# What Triton calls the kind of an error, and what gRPC does, which clients see: the first class that it is of.
+CODES = (
+    (Unsupported, "UNSUPPORTED", "UNIMPLEMENTED"),
+    (InvalidRequest, "INVALID_ARG", "INVALID_ARGUMENT"),
+    (Unavailable, "UNAVAILABLE", "UNAVAILABLE"),
+    (Cancelled, "CANCELLED", "CANCELLED"),
+    (Exception, "INTERNAL", "INTERNAL"),
+)

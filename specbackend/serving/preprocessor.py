@@ -10,7 +10,7 @@ from specbackend.errors import ConfigError, InvalidRequest
 from specbackend.models.model_config import read_max_positions
 from specbackend.serving.adapter import TRITON_PARAMETERS, base_path, is_set, read_flag, read_parameters
 from specbackend.serving.calls import encode_prompt, only_value, tensor_values
-from specbackend.serving.triton_io import log_bug, triton_error
+from specbackend.serving.triton_io import log_bug, returns_code, triton_error
 from specbackend.tokenizer import ChatTemplateError, Tokenizer
 
 PARAMETERS = ("model_path", "apply_chat_template", "context_length")  # the last two, if unset: as the checkpoint has it
@@ -48,13 +48,14 @@ class Preprocessor:
             tensor = self._pb.Tensor("input_ids", np.array([self._encode(inputs)], np.int32))
             return self._pb.InferenceResponse(output_tensors=[tensor])
         except InvalidRequest as error:
-            return self._failure(error)
+            return self._failure(request, error)
         except Exception as error:  # a bug, ours or the template's; the others of the batch go on
             log_bug(error)
-            return self._failure(error)
+            return self._failure(request, error)
 
-    def _failure(self, error: Exception) -> Any:
-        return self._pb.InferenceResponse(output_tensors=[], error=triton_error(self._pb, error))
+    def _failure(self, request: Any, error: Exception) -> Any:
+        told = triton_error(self._pb, error, returns_code(request))
+        return self._pb.InferenceResponse(output_tensors=[], error=told)
 
     def _encode(self, inputs: Mapping[str, Any]) -> list[int]:
         chat = inputs.get("apply_chat_template", self._chat)

@@ -218,6 +218,7 @@ _TYPES = {spec.sets: spec.dtype for spec in (*LLM_INPUTS, *SAMPLING_PARAMETERS)}
 # About the request, not the tokens.
 REQUEST_PARAMETERS = (
     Input("timeout", "INT64", sets="timeout"),  # microseconds
+    Input("return_error_code", "BOOL", neutral=ANY),  # see triton_io.returns_code, which reads it
     Input("id", "STRING", neutral=ANY),  # generate's request id; read from the request itself
     Input("triton_enable_empty_final_response", "BOOL", neutral=ANY),
     Input("binary_data_output", "BOOL", neutral=ANY),

@@ -1,5 +1,6 @@
 """From our answers to Triton's responses. `pb_utils` is an argument everywhere, so that tests can pass a fake."""
 
+import json
 import logging
 import traceback
 from collections.abc import Mapping
@@ -7,8 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from specbackend.errors import InvalidRequest
-from specbackend.serving.errors import Cancelled, Unavailable, Unsupported
+from specbackend.serving.errors import CODES
 from specbackend.serving.faces import LLM, Face
 
 NUMPY_TYPES = {
@@ -31,9 +31,10 @@ class Sender:
     What is sent after that is dropped.
     """
 
-    def __init__(self, pb_utils: Any, response_sender: Any, face: Face = LLM):
+    def __init__(self, pb_utils: Any, request: Any, face: Face = LLM):
         self._pb = pb_utils
-        self._sender = response_sender
+        self._sender = request.get_response_sender()
+        self._returns_code = returns_code(request)
         self._face = face
         self._unsent: list[tuple[Any, int]] = []  # responses with their flags
 
@@ -82,7 +83,8 @@ class Sender:
         if sender is None:
             return
         try:
-            response = self._pb.InferenceResponse(output_tensors=[], error=triton_error(self._pb, error))
+            told = triton_error(self._pb, error, self._returns_code)
+            response = self._pb.InferenceResponse(output_tensors=[], error=told)
             sender.send(response, flags=self._pb.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
         except Exception as lost:  # Triton's own: nobody is left to tell, and the others are served on
             log.error("an answer is lost: %s", lost)  # without the traceback, which would show `error` too
@@ -102,14 +104,17 @@ def log_bug(error: Exception) -> None:
     log.error("%s in\n%s", type(error).__name__, "".join(traceback.format_tb(error.__traceback__)).rstrip())
 
 
-def triton_error(pb_utils: Any, error: Exception) -> Any:
-    codes = pb_utils.TritonError
-    for kind, code in (
-        (Unsupported, codes.UNSUPPORTED),
-        (InvalidRequest, codes.INVALID_ARG),
-        (Unavailable, codes.UNAVAILABLE),
-        (Cancelled, codes.CANCELLED),
-    ):
-        if isinstance(error, kind):
-            return codes(str(error), code)
-    return codes(f"{type(error).__name__}: {error}", codes.INTERNAL)
+def returns_code(request: Any) -> bool:
+    """Whether the text of an error is to begin with its code, which is not told otherwise in a gRPC stream.
+
+    Triton can end a stream with the code, if it is opened with the header `triton_grpc_error`. That ends the whole
+    server now and then, before version 2.68: the stream's state may be gone before it is released.
+    """
+    return json.loads(request.parameters() or "{}").get("return_error_code") is True
+
+
+def triton_error(pb_utils: Any, error: Exception, with_code: bool = False) -> Any:
+    """with_code: see `returns_code`."""
+    name, code = next((name, code) for kind, name, code in CODES if isinstance(error, kind))
+    text = str(error) if name != "INTERNAL" else f"{type(error).__name__}: {error}"
+    return pb_utils.TritonError(f"{code}: {text}" if with_code else text, getattr(pb_utils.TritonError, name))

@@ -3,13 +3,17 @@
 import asyncio
 import json
 import threading
+from collections import Counter
 
 import httpx
 import pytest
 
+from specbackend.gateway.errors import ApiError
+from specbackend.gateway.triton import Question, TritonServer
 from tests.gateway.conftest import MODEL, num_aborted, num_running, running, wait_until
 
 MAX_TOKENS, ANSWERS = 3000, 3
+REFUSALS, REFUSED_AT_A_TIME = 4800, 48
 SAMPLING = {"n": ANSWERS, "temperature": 0, "ignore_eos": True, "speculative": False}  # some seconds
 BODIES = {
     "/v1/chat/completions": {
@@ -73,6 +77,25 @@ def test_limits(settings):
             for path, body in (("/abort_request", {"rid": "nobody"}), ("/flush_cache", {})):
                 assert httpx.post(f"{url}{path}", json=body, headers=keys).status_code == 200
         assert wait_until(lambda: httpx.post(f"{url}/generate", json=small, headers=keys).status_code == 200)
+
+
+def test_a_server_survives_what_it_refuses(settings):
+    """Before 2.68 tritonserver dies of streams that it ends with gRPC's error codes: of one in some thousands."""
+
+    async def run() -> Counter[int]:
+        triton, statuses = TritonServer(settings.grpc_url, settings.model), Counter()
+
+        async def ask() -> None:
+            for _ in range(REFUSALS // REFUSED_AT_A_TIME):
+                with pytest.raises(ApiError) as refusal:
+                    await anext(triton.generate(Question([1], sampling={"temperature": -1})))
+                statuses[refusal.value.status] += 1
+
+        await asyncio.gather(*(ask() for _ in range(REFUSED_AT_A_TIME)))
+        await triton.close()
+        return statuses
+
+    assert asyncio.run(run()) == {400: REFUSALS}
 
 
 def test_health_and_metrics(url):

@@ -36,6 +36,7 @@ from tests.serving.conftest import FAKE_ENGINE, SLOW_ENGINE, STUCK_ENGINE, is_ru
 from tests.serving.engines import STUCK_SEED
 
 PROMPT = "héllo 😀 "
+WRONG_GUIDE = {"guided_decoding_guide_type": "regex", "guided_decoding_guide": "("}
 
 
 def answer(prompt: str, max_tokens: int, seed: int = 0) -> str:
@@ -117,6 +118,31 @@ def test_errors_leave_through_the_response_thread(adapter):
 
 def test_unsupported_has_its_own_code(adapter):
     assert execute(adapter, beam_width=2).sender.error().code == FakeError.UNSUPPORTED
+
+
+@pytest.mark.parametrize(
+    ("inputs", "text"),
+    [
+        ({"max_tokens": 0}, "INVALID_ARGUMENT: max_tokens: must be"),
+        ({"beam_width": 2}, "UNIMPLEMENTED: beam_width: is not supported"),
+        (WRONG_GUIDE, "INVALID_ARGUMENT: guided_decoding_guide: is no regex"),
+        ({"timeout": 1}, "CANCELLED: Request timeout expired"),
+    ],
+)
+def test_the_code_is_told_to_whoever_asks(adapter, inputs, text):
+    """And to nobody else."""
+    coded, plain = (
+        FakeRequest(**{"text_input": "abc", **inputs}, parameters=parameters)
+        for parameters in ({"return_error_code": True}, {"return_error_code": False})
+    )
+    execute(adapter, coded, plain)
+    assert str(coded.sender.error()).startswith(text)
+    assert str(plain.sender.error()).startswith(text.partition(": ")[2])
+
+
+def test_whether_a_code_is_told_is_yes_or_no(adapter):
+    request = FakeRequest(text_input="abc", parameters={"return_error_code": "yes"})
+    assert str(execute(adapter, request).sender.error()) == "return_error_code: must be a bool, got 'yes'"
 
 
 def test_full_queue(start_adapter):
@@ -800,10 +826,9 @@ def test_several_answers_of_which_one_cannot_be_submitted(start_adapter, break_s
 
 
 def test_what_the_engine_refuses_is_named_as_the_client_named_it(adapter):
-    guide = {"guided_decoding_guide_type": "regex", "guided_decoding_guide": "("}
-    refused = execute(adapter, **guide)
+    refused = execute(adapter, **WRONG_GUIDE)
     assert str(refused.sender.error()) == "guided_decoding_guide: is no regex"
-    failing = execute(adapter, text_input="fail", **{**guide, "guided_decoding_guide": "a"})
+    failing = execute(adapter, text_input="fail", **{**WRONG_GUIDE, "guided_decoding_guide": "a"})
     assert str(failing.sender.error()) == "guided_decoding_guide: cannot go on"
     check_use(refused, failing)
 

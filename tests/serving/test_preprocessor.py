@@ -37,6 +37,12 @@ def test_bad_prompts_fail_alone(triton_args, text):
     assert good.error is None
 
 
+def test_the_code_is_told_to_whoever_asks(triton_args):
+    asks = {"parameters": {"return_error_code": True}}
+    [response] = Preprocessor(FakePbUtils, triton_args()).execute([FakeRequest(text_input="", **asks)])
+    assert str(response.error).startswith("INVALID_ARGUMENT: text_input: ")
+
+
 def test_unknown_parameters_are_refused(triton_args):
     with pytest.raises(ConfigError, match="unknown parameter chat; known: model_path, "):
         Preprocessor(FakePbUtils, triton_args(chat="true"))
