@@ -21,9 +21,9 @@ from specbackend.cache.slots import DUMMY_SLOT
 from specbackend.config import TreeShape
 from specbackend.cuda_graphs import Compute, Recorder
 from specbackend.request import Request
-from specbackend.sampling import SamplingBatch
+from specbackend.sampling import SamplingBatch, has_processors
+from specbackend.sampling.limits import NO_LIMITS, UNLIMITED, Limits, limits_of
 from specbackend.sampling.pick import signed
-from specbackend.sampling.processors import AFTER_TEMPERATURE, BEFORE_TEMPERATURE, MinP, TopKTopP, processors_of
 from specbackend.sampling_params import SamplingParams
 from specbackend.speculative.decoder import Step
 from specbackend.speculative.plain import PlainDecoder
@@ -139,28 +139,23 @@ class StepBuffers:
 
     def sampling(self, most: Sampling) -> SamplingBatch:
         seed_B, top_k_B = self.integer_5B[3:].unbind()
-        temperature_B, top_p_B, min_p_B = self.float_3B.unbind()
-        limits = ()
-        if most is Sampling.LIMITED:
-            every_B = torch.arange(len(seed_B), device=seed_B.device)
-            limits = (TopKTopP(every_B, top_k_B, top_p_B, most=UNLIMITED), MinP(min_p_B.float().log()))
-        return SamplingBatch(temperature_B.float(), seed_B, most is not Sampling.GREEDY, after_temperature=limits)
+        temperature_B, top_p_B, log_min_p_B = self.float_3B.unbind()
+        is_limited = most is Sampling.LIMITED
+        limits = Limits(top_k_B, top_p_B, log_min_p_B.float(), most=UNLIMITED) if is_limited else None
+        return SamplingBatch(temperature_B.float(), seed_B, most is not Sampling.GREEDY, limits=limits)
 
 
-UNLIMITED = torch.iinfo(torch.int64).max
-GREEDY_FLOATS = (0.0, torch.inf, 0.0)  # limits are of sampled requests alone: they would narrow a greedy one's drafts
+GREEDY_FLOATS = (0.0, *NO_LIMITS[1:])
 
 
 def _integers(request: Request) -> tuple[int, ...]:
-    params = request.params
-    top_k = params.top_k if params.temperature and params.top_k != -1 else UNLIMITED
+    top_k, *_ = limits_of(request.params)
     return request.row, request.num_computed, request.output_ids[-1], signed(request.seed), top_k
 
 
 def _floats(params: SamplingParams) -> tuple[float, ...]:
-    if not params.temperature:
-        return GREEDY_FLOATS
-    return params.temperature, torch.inf if params.top_p == 1 else params.top_p, params.min_p
+    _, *others = limits_of(params)
+    return params.temperature, *others
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -214,7 +209,7 @@ class RecordedDecoder:
         if len(requests) > self._batch_sizes[-1]:
             return False
         others = any(self._tree not in (None, each.tree) or each.params.logprobs is not None for each in requests)
-        return not others and not traced_rows(requests) and not processors_of(BEFORE_TEMPERATURE, requests, "cpu")
+        return not others and not traced_rows(requests) and not has_processors(requests)
 
 
 def _run_step(
@@ -231,4 +226,5 @@ def _run_step(
 def _most(requests: list[Request]) -> Sampling:
     if not any(request.params.temperature for request in requests):
         return Sampling.GREEDY
-    return Sampling.LIMITED if processors_of(AFTER_TEMPERATURE, requests, "cpu") else Sampling.SAMPLED
+    is_limited = any(limits_of(request.params) != NO_LIMITS for request in requests)
+    return Sampling.LIMITED if is_limited else Sampling.SAMPLED

@@ -73,6 +73,7 @@ class Grower {
       x = normed.data();
     }
     multiply(g.lm_head, x, (const X*)nullptr, logits.data(), rows, threads);
+    if (r.limits.top_k) Kernels<X>::limit(logits.data(), r.temperature, &r.limits, r.B, P, V, threads);
     for (long i = 0; i < rows; i++) position[i] = r.length[i / P] + level + 1;  // of what is picked after the node
     Kernels<X>::topk_logprob(logits.data(), g.tokens, r.temperature, r.seed, position.data(), g.lowest, logprob.data(),
                              child.data(), r.B, P, V, K, V, threads);

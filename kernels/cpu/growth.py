@@ -4,12 +4,14 @@ The reference is `tree_growth.TreeGrower.grow`.
 """
 
 import functools
+from collections.abc import Sequence
 from ctypes import Structure, byref, c_float, c_int, c_long, c_void_p
 
 import torch
 
 from specbackend.kernels import cpu
 from specbackend.kernels.cpu.network import Head, Linear
+from specbackend.kernels.cpu.trees import Limits
 
 
 class Growth(Structure):
@@ -34,6 +36,7 @@ class Requests(Structure):
     _fields_ = [
         *[(name, c_void_p) for name in ("prefix", "prefix_len", "scratch", "length", "topk", "num_steps", "seed")],
         ("temperature", c_void_p),
+        ("limits", Limits),
         *[(name, c_long) for name in ("B", "L", "most_steps")],
     ]
 
@@ -48,16 +51,20 @@ class Requests(Structure):
         num_steps_B: torch.Tensor,
         seed_B: torch.Tensor,
         temperature_B: torch.Tensor | None,
+        limits: Sequence[torch.Tensor],
         most_steps: int,
     ) -> "Requests":
         """What the draft and the target have computed, the trees' sizes, and how the target will pick.
 
-        temperature_B: float32; None if all are greedy. The others are int64.
+        temperature_B: float32; None if all are greedy. limits: top_k_B, top_p_B and log_min_p_B of `trees.limit`, or
+        nothing. The others are int64.
         """
         integers = (prefix_slot_BL, prefix_len_B, scratch_slot_BW, length_B, topk_B, num_steps_B, seed_B)
         kept = [cpu.contiguous(each) for each in (*integers, temperature_B)]
-        requests = cls(*map(cpu.pointer, kept), *prefix_slot_BL.shape, most_steps)
-        requests.kept = kept
+        kept_limits = [each.contiguous() for each in limits]
+        limits = Limits(*map(cpu.pointer, kept_limits))
+        requests = cls(*map(cpu.pointer, kept), limits, *prefix_slot_BL.shape, most_steps)
+        requests.kept = (*kept, *kept_limits)
         return requests
 
 

@@ -53,10 +53,18 @@ struct Growth {
   long K, W;                // nodes of a level, drafted rows of all levels
 };
 
+// Of B requests; null if none has any. See trees.py.
+struct Limits {
+  const int64_t* top_k;
+  const double* top_p;
+  const float* log_min_p;
+};
+
 // What is drafted for, B requests. Without temperatures all are greedy.
 struct Requests {
   const int64_t *prefix, *prefix_len, *scratch, *length, *topk, *num_steps, *seed;
   const float* temperature;  // or null
+  Limits limits;
   long B, L, most_steps;
 };
 
@@ -83,6 +91,7 @@ struct Kernels;
                       const int64_t* slots, X* kv, X* features, X* hidden, long kv_stride, int threads);          \
   void grow_##NAME(const Growth* growth, const Requests* requests, const X* last, X* kv, float* score,            \
                    int64_t* token, int64_t* parent, int threads);                                                 \
+  void limit_##NAME(X* logits, const float* temperatures, const Limits* limits, long B, long N, long V, int threads); \
   void pick_##NAME(const X* logits, const float* temperatures, const int64_t* seeds, const int64_t* positions,    \
                    long ahead, int64_t* index, long B, long N, long V, int threads);                              \
   void topk_logprob_##NAME(const X* logits, const int64_t* tokens, const float* temperatures,                     \
@@ -101,6 +110,7 @@ struct Kernels;
     static constexpr auto head = head_##NAME;                                                                     \
     static constexpr auto network = network_##NAME;                                                               \
     static constexpr auto grow = grow_##NAME;                                                                     \
+    static constexpr auto limit = limit_##NAME;                                                                   \
     static constexpr auto pick = pick_##NAME;                                                                     \
     static constexpr auto topk_logprob = topk_logprob_##NAME;                                                     \
   };

@@ -28,6 +28,7 @@ struct State {
 struct Batch {
   const int64_t *row, *length, *root, *topk, *num_steps, *num_nodes, *seed;
   const float* temperature;
+  Limits limits;
   long B, L, most_steps, most_nodes, longest_path;
 };
 
@@ -73,8 +74,8 @@ class Stepper {
       std::copy_n(state.hidden + b.row[i] * width, width, &last[i * width]);
       std::copy_n(state.scratch + b.row[i] * W, W, scratch.data() + i * W);
     }
-    const Requests requests{prefix.data(), b.length,      scratch.data(), b.length, b.topk,      b.num_steps,
-                            b.seed,        b.temperature, b.B,            b.L,      b.most_steps};
+    const Requests requests{prefix.data(), b.length, scratch.data(), b.length, b.topk, b.num_steps,
+                            b.seed,        b.temperature, b.limits,  b.B,      b.L,    b.most_steps};
     K::grow(&step.growth, &requests, last.data(), state.draft_kv, scores.data(), tokens.data(), parents.data(),
             threads);
     N = std::min(b.most_nodes, C + 1);
@@ -96,6 +97,7 @@ class Stepper {
     K::network(&step.target, &columns, token.data(), position.data(), slot.data(), state.target_kv, features.data(),
                hidden.data(), state.kv_stride, threads);
     multiply(step.lm_head, hidden.data(), (const X*)nullptr, logits.data(), b.B * N, threads);
+    K::limit(logits.data(), b.temperature, &b.limits, b.B, N, step.lm_head.E, threads);
     K::pick(logits.data(), b.temperature, b.seed, position.data(), 1, pick.data(), b.B, N, step.lm_head.E, threads);
   }
 

@@ -1,16 +1,19 @@
-"""A speculative decode step with a draft head in one call, for requests that ask for nothing but a temperature.
+"""A speculative decode step with a draft head in one call, for requests with a temperature and limits alone.
 
 The reference is `tree_decoder.TreeDecoder.step`.
 """
 
 import functools
-from ctypes import Structure, addressof, byref, c_float, c_int, c_long, c_void_p
+from ctypes import Structure, addressof, byref, c_double, c_float, c_int, c_long, c_void_p
 
 import torch
 
 from specbackend.kernels import cpu
 from specbackend.kernels.cpu.growth import Growth
 from specbackend.kernels.cpu.network import Linear, Network
+from specbackend.kernels.cpu.trees import Limits
+
+LIMIT_TYPES = c_long, c_double, c_float
 
 
 class TreeStep(Structure):
@@ -50,6 +53,7 @@ class Batch(Structure):
     _fields_ = [
         *[(name, c_void_p) for name in ("row", "length", "root", "topk", "num_steps", "num_nodes", "seed")],
         ("temperature", c_void_p),
+        ("limits", Limits),
         *[(name, c_long) for name in ("B", "L", "most_steps", "most_nodes", "longest_path")],
     ]
 
@@ -65,13 +69,19 @@ class Batch(Structure):
         longest_path: int,
         seeds: list[int],
         temperatures: list[float],
+        limits: list[tuple[int, float, float]],
     ) -> "Batch":
-        """longest_path: of any of the trees. seeds: as int64. A temperature of 0 is greedy."""
+        """longest_path: of any of the trees. seeds: as int64. A temperature of 0 is greedy.
+
+        limits: top_k, top_p and the logarithm of min_p of each request, as in `trees.limit`.
+        """
         B = len(rows)
         kept = [(c_long * B)(*values) for values in (rows, lengths, roots, topks, num_steps, num_nodes, seeds)]
         kept.append((c_float * B)(*temperatures))
-        batch = cls(*map(addressof, kept), B, max(lengths), max(num_steps), max(num_nodes), longest_path)
-        batch.kept = kept
+        kept_limits = [(kind * B)(*values) for kind, values in zip(LIMIT_TYPES, zip(*limits, strict=True), strict=True)]
+        sizes = (B, max(lengths), max(num_steps), max(num_nodes), longest_path)
+        batch = cls(*map(addressof, kept), Limits(*map(addressof, kept_limits)), *sizes)
+        batch.kept = (*kept, *kept_limits)
         return batch
 
 

@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <functional>
 #include <numeric>
 #include <vector>
 
@@ -13,6 +14,7 @@
 namespace {
 
 constexpr long MIN_SHARED = 1 << 16;  // elements from which on threads share the rows
+constexpr float LIKELY = -8;          // within this of the best is nearly always what top_k and top_p let stay
 
 INLINE bool any(Ints v) {
 #ifdef __AVX512F__
@@ -58,15 +60,19 @@ INLINE Vec gumbel(uint64_t stream, Longs first, Longs second) {
   return -logarithm(-logarithm((read<Vec>(halves) + 0.5f) * 0x1p-23f));
 }
 
+// Noise lies between -2.82 and 16.64: what is so far below the best cannot win.
+constexpr float HOPELESS = -19.6;
+
 // The noise of a place in a request's text, and how logits go together with it.
 struct Noise {
   uint64_t stream;
-  float shift, divisor, scale;
+  float shift, divisor, scale, lowest;
 
-  Noise(int64_t seed, int64_t position, float shift, float divisor, float scale)
-      : stream(mix(mix((uint64_t)seed) + position)), shift(shift), divisor(divisor), scale(scale) {}
+  Noise(int64_t seed, int64_t position, float shift, float divisor, float scale, float lowest)
+      : stream(mix(mix((uint64_t)seed) + position)), shift(shift), divisor(divisor), scale(scale), lowest(lowest) {}
 
-  // (logits - shift) / divisor + noise * scale. tokens: null if a row is the whole vocabulary.
+  // (logits - shift) / divisor + noise * scale; -inf where the first term is not above `lowest`, or that plus noise.
+  // tokens: null if a row is the whole vocabulary.
   template <class X>
   const float* add_to(const X* row, const int64_t* tokens, long W, std::vector<float>& room) const {
     const long whole = W / WIDTH * WIDTH, rest = W - whole;
@@ -87,7 +93,8 @@ struct Noise {
 
  private:
   Vec noisy(Vec logits, Longs first, Longs second) const {
-    return (logits - shift) / divisor + gumbel(stream, first, second) * scale;
+    const Vec scaled = (logits - shift) / divisor;
+    return any(scaled > lowest) ? scaled + gumbel(stream, first, second) * scale : Vec{} + NEVER;
   }
 };
 
@@ -111,6 +118,67 @@ long first_best(const X* row, long V) {
   return found;
 }
 
+// The smallest of values that top_k and top_p jointly let stay: fewer than top_k, and less than top_p of the sum of
+// their exponentials, are above it. The best is 0, and there are whole Vecs of them.
+float threshold(const std::vector<float>& values, int64_t top_k, double top_p) {
+  double total = 0;
+  for (size_t v = 0; v < values.size(); v += BLOCK) {
+    Vec sums = {};  // of few: there may be a hundred thousand
+    for (size_t i = v; i < std::min(v + BLOCK, values.size()); i += WIDTH) sums += exponential(load(&values[i]));
+    total += sum(sums);
+  }
+  static thread_local std::vector<float> best;
+  for (float lowest : {LIKELY, NEVER}) {
+    best.clear();
+    for (size_t v = 0; v < values.size(); v += WIDTH)
+      if (any(load(&values[v]) > lowest))
+        for (int i = 0; i < WIDTH; i++)
+          if (values[v + i] > lowest) best.push_back(values[v + i]);
+    double mass = 0;
+    for (size_t first = 0, chunk = 64; first < best.size(); first += chunk, chunk *= 4) {
+      const size_t end = std::min(first + chunk, best.size());
+      if (end < best.size()) std::nth_element(best.begin() + first, best.begin() + end, best.end(), std::greater<>());
+      std::sort(best.begin() + first, best.begin() + end, std::greater<>());
+      for (size_t i = first; i < end; i++) {
+        if (i && best[i] < best[i - 1] && ((int64_t)i >= top_k || mass >= top_p * total)) return best[i - 1];
+        mass += std::exp(best[i]);
+      }
+    }
+  }
+  return best.back();
+}
+
+// Forbids what a request's limits leave out of a row.
+template <class X>
+void limit_row(X* row, float temperature, int64_t top_k, double top_p, float log_min_p, long V) {
+  const float highest = as_float(row[first_best(row, V)]);
+  if (!std::isfinite(highest)) return;
+  static thread_local std::vector<float> scaled;
+  const long whole = V / WIDTH * WIDTH;
+  scaled.resize(whole + WIDTH);
+  for (long v = 0; v < whole; v += WIDTH) store(&scaled[v], (load(row + v) - highest) / temperature);
+  for (long v = whole; v < whole + WIDTH; v++) scaled[v] = v < V ? (as_float(row[v]) - highest) / temperature : NEVER;
+  float lowest = log_min_p;
+  if (top_k < V || top_p < 1) lowest = std::max(lowest, threshold(scaled, top_k, top_p));
+  const Vec never = Vec{} + NEVER;
+  for (long v = 0; v < whole; v += WIDTH) store(row + v, load(&scaled[v]) < lowest ? never : load(row + v));
+  X nevers[WIDTH];
+  store(nevers, never);
+  for (long v = whole; v < V; v++)
+    if (scaled[v] < lowest) row[v] = nevers[0];
+}
+
+template <class X>
+void limit(X* logits, const float* temperatures, const Limits& of, long B, long N, long V, int threads) {
+#pragma omp parallel for num_threads(threads) if (B * N * V > MIN_SHARED)
+  for (long r = 0; r < B * N; r++) {
+    const long b = r / N;
+    const bool has_limits = of.top_k[b] < V || of.top_p[b] < 1 || of.log_min_p[b] > NEVER;
+    if (has_limits && temperatures[b])
+      limit_row(logits + r * V, temperatures[b], of.top_k[b], of.top_p[b], of.log_min_p[b], V);
+  }
+}
+
 // N places of each of B requests; the noise is of the tokens that are picked there, `ahead` of the positions.
 template <class X>
 void pick(const X* logits, const float* temperatures, const int64_t* seeds, const int64_t* positions, long ahead,
@@ -122,7 +190,7 @@ void pick(const X* logits, const float* temperatures, const int64_t* seeds, cons
     const float temperature = temperatures ? temperatures[r / N] : 0;
     if (!temperature) continue;
     static thread_local std::vector<float> room;
-    const Noise noise(seeds[r / N], positions[r] + ahead, as_float(row[index[r]]), temperature, 1);
+    const Noise noise(seeds[r / N], positions[r] + ahead, as_float(row[index[r]]), temperature, 1, HOPELESS);
     index[r] = first_best(noise.add_to(row, nullptr, V, room), V);
   }
 }
@@ -165,7 +233,7 @@ void topk_logprob(const X* logits, const int64_t* tokens, const float* temperatu
     }
     static thread_local std::vector<float> room;
     const float divisor = std::max(temperature, lowest);
-    const Noise noise(seeds[r / N], positions[r], 0, divisor, temperature / divisor);
+    const Noise noise(seeds[r / N], positions[r], 0, divisor, temperature / divisor, NEVER);
     best_of(noise.add_to(row, tokens, W, room), tokens, 1, W, k, logprob + r * k, token + r * k);
   }
 }
@@ -175,6 +243,9 @@ void topk_logprob(const X* logits, const int64_t* tokens, const float* temperatu
 extern "C" {
 
 #define OF_ROWS(NAME, X)                                                                                           \
+  void limit_##NAME(X* logits, const float* temperatures, const Limits* limits, long B, long N, long V, int threads) { \
+    limit(logits, temperatures, *limits, B, N, V, threads);                                                        \
+  }                                                                                                                \
   void pick_##NAME(const X* logits, const float* temperatures, const int64_t* seeds, const int64_t* positions,     \
                    long ahead, int64_t* index, long B, long N, long V, int threads) {                              \
     pick(logits, temperatures, seeds, positions, ahead, index, B, N, V, threads);                                  \

@@ -1,15 +1,41 @@
 """What grows, builds and checks draft trees on a CPU, and picks the tokens after their nodes.
 
 The references are those of the kernels for GPUs, `topk_logprob_ref`, `build_tree_ref`, `accept_path_ref`, and torch's
-operators in `sampling.pick` and `cache.kv_pool`.
+operators in `sampling.pick`, `sampling.limits` and `cache.kv_pool`.
 """
 
 import functools
-from ctypes import c_float, c_int, c_long, c_void_p
+from ctypes import Structure, byref, c_float, c_int, c_long, c_void_p
 
 import torch
 
 from specbackend.kernels import cpu
+
+
+class Limits(Structure):
+    """Of B requests: int64, float64, float32; their tensors are the caller's to keep. Null: no request has any."""
+
+    _fields_ = [(name, c_void_p) for name in ("top_k", "top_p", "log_min_p")]
+
+
+def limit(
+    logits_BNV: torch.Tensor,
+    temperature_B: torch.Tensor,
+    top_k_B: torch.Tensor,
+    top_p_B: torch.Tensor,
+    log_min_p_B: torch.Tensor,
+) -> torch.Tensor:
+    """The logits with -inf where top_k, top_p or min_p leaves a token out: `sampling.limits.Limits.apply`.
+
+    Where the probability above a token is within a millionth of top_p, it is rounding that says whether it stays. The
+    others are float32, int64 (V or more: all), float64 (1 or more: all) and float32. A temperature of 0 has no limits.
+    """
+    limited_BNV = logits_BNV.clone(memory_format=torch.contiguous_format)
+    kept = [each.contiguous() for each in (temperature_B, top_k_B, top_p_B, log_min_p_B)]
+    temperature, *others = map(cpu.pointer, kept)
+    pointers = (limited_BNV.data_ptr(), temperature, byref(Limits(*others)))
+    _limit(logits_BNV.dtype)(*pointers, *logits_BNV.shape, torch.get_num_threads())
+    return limited_BNV
 
 
 def pick(
@@ -91,6 +117,11 @@ def permute_windows_(
     inputs = [each.contiguous() for each in (row_B, first_B, slot_BN, order_BN)]
     B, N = order_BN.shape
     _permute_windows()(slots_RC.data_ptr(), *(each.data_ptr() for each in inputs), slots_RC.stride(0), B, N)
+
+
+@functools.cache
+def _limit(dtype: torch.dtype):
+    return cpu.function(f"limit_{cpu.NAMES[dtype]}", *[c_void_p] * 3, *[c_long] * 3, c_int)
 
 
 @functools.cache

@@ -24,9 +24,10 @@ from specbackend.kernels import cpu
 from specbackend.kernels.cpu import trees
 from specbackend.request import Request
 from specbackend.sampling.custom import CustomProcessors
+from specbackend.sampling.limits import Limits, scaled
 from specbackend.sampling.logprobs import logprobs_of
 from specbackend.sampling.nodes import Nodes
-from specbackend.sampling.processors import AFTER_TEMPERATURE, BANNED, BEFORE_TEMPERATURE, Processor, processors_of
+from specbackend.sampling.processors import BANNED, BEFORE_TEMPERATURE, Processor, processors_of
 
 # Below this, forecasts would be surer than the draft can be: at 0, of the best token alone, which leaves a chain for a
 # tree. The demo's EAGLE-3 head accepts 3.62 tokens a step with forecasts at 1 and 3.95 at 0.5.
@@ -44,14 +45,9 @@ class SamplingBatch:
     seed_B: torch.Tensor  # int64
     any_sampled: bool
     before_temperature: tuple[Processor, ...] = ()
-    after_temperature: tuple[Processor, ...] = ()
+    limits: Limits | None = None
     logprob_rows: tuple[int, ...] = ()  # the requests that ask for logprobs
     most_logprobs: int = 0  # that any of them asks for
-
-    @property
-    def has_processors(self) -> bool:
-        """Whether anything but a temperature stands between logits and picks."""
-        return bool(self.before_temperature or self.after_temperature)
 
     @property
     def noise(self) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -71,15 +67,14 @@ class SamplingBatch:
             any_sampled=any(temperatures),
             logprob_rows=tuple(row for row, request in enumerate(requests) if request.params.logprobs is not None),
             most_logprobs=max(request.params.logprobs or 0 for request in requests),
-            before_temperature=processors_of(BEFORE_TEMPERATURE, requests, device),
-            after_temperature=processors_of(AFTER_TEMPERATURE, requests, device),
+            before_temperature=processors_of(requests, device),
+            limits=Limits.of(requests, device),
         )
 
 
 def has_processors(requests: list[Request]) -> bool:
-    """Whether anything but a temperature stands between logits and the requests' next picks."""
-    kinds = (*BEFORE_TEMPERATURE, *AFTER_TEMPERATURE)
-    return any(kind.of(requests, CPU) is not None for kind in kinds)
+    """Whether anything but a temperature and limits stands between logits and the requests' next picks."""
+    return any(kind.of(requests, CPU) is not None for kind in BEFORE_TEMPERATURE)
 
 
 def pick_tokens(logits_BNV: torch.Tensor, nodes: Nodes, sampling: SamplingBatch) -> torch.Tensor:
@@ -89,7 +84,7 @@ def pick_tokens(logits_BNV: torch.Tensor, nodes: Nodes, sampling: SamplingBatch)
 
 def target_logits(logits_BNV: torch.Tensor, nodes: Nodes, sampling: SamplingBatch) -> torch.Tensor:
     """What each next token is picked from: sampled requests' tokens follow softmax(target logits / temperature)."""
-    return _limited(_adjusted(logits_BNV, nodes, sampling.before_temperature), nodes, sampling)
+    return _limited(_adjusted(logits_BNV, nodes, sampling.before_temperature), sampling)
 
 
 def pick_from(logits_BNV: torch.Tensor, nodes: Nodes, sampling: SamplingBatch) -> torch.Tensor:
@@ -203,7 +198,11 @@ def _known_logits(
         logits_BNV = draft_logits_BNW.new_full((*nodes.position_BN.shape, vocab_size), BANNED, dtype=torch.float32)
         logits_BNV[:, :, token_W] = draft_logits_BNW.float()
         draft_logits_BNW = _adjusted(logits_BNV, nodes, processors)[:, :, token_W]
-    return _limited(draft_logits_BNW, nodes, sampling)
+    return _limited(draft_logits_BNW, sampling)
+
+
+def _limited(logits_BNV: torch.Tensor, sampling: SamplingBatch) -> torch.Tensor:
+    return sampling.limits.apply(logits_BNV, sampling.temperature_B) if sampling.limits else logits_BNV
 
 
 def _adjusted(logits_BNV: torch.Tensor, nodes: Nodes, processors: tuple[Processor, ...]) -> torch.Tensor:
@@ -213,23 +212,6 @@ def _adjusted(logits_BNV: torch.Tensor, nodes: Nodes, processors: tuple[Processo
     for processor in processors:
         processor.apply(logits_BNV, nodes)
     return logits_BNV
-
-
-def _limited(logits_BNV: torch.Tensor, nodes: Nodes, sampling: SamplingBatch) -> torch.Tensor:
-    """Forbid what top_k, top_p and min_p leave out; the other logits stay as they are."""
-    if not sampling.after_temperature:
-        return logits_BNV
-    scaled_BNV = scaled(logits_BNV, sampling.temperature_B)
-    for processor in sampling.after_temperature:
-        processor.apply(scaled_BNV, nodes)
-    return logits_BNV.masked_fill(scaled_BNV == BANNED, BANNED)
-
-
-def scaled(logits_BNV: torch.Tensor, temperature_B: torch.Tensor) -> torch.Tensor:
-    """float32, the best 0: what sampled requests' tokens follow the softmax of. Of greedy requests at temperature 1."""
-    logits_BNV = logits_BNV.float()
-    below_best = logits_BNV - logits_BNV.amax(dim=-1, keepdim=True)  # so that a tiny temperature cannot overflow to inf
-    return below_best / temperature_B.masked_fill(temperature_B == 0, 1.0)[:, None, None]
 
 
 def gumbel_noise(seed_B: torch.Tensor, position_BN: torch.Tensor, token_V: torch.Tensor) -> torch.Tensor:

@@ -223,67 +223,6 @@ class GrammarMask:
         return masks_RNW
 
 
-@dataclass(frozen=True)
-class TopKTopP:
-    """Both from the same distribution, neither after the other. Rows of scaled logits, by value: ties stay together."""
-
-    row_R: torch.Tensor  # int64, the requests that use either
-    top_k_R: torch.Tensor  # int64
-    top_p_R: torch.Tensor  # float64; inf: all tokens
-    most: int  # no request keeps more tokens
-
-    @classmethod
-    def of(cls, requests: list[Request], device) -> "TopKTopP | None":
-        unlimited = torch.iinfo(torch.int64).max
-        used = [
-            (row, unlimited if p.top_k == -1 else p.top_k, torch.inf if p.top_p == 1 else p.top_p)
-            for row, p in enumerate(request.params for request in requests)
-            if p.temperature and (p.top_k != -1 or p.top_p != 1)
-        ]
-        if not used:
-            return None
-        rows, top_ks, top_ps = zip(*used, strict=True)
-        top_p_R = torch.tensor(top_ps, dtype=torch.float64, device=device)
-        return cls(torch.tensor(rows, device=device), torch.tensor(top_ks, device=device), top_p_R, max(top_ks))
-
-    def apply(self, scaled_BNV: torch.Tensor, nodes: Nodes) -> None:
-        scaled_RNV = scaled_BNV[self.row_R]
-        threshold_RN = self._threshold(scaled_RNV)
-        scaled_BNV[self.row_R] = scaled_RNV.masked_fill_(scaled_RNV < threshold_RN[:, :, None], BANNED)
-
-    def _threshold(self, scaled_RNV: torch.Tensor) -> torch.Tensor:
-        """The smallest logit that stays."""
-        if kernels.run_on(scaled_RNV.device):
-            from specbackend.kernels.limit_threshold import limit_threshold
-
-            threshold_T = limit_threshold(scaled_RNV.flatten(0, 1), self.top_k_R, self.top_p_R)
-            return threshold_T.view(scaled_RNV.shape[:2])
-        best_RNK = scaled_RNV.topk(min(self.most, scaled_RNV.shape[-1])).values
-        fewest_RN = torch.minimum(self.top_k_R[:, None], self._nucleus_size(scaled_RNV, best_RNK))
-        return best_RNK.gather(2, fewest_RN[:, :, None] - 1)[:, :, 0]
-
-    def _nucleus_size(self, scaled_RNV: torch.Tensor, best_RNK: torch.Tensor) -> torch.Tensor:
-        """How many tokens have less than top_p of the probability before them; at most K."""
-        probability_RNK = (best_RNK - scaled_RNV.logsumexp(dim=2, keepdim=True)).exp()
-        before_RNK = probability_RNK[:, :, :-1].cumsum(dim=2, dtype=torch.float64)  # before all but the first
-        return 1 + (before_RNK < self.top_p_R[:, None, None]).sum(dim=2)
-
-
-@dataclass(frozen=True)
-class MinP:
-    """No token less likely than min_p times the best, whose scaled logit is 0."""
-
-    log_min_p_B: torch.Tensor  # float32; -inf: all tokens
-
-    @classmethod
-    def of(cls, requests: list[Request], device) -> "MinP | None":
-        min_ps = [request.params.min_p if request.params.temperature else 0.0 for request in requests]
-        return cls(_floats(min_ps, device).log()) if any(min_ps) else None
-
-    def apply(self, scaled_BNV: torch.Tensor, nodes: Nodes) -> None:
-        scaled_BNV.masked_fill_(scaled_BNV < self.log_min_p_B[:, None, None], BANNED)
-
-
 Processor = (
     LogitBias
     | CustomProcessors
@@ -293,11 +232,9 @@ Processor = (
     | AllowedTokens
     | BadWords
     | GrammarMask
-    | TopKTopP
-    | MinP
 )
 
-# The order is the definition. Between the two, logits are divided by the temperature.
+# The order is the definition.
 BEFORE_TEMPERATURE = (
     LogitBias,
     CustomProcessors,
@@ -308,12 +245,11 @@ BEFORE_TEMPERATURE = (
     BadWords,
     GrammarMask,
 )
-AFTER_TEMPERATURE = (TopKTopP, MinP)
 
 
-def processors_of(kinds: Iterable[type[Processor]], requests: list[Request], device) -> tuple[Processor, ...]:
+def processors_of(requests: list[Request], device) -> tuple[Processor, ...]:
     """Those that the batch needs, in order."""
-    return tuple(made for kind in kinds if (made := kind.of(requests, device)) is not None)
+    return tuple(made for kind in BEFORE_TEMPERATURE if (made := kind.of(requests, device)) is not None)
 
 
 def _floats(values: Iterable[float], device) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""Growing trees with a head on a CPU in one call, of requests that ask for nothing but a temperature."""
+"""Growing trees with a head on a CPU in one call, of requests that ask for nothing but a temperature and limits."""
 
 from specbackend.attention.base import AttentionBackend
 from specbackend.attention.native import NativeAttention
@@ -36,8 +36,9 @@ class NativeGrower(TreeGrower):
         return is_native and isinstance(model.vocabulary.lm_head, PanelLinear)
 
     def grow(self, at: Sequences, prefix: DraftPrefix, sampling: SamplingBatch, shapes: TreeShapes) -> Candidates:
-        if sampling.has_processors:
+        if sampling.before_temperature:
             return super().grow(at, prefix, sampling, shapes)
         places = (prefix.slot_BL, prefix.length_B, self.scratch_RW[at.row_B], at.length_B)
-        requests = Requests.of(*places, shapes.topk_B, shapes.num_steps_B, *sampling.noise, shapes.most_steps)
+        limits = sampling.limits.tensors if sampling.limits else ()
+        requests = Requests.of(*places, shapes.topk_B, shapes.num_steps_B, *sampling.noise, limits, shapes.most_steps)
         return Candidates(*grow(self.growth, requests, prefix.hidden_BD, self.kv_pool.layer(0)))

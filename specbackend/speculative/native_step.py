@@ -1,4 +1,4 @@
-"""Speculative decode steps on a CPU in one call, of requests that ask for nothing but a temperature.
+"""Speculative decode steps on a CPU in one call, of requests that ask for nothing but a temperature and limits.
 
 After a forward a CPU's caches hold weights alone. What stands between the forwards of a step is some hundred small
 operators, each of which then takes several times as long as it should, in all a tenth of a step.
@@ -12,6 +12,7 @@ from specbackend.models.linear import PanelLinear
 from specbackend.models.native import NativeLlama, linear_pointers
 from specbackend.runner import TargetRunner
 from specbackend.sampling import has_processors
+from specbackend.sampling.limits import limits_of
 from specbackend.sampling.pick import signed
 from specbackend.speculative.drafter import Drafter
 from specbackend.speculative.head_drafter import HeadDrafter
@@ -58,5 +59,6 @@ class NativeTreeDecoder(TreeDecoder):
             longest_path=max(tree.longest_path for tree in trees),
             seeds=[signed(request.seed) for request in requests],
             temperatures=[request.params.temperature for request in requests],
+            limits=[limits_of(request.params) for request in requests],
         )
         return Accepted(*tree_step(self._step, self._state, native, self.runner.dtype))

@@ -5,7 +5,7 @@ import time
 import torch
 
 from specbackend.sampling import SamplingBatch
-from specbackend.sampling.pick import scaled
+from specbackend.sampling.limits import scaled
 from specbackend.spec_trace import Round, TreeTrace
 from specbackend.speculative.draft_tree import Proposal
 from specbackend.speculative.verifier import AcceptedPath

@@ -124,6 +124,20 @@ def test_quantized(checkpoints, step_by_step):
     assert_same_steps(native, step_by_step(checkpoints, "EAGLE3", SERVER, grows_natively=False, **params), [{}] * 5)
 
 
+LIMITED = [
+    *[{"temperature": 1.0, "top_p": 0.8}, {}, {"temperature": 1.0, "top_k": 4, "seed": 2}],
+    *[{"temperature": 2.0, "min_p": 0.2}, {"temperature": 0.9, "top_k": 20, "top_p": 0.95, "min_p": 0.01, "seed": 5}],
+]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("grows_natively", [False, True])
+def test_limited_requests(grows_natively, dtype, checkpoints, step_by_step):
+    native = make_engine(checkpoints, "EAGLE3", (5, 4, 8), dtype=dtype)
+    python = step_by_step(checkpoints, "EAGLE3", (5, 4, 8), grows_natively=grows_natively, dtype=dtype)
+    assert_same_steps(native, python, LIMITED)
+
+
 SAMPLED = [{"temperature": 1.0, "seed": 3}, {}, {"temperature": 0.3, "seed": -1}, {"temperature": 2.0}, {}]
 
 

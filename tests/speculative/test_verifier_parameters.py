@@ -8,8 +8,8 @@ import torch
 
 from specbackend.request import Request
 from specbackend.sampling import SamplingBatch, pick_tokens
+from specbackend.sampling.limits import Limits
 from specbackend.sampling.processors import (
-    AFTER_TEMPERATURE,
     BEFORE_TEMPERATURE,
     AllowedTokens,
     BadWords,
@@ -18,7 +18,6 @@ from specbackend.sampling.processors import (
     MinNewTokens,
     OutputPenalties,
     RepetitionPenalty,
-    TopKTopP,
 )
 from specbackend.sampling_params import SamplingParams
 from tests.chi_square import SIGNIFICANT, chi_square_p
@@ -106,9 +105,7 @@ def parameters(kind: type, params: SamplingParams, token_BP: torch.Tensor, count
         root_B1 = len(PROMPT) - 2 + count_B[:, None]
         before_BL = text_BP.gather(1, root_B1 + torch.arange(-L, 0))
         return BadWords(repeat(one.ends, B), one.start_WL.repeat(B, 1), before_BL)
-    if kind is TopKTopP:
-        return replace(one, row_R=torch.arange(B), top_k_R=one.top_k_R.repeat(B), top_p_R=one.top_p_R.repeat(B))
-    return replace(one, log_min_p_B=one.log_min_p_B.repeat(B))
+    return Limits(*(each.repeat(B) for each in one.tensors), one.most)
 
 
 def repeat(one: Entries, B: int) -> Entries:
@@ -121,11 +118,11 @@ def entries(token_BP: torch.Tensor) -> Entries:
     return Entries(row_E, token_BP[row_E, column_E])
 
 
-def with_params(params: SamplingParams, before=BEFORE_TEMPERATURE, after=AFTER_TEMPERATURE):
+def with_params(params: SamplingParams):
     def sampling_of(active_B, token_BP, count_B) -> SamplingBatch:
-        made = [[parameters(kind, params, token_BP, count_B) for kind in kinds] for kinds in (before, after)]
+        *before, limits = (parameters(kind, params, token_BP, count_B) for kind in (*BEFORE_TEMPERATURE, Limits))
         temperature_B = torch.full((len(active_B),), params.temperature)
-        return SamplingBatch(temperature_B, active_B, True, *(tuple(p for p in each if p is not None) for each in made))
+        return SamplingBatch(temperature_B, active_B, True, tuple(p for p in before if p is not None), limits)
 
     return sampling_of
 
@@ -179,16 +176,14 @@ def counts_without_the_node_itself(logits_BNV, nodes, sampling):
 
 
 def top_p_of_what_top_k_left(logits_BNV, nodes, sampling):
-    (both,) = sampling.after_temperature
-    one_after_the_other = (
-        replace(both, top_p_R=torch.full_like(both.top_p_R, torch.inf)),
-        replace(both, top_k_R=torch.full_like(both.top_k_R, V), most=V),
-    )
-    return pick_tokens(logits_BNV, nodes, replace(sampling, after_temperature=one_after_the_other))
+    both = sampling.limits
+    top_k = replace(both, top_p_B=torch.full_like(both.top_p_B, torch.inf))
+    top_p = replace(both, top_k_B=torch.full_like(both.top_k_B, V), most=V)
+    return pick_tokens(top_k.apply(logits_BNV, sampling.temperature_B), nodes, replace(sampling, limits=top_p))
 
 
-def no_processors_after_temperature(logits_BNV, nodes, sampling):
-    return pick_tokens(logits_BNV, nodes, replace(sampling, after_temperature=()))
+def no_limits(logits_BNV, nodes, sampling):
+    return pick_tokens(logits_BNV, nodes, replace(sampling, limits=None))
 
 
 def reversed_order(logits_BNV, nodes, sampling):
@@ -196,14 +191,9 @@ def reversed_order(logits_BNV, nodes, sampling):
 
 
 def temperature_last(logits_BNV, nodes, sampling):
-    """Filters of the distribution at temperature 1."""
-    temperature_B = sampling.temperature_B
-    at_one = replace(sampling, temperature_B=torch.ones_like(temperature_B))
-    logits_BNV = logits_BNV.clone()
-    for processor in at_one.after_temperature:
-        logits_BNV -= logits_BNV.amax(-1, keepdim=True)
-        processor.apply(logits_BNV, nodes)
-    return pick_tokens(logits_BNV, nodes, replace(sampling, after_temperature=()))
+    """Limits of the distribution at temperature 1."""
+    limited_BNV = sampling.limits.apply(logits_BNV, torch.ones_like(sampling.temperature_B))
+    return no_limits(limited_BNV, nodes, sampling)
 
 
 def one_position_too_early(logits_BNV, nodes, sampling):
@@ -217,7 +207,7 @@ BUGS = [  # where impossible texts give the bug away, fewer draws will do
     (counts_without_the_node_itself, "frequency_penalty", DRAWS),
     (top_p_of_what_top_k_left, "top_k_and_top_p", DRAWS),
     (reversed_order, "repetition_penalty", DRAWS),
-    (no_processors_after_temperature, "min_p", DRAWS // 10),
+    (no_limits, "min_p", DRAWS // 10),
     (temperature_last, "top_p", DRAWS // 10),
     (one_position_too_early, "min_new_tokens", DRAWS // 10),
 ]

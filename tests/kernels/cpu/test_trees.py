@@ -1,5 +1,7 @@
 """What the CPU's kernels say of draft trees against the references of the kernels for GPUs."""
 
+import math
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -8,9 +10,11 @@ from hypothesis import strategies as st
 from specbackend.kernels.accept_path import accept_path_ref
 from specbackend.kernels.build_tree import build_tree_ref
 from specbackend.kernels.cpu import trees
+from specbackend.kernels.limit_threshold import limit_threshold_ref
 from specbackend.kernels.topk_logprob import topk_logprob_ref
 from specbackend.sampling import Nodes, SamplingBatch, forecast
-from specbackend.sampling.pick import LOWEST_FORECAST_TEMPERATURE, gumbel_noise, scaled
+from specbackend.sampling.limits import UNLIMITED, scaled
+from specbackend.sampling.pick import LOWEST_FORECAST_TEMPERATURE, gumbel_noise
 from tests.speculative.random_trees import full_tree, random_candidates
 
 SHAPES = [(1, 1, 2), (1, 5, 6), (4, 1, 2), (4, 3, 8), (4, 5, 8), (4, 3, 25), (3, 8, 32), (8, 4, 64), (10, 12, 128)]
@@ -47,6 +51,75 @@ def test_topk_logprob_of_few_values(W, seed):
     logits_RW[torch.rand(3, W, generator=generator) < 0.3] = -torch.inf
     logits_RW[2] = -torch.inf
     assert_best_of(logits_RW, 2.0, 1 + seed % W)
+
+
+LIMITS = [
+    *[(40, 0.95, 0.0), (1, math.inf, 0.0), (UNLIMITED, 0.9, 0.0), (UNLIMITED, 0.999, 0.0), (UNLIMITED, 1e-9, 0.0)],
+    *[(5, math.inf, 0.2), (UNLIMITED, math.inf, 0.01), (UNLIMITED, math.inf, 0.0), (1000, 0.5, 0.001), (3, 0.99, 1.0)],
+]
+
+
+ROUNDING = 1e-6  # of top_p, within which it says whether a token stays
+
+
+def assert_limited(logits_BNV: torch.Tensor, temperature_B: torch.Tensor, first: int = 0) -> None:
+    """Of requests with LIMITS in turn, from `first` on."""
+    B, N, _ = logits_BNV.shape
+    limits = [LIMITS[(first + b) % len(LIMITS)] for b in range(B)]
+    top_k_B, top_p_B = torch.tensor([k for k, _, _ in limits]), torch.tensor([p for _, p, _ in limits]).double()
+    log_min_p_B = torch.tensor([p for _, _, p in limits]).log()
+    before_BNV = logits_BNV.clone()
+    actual_BNV = trees.limit(logits_BNV, temperature_B, top_k_B, top_p_B, log_min_p_B)
+    assert torch.equal(logits_BNV, before_BNV)
+    scaled_BNV = scaled(logits_BNV, temperature_B)
+
+    def left_out(top_p_B: torch.Tensor) -> torch.Tensor:
+        threshold_BN = limit_threshold_ref(scaled_BNV.flatten(0, 1), top_k_B, top_p_B).view(B, N)
+        lowest_BN1 = threshold_BN.maximum(log_min_p_B[:, None])[:, :, None]
+        return (scaled_BNV < lowest_BN1) & (temperature_B[:, None, None] > 0)
+
+    goes_BNV = (actual_BNV == -torch.inf) & (logits_BNV > -torch.inf)
+    assert torch.equal(actual_BNV, logits_BNV.masked_fill(goes_BNV, -torch.inf))
+    must_go_BNV, may_go_BNV = left_out(top_p_B * (1 + ROUNDING)), left_out(top_p_B * (1 - ROUNDING))
+    assert (must_go_BNV <= goes_BNV | (logits_BNV == -torch.inf)).all() and (goes_BNV <= may_go_BNV).all()
+
+
+@pytest.mark.parametrize("scale", [0.1, 3.0, 30.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("N, V", [(1, 1), (3, 15), (2, 16), (3, 333), (1, 32003)])
+def test_limits(N, V, dtype, scale):
+    """In bfloat16 many tie. All may be likely, or one."""
+    generator, B = torch.Generator().manual_seed(V), len(LIMITS)
+    logits_BNV = (scale * torch.randn(B, N, V, generator=generator)).to(dtype)
+    logits_BNV[torch.rand(B, N, V, generator=generator) < 0.1] = -torch.inf
+    logits_BNV[:, :, 0] = 1.0
+    for first in range(len(LIMITS)):
+        assert_limited(logits_BNV, torch.tensor([0.7, 1.0, 0.0, 1e-3, 3.0])[torch.arange(B) % 5], first)
+
+
+@given(st.integers(1, 60), st.integers(0, 2**30))
+@settings(max_examples=100, deadline=None)
+def test_limits_of_few_values(V, seed):
+    generator = torch.Generator().manual_seed(seed)
+    logits_BNV = torch.randint(-9, 3, (len(LIMITS), 1, V), generator=generator).float()
+    assert_limited(logits_BNV, torch.ones(len(LIMITS)), seed)
+
+
+@pytest.mark.parametrize("value", [-torch.inf, torch.inf, torch.nan])
+def test_rows_without_a_best_have_no_limits(value):
+    logits_BNV = torch.full((1, 1, 40), value)
+    limits = torch.tensor([3]), torch.tensor([0.5]).double(), torch.tensor([-1.0])
+    actual_BNV = trees.limit(logits_BNV, torch.ones(1), *limits)
+    torch.testing.assert_close(actual_BNV, logits_BNV, equal_nan=True)
+
+
+def test_a_rows_limits_are_its_own():
+    logits_BNV = torch.randn(3, 4, 700, generator=torch.Generator().manual_seed(0))
+    top_k_B, top_p_B = torch.tensor([9, 5, 70]), torch.tensor([0.9, 0.5, 0.1]).double()
+    limits = torch.tensor([0.5, 0.9, 1.5]), top_k_B, top_p_B, torch.full((3,), -3.0)
+    together = trees.limit(logits_BNV, *limits)
+    alone = [trees.limit(logits_BNV[b : b + 1], *(each[b : b + 1] for each in limits)) for b in range(3)]
+    assert torch.equal(together, torch.cat(alone))
 
 
 def pick(logits_BNV: torch.Tensor, temperature_B: torch.Tensor | None = None) -> torch.Tensor:
