@@ -140,7 +140,7 @@ float threshold(const std::vector<float>& values, int64_t top_k, double top_p) {
       if (end < best.size()) std::nth_element(best.begin() + first, best.begin() + end, best.end(), std::greater<>());
       std::sort(best.begin() + first, best.begin() + end, std::greater<>());
       for (size_t i = first; i < end; i++) {
-        if (i && best[i] < best[i - 1] && ((int64_t)i >= top_k || mass >= top_p * total)) return best[i - 1];
+        if (i && ((int64_t)i >= top_k || mass >= top_p * total)) return best[i - 1];  // which i may equal
         mass += std::exp(best[i]);
       }
     }
