@@ -20,8 +20,9 @@ struct Shape : Columns {
   long q_stride;  // from row to row
 };
 
-// Rows at once: with four accumulators each where values are summed, with one where columns are scored.
-constexpr int MOST_ROWS = 6, MOST_SCORED = LANES == WIDTH ? 8 : 4;
+// Rows at once, and accumulators of each: where values are summed, and, a Vec of each, where columns are scored.
+constexpr int MOST_ROWS = 6, MOST_SCORED = LANES == WIDTH ? 8 : LANES == 8 ? 6 : 4;
+constexpr int parts_of(int rows) { return LANES == WIDTH || rows <= 3 ? 4 : 2; }
 
 template <class X>
 class Task {
@@ -109,12 +110,14 @@ class Task {
   void score_rows(long r, long count, long c) {
     const float* of[R];
     for (long i = 0; i < R; i++) of[i] = &q[(r + std::min(i, count - 1)) * s.D];
-    Vec acc[R] = {};
-    for (long d = 0; d < s.D; d++) {
-      Vec key = load(&keys[d * WIDTH]);
-      for (int i = 0; i < R; i++) acc[i] += of[i][d] * key;
-    }
-    for (long i = 0; i < count; i++) store(&weight[(r + i) * stride + c], acc[i]);
+    Part acc[R][PARTS] = {};
+    for (long d = 0; d < s.D; d++)
+      for (int p = 0; p < PARTS; p++) {
+        Part key = load_part(&keys[d * WIDTH + p * LANES]);
+        for (int i = 0; i < R; i++) acc[i][p] += of[i][d] * key;
+      }
+    for (long i = 0; i < count; i++)
+      for (int p = 0; p < PARTS; p++) write(&weight[(r + i) * stride + c + p * LANES], acc[i][p]);
   }
 
   void softmax(float* row, long prefix_len, const bool* shown, long end) {
@@ -123,16 +126,16 @@ class Task {
       if (!shown[c - prefix_len]) row[c] = -INFINITY;
     std::fill(row + end, row + padded, -INFINITY);
     std::fill(row + padded, row + stride, 0);
-    Vec largest = load(row);
-    for (long c = WIDTH; c < padded; c += WIDTH) {
-      Vec v = load(row + c);
+    Part largest = load_part(row);
+    for (long c = LANES; c < padded; c += LANES) {
+      Part v = load_part(row + c);
       largest = v > largest ? v : largest;
     }
     float most = largest[0];
-    for (int i = 1; i < WIDTH; i++) most = std::max(most, largest[i]);
-    for (long c = 0; c < padded; c += WIDTH) store(row + c, exponential(load(row + c) - most));
+    for (int i = 1; i < LANES; i++) most = std::max(most, largest[i]);
+    for (long c = 0; c < padded; c += LANES) write(row + c, exponential(load_part(row + c) - most));
     const float inverse = 1 / total(row, prefix_len, shown, end);
-    for (long c = 0; c < padded; c += WIDTH) store(row + c, load(row + c) * inverse);
+    for (long c = 0; c < padded; c += LANES) write(row + c, load_part(row + c) * inverse);
   }
 
   // Of what a row is shown, as if it lay side by side: each lane adds up the same, wherever hidden columns are.
@@ -149,40 +152,43 @@ class Task {
   }
 
   void sum_values(const X* head) {
-    for (long r = 0; r < rows; r += MOST_ROWS)
-      for (long d = 0, vecs; d < s.D; d += vecs * WIDTH) {
-        const long left = (s.D - d) / WIDTH;
-        vecs = left >= 4 ? 4 : left >= 2 ? 2 : 1;
-        const long count = std::min<long>(MOST_ROWS, rows - r);
-        vecs == 4 ? sum_block<4>(head, r, count, d) : vecs == 2 ? sum_block<2>(head, r, count, d)
-                                                                : sum_block<1>(head, r, count, d);
-      }
+    for (long r = 0; r < rows; r += MOST_ROWS) sum_rows(head, r, rows - r);
   }
 
-  template <int V>
-  void sum_block(const X* head, long r, long count, long d) {
+  void sum_rows(const X* head, long r, long count) {
     switch (count) {
-      case 1: return sum_block<V, 1>(head, r, d);
-      case 2: return sum_block<V, 2>(head, r, d);
-      case 3: return sum_block<V, 3>(head, r, d);
-      case 4: return sum_block<V, 4>(head, r, d);
-      case 5: return sum_block<V, 5>(head, r, d);
-      default: return sum_block<V, MOST_ROWS>(head, r, d);
+      case 1: return sum_rows<1>(head, r);
+      case 2: return sum_rows<2>(head, r);
+      case 3: return sum_rows<3>(head, r);
+      case 4: return sum_rows<4>(head, r);
+      case 5: return sum_rows<5>(head, r);
+      default: return sum_rows<MOST_ROWS>(head, r);
     }
   }
 
-  template <int V, int R>
+  template <int R>
+  void sum_rows(const X* head, long r) {
+    constexpr int most = parts_of(R);
+    for (long d = 0, parts; d < s.D; d += parts * LANES) {
+      const long left = (s.D - d) / LANES;
+      parts = left >= most ? most : left >= 2 ? 2 : 1;
+      parts == most ? sum_block<most, R>(head, r, d) : parts == 2 ? sum_block<2, R>(head, r, d)
+                                                                  : sum_block<1, R>(head, r, d);
+    }
+  }
+
+  template <int P, int R>
   void sum_block(const X* head, long r, long d) {
-    Vec acc[R][V] = {};
+    Part acc[R][P] = {};
     for (long c = 0, end = end_of(r, R); c < end; c++) {
       const X* value = at(head, c) + d;
-      for (int v = 0; v < V; v++) {
-        Vec part = load(value + v * WIDTH);
-        for (int i = 0; i < R; i++) acc[i][v] += weight[(r + i) * stride + c] * part;
+      for (int p = 0; p < P; p++) {
+        Part part = load_part(value + p * LANES);
+        for (int i = 0; i < R; i++) acc[i][p] += weight[(r + i) * stride + c] * part;
       }
     }
     for (int i = 0; i < R; i++)
-      for (int v = 0; v < V; v++) store(&out[(r + i) * s.D + d + v * WIDTH], acc[i][v]);
+      for (int p = 0; p < P; p++) write(&out[(r + i) * s.D + d + p * LANES], acc[i][p]);
   }
 
   void give(long b, long g, X* y) const {

@@ -2,6 +2,7 @@
 
 #include <omp.h>
 
+#include <algorithm>
 #include <cmath>
 #include <type_traits>
 
@@ -11,28 +12,28 @@ namespace {
 
 constexpr long MIN_SHARED = 1 << 16;  // elements from which on threads share the rows
 
-// 16 elements, or the `there` that are left.
+// A register's elements, or the `there` that are left.
 template <class X>
-INLINE Vec load_part(const X* p, long there) {
-  if (there >= WIDTH) return load(p);
-  X part[WIDTH] = {};
-  memcpy(part, p, there * sizeof(X));
-  return load(part);
+INLINE Part load_some(const X* p, long there) {
+  if (there >= LANES) return load_part(p);
+  X part[LANES] = {};
+  memcpy(part, p, std::max(there, 0l) * sizeof(X));
+  return load_part(part);
 }
 template <class X>
-INLINE void store_part(X* p, Vec v, long there) {
-  if (there >= WIDTH) return store(p, v);
-  X part[WIDTH];
-  store(part, v);
+INLINE void store_some(X* p, Part v, long there) {
+  if (there >= LANES) return store_part(p, v);
+  X part[LANES];
+  store_part(part, v);
   memcpy(p, part, there * sizeof(X));
 }
 
 template <class X>
-INLINE Vec rounded(Vec v) {
+INLINE Part rounded(Part v) {
   if constexpr (std::is_same_v<X, float>) return v;
-  X stored[WIDTH];
-  store(stored, v);
-  return load(stored);
+  X stored[LANES];
+  store_part(stored, v);
+  return load_part(stored);
 }
 
 // y = x / rms(x) * weight; row t has weight row t % num_weights. As Hugging Face rounds: before the weight, and after.
@@ -42,27 +43,28 @@ void rms_norm(const X* all_x, const X* weight, X* all_y, long T, long D, long nu
   for (long t = 0; t < T; t++) {
     const X *x = all_x + t * D, *w = weight + t % num_weights * D;
     X* y = all_y + t * D;
-    Vec squares = {};
-    for (long d = 0; d < D; d += WIDTH) {
-      Vec v = load_part(x + d, D - d);
-      squares += v * v;
-    }
-    const float inverse = 1 / std::sqrt(sum(squares) / D + eps);
+    Part squares[PARTS] = {};
     for (long d = 0; d < D; d += WIDTH)
-      store_part(y + d, rounded<X>(load_part(x + d, D - d) * inverse) * load_part(w + d, D - d), D - d);
+      for (int p = 0; p < PARTS; p++) {
+        Part v = load_some(x + d + p * LANES, D - d - p * LANES);
+        squares[p] += v * v;
+      }
+    const float inverse = 1 / std::sqrt(sum(read<Vec>(squares)) / D + eps);
+    for (long d = 0; d < D; d += LANES)
+      store_some(y + d, rounded<X>(load_some(x + d, D - d) * inverse) * load_some(w + d, D - d), D - d);
   }
 }
 
 // Rotates the pairs (2i, 2i + 1) of a head by the complex numbers of its row.
 template <class X>
 INLINE void rotate(const X* head, const float* rope, X* out, long D) {
-  const Ints even = {0, 0, 2, 2, 4, 4, 6, 6, 8, 8, 10, 10, 12, 12, 14, 14}, odd = even + 1;
-  const Ints swapped = {1, 0, 3, 2, 5, 4, 7, 6, 9, 8, 11, 10, 13, 12, 15, 14};
-  const Vec sign = {-1, 1, -1, 1, -1, 1, -1, 1, -1, 1, -1, 1, -1, 1, -1, 1};
-  for (long d = 0; d < D; d += WIDTH) {
-    Vec v = load_part(head + d, D - d), turn = load_part(rope + d, D - d);
-    Vec real = __builtin_shuffle(turn, even), imaginary = __builtin_shuffle(turn, odd);
-    store_part(out + d, v * real + __builtin_shuffle(v, swapped) * imaginary * sign, D - d);
+  PartInts even, odd, swapped;
+  Part sign;
+  for (int i = 0; i < LANES; i++) even[i] = i & ~1, odd[i] = i | 1, swapped[i] = i ^ 1, sign[i] = i & 1 ? 1 : -1;
+  for (long d = 0; d < D; d += LANES) {
+    Part v = load_some(head + d, D - d), turn = load_some(rope + d, D - d);
+    Part real = __builtin_shuffle(turn, even), imaginary = __builtin_shuffle(turn, odd);
+    store_some(out + d, v * real + __builtin_shuffle(v, swapped) * imaginary * sign, D - d);
   }
 }
 
@@ -87,9 +89,9 @@ void silu_mul(const X* all_gate_up, X* all_y, long T, long I, int threads) {
   for (long t = 0; t < T; t++) {
     const X* gate_up = all_gate_up + t * 2 * I;
     X* y = all_y + t * I;
-    for (long i = 0; i < I; i += WIDTH) {
-      Vec gate = load_part(gate_up + i, I - i), up = load_part(gate_up + I + i, I - i);
-      store_part(y + i, rounded<X>(gate / (1.0f + exponential(-gate))) * up, I - i);
+    for (long i = 0; i < I; i += LANES) {
+      Part gate = load_some(gate_up + i, I - i), up = load_some(gate_up + I + i, I - i);
+      store_some(y + i, rounded<X>(gate / (1.0f + exponential(-gate))) * up, I - i);
     }
   }
 }

@@ -14,7 +14,7 @@
 namespace {
 
 constexpr long MIN_SHARED = 1 << 16;  // elements from which on threads share the rows
-constexpr float LIKELY = -8;          // within this of the best is nearly always what top_k and top_p let stay
+constexpr float LIKELY[] = {-3, -9, NEVER};  // so near to the best is what stays: often, nearly always
 
 INLINE bool any(Ints v) {
 #ifdef __AVX512F__
@@ -128,7 +128,7 @@ float threshold(const std::vector<float>& values, int64_t top_k, double top_p) {
     total += sum(sums);
   }
   static thread_local std::vector<float> best;
-  for (float lowest : {LIKELY, NEVER}) {
+  for (float lowest : LIKELY) {
     best.clear();
     for (size_t v = 0; v < values.size(); v += WIDTH)
       if (any(load(&values[v]) > lowest))
