@@ -6,7 +6,7 @@ import subprocess
 import sys
 from dataclasses import fields
 from importlib.machinery import SourceFileLoader
-from importlib.util import module_from_spec, spec_from_loader
+from importlib.util import find_spec, module_from_spec, spec_from_loader
 from pathlib import Path
 
 import pytest
@@ -140,6 +140,18 @@ def test_demo():
         r"4 questions: with speculation \d+ tok/s, without \d+ tok/s: [\d.]+x, accept length [\d.]+, outputs equal"
     )
     assert re.fullmatch(closing, result.stdout.splitlines()[-1])
+
+
+@pytest.mark.skipif(find_spec("pytriton") is None, reason="needs the tritonserver wheel")
+def test_stress_server(monkeypatch, capsys):
+    tool, sizes = load_tool("stress_server", monkeypatch), ("--requests", "9", "--concurrency", "4", "--prompts", "4")
+    monkeypatch.setattr(sys, "argv", ["stress_server", *sizes, "--max-tokens", "24", "--num-threads", "1"])
+    assert tool.main() == 0
+    summary = json.loads(capsys.readouterr().out)
+    assert summary["lost_slots"] == 0
+    for face in ("grpc", "generate_stream"):
+        counts = [summary[face][outcome] for outcome in ("equal", "cancelled", "different", "failed")]
+        assert counts == [6, 3, 0, 0]
 
 
 def test_bench_decode_of_all_algorithms(tmp_path):
